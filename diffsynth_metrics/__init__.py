@@ -1,0 +1,62 @@
+"""Metrics for generated images, each equal to its authors' implementation.
+
+Every public name is imported on first use (PEP 562), so that ``import diffsynth_metrics`` is instant
+and loads neither torch nor transformers nor modelscope.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsynth_metrics.base import BaseMetric, Metric, MetricCard
+    from diffsynth_metrics.errors import (
+        CheckpointError,
+        DiffSynthMetricsError,
+        DownloadError,
+        ImageError,
+    )
+    from diffsynth_metrics.metrics.clip import CLIPMetric
+    from diffsynth_metrics.metrics.pickscore import PickScoreMetric
+    from diffsynth_metrics.model_config import ModelConfig
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BaseMetric": "base",
+    "CLIPMetric": "metrics.clip",
+    "CheckpointError": "errors",
+    "DiffSynthMetricsError": "errors",
+    "DownloadError": "errors",
+    "ImageError": "errors",
+    "Metric": "base",
+    "MetricCard": "base",
+    "ModelConfig": "model_config",
+    "PickScoreMetric": "metrics.pickscore",
+}
+
+__all__ = [
+    "BaseMetric",
+    "CLIPMetric",
+    "CheckpointError",
+    "DiffSynthMetricsError",
+    "DownloadError",
+    "ImageError",
+    "Metric",
+    "MetricCard",
+    "ModelConfig",
+    "PickScoreMetric",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that defines it, and keep it."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, including those that are not imported yet."""
+    return sorted({*globals(), *__all__})

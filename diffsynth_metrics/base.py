@@ -1,0 +1,300 @@
+"""The contract that every metric keeps, and the card that says what its score means."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from diffsynth_metrics.inputs import ImagesInput
+from diffsynth_metrics.model_config import ModelConfig
+
+__all__ = [
+    "BaseMetric",
+    "ImageMetric",
+    "Metric",
+    "MetricCard",
+    "PromptMetric",
+    "choose_device",
+    "choose_dtype",
+    "wants_gradients",
+]
+
+
+@dataclass(frozen=True)
+class MetricCard:
+    """What a score means.
+
+    Attributes:
+        name: The field's name of the metric.
+        inputs: What one score is computed from.
+        range: The values to expect of real pictures, in words.
+        higher_is_better: The direction of the score.
+        definition: The formula.
+        paper: Where the metric was published.
+        repository: The official implementation.
+        code_license: Licence of the official implementation.
+        weights_license: Licence of the weights, as far as it is declared.
+        notes: What to know before comparing numbers.
+    """
+
+    name: str
+    inputs: str
+    range: str
+    higher_is_better: bool
+    definition: str
+    paper: str
+    repository: str
+    code_license: str
+    weights_license: str
+    notes: str = ""
+
+
+class BaseMetric(ABC):
+    """A metric: load it with :meth:`from_pretrained`, then ask for scores.
+
+    It owns its network in ``.model`` and is not a Module itself, so a trainer that holds a metric does
+    not register, move or save its weights. One object can be called from several threads.
+
+    A metric declares its card and its default files, loads its network and computes the components
+    of a score; the verbs (see :class:`PromptMetric` and :class:`ImageMetric`), grad mode, autocast and
+    devices are handled here, once.
+    """
+
+    card: ClassVar[MetricCard]
+    default_model: ClassVar[ModelConfig]
+    default_processor: ClassVar[ModelConfig]
+    processor_files: ClassVar[tuple[str, ...]] = ()
+    """File names any one of which says that a folder holds the metric's processor."""
+
+    def __init__(self, model: nn.Module, *, batch_size: int) -> None:
+        """Wrap a loaded network; users call :meth:`from_pretrained`."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+        self.model = model
+        self.batch_size = batch_size
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network to a device and return the metric."""
+        self.model.to(torch.device(device))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network's towers; heads and scores are float32 or wider."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        return min(dtypes, key=lambda dtype: dtype.itemsize)
+
+    def __repr__(self) -> str:
+        """Show the class and where it runs."""
+        return (
+            f"{type(self).__name__}(device={str(self.device)!r}, dtype={self.dtype}, "
+            f"batch_size={self.batch_size})"
+        )
+
+    @contextmanager
+    def _scoring(self, *, gradients: bool) -> Iterator[None]:
+        """Set the grad mode and switch autocast off, for this thread and this call only."""
+        # Tensors made in inference mode could not be kept in a cache that a later call with
+        # gradients reads, so a caller's inference mode is left for the duration of the call.
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            yield
+
+    @classmethod
+    def _resolve(
+        cls, model_config: ModelConfig | None, processor_config: ModelConfig | None
+    ) -> tuple[list[str], list[str]]:
+        """Return the local paths of the weights and of the processor's files.
+
+        Without a `processor_config`, a folder of weights that holds processor files serves itself,
+        and any other weights are used with the metric's own processor, found where they are found.
+        """
+        model_config = model_config or cls.default_model
+        weights = model_config.resolve()
+        if processor_config is None and model_config.path is not None:
+            own = ModelConfig(path=Path(weights[0]).parent).resolve()
+            if any(Path(file).name in cls.processor_files for file in own):
+                return weights, own
+        if processor_config is None:
+            processor_config = replace(
+                cls.default_processor,
+                local_model_path=model_config.local_model_path,
+                skip_download=model_config.skip_download,
+            )
+            if model_config.model_id == cls.default_processor.model_id:
+                processor_config = replace(
+                    processor_config,
+                    download_source=model_config.download_source,
+                    revision=model_config.revision,
+                )
+        return weights, processor_config.resolve(sufficient=cls.processor_files)
+
+
+class PromptMetric(BaseMetric):
+    """A metric that scores pairs of a prompt and an image."""
+
+    @abstractmethod
+    def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
+        """Return everything that :meth:`evaluate` shows, as tensors ``[N]``; one is ``"score"``.
+
+        Called with the grad mode that the verb wants, and without autocast.
+        """
+
+    def compute(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
+        """Score pairs of prompts and images as the authors of the metric define it.
+
+        Args:
+            prompt: One prompt for all images, or as many prompts as images.
+            images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
+                ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
+
+        Returns:
+            One float per pair.
+
+        Raises:
+            TypeError: An argument is not a prompt or an image.
+            ValueError: The numbers of prompts and images differ, or there are none.
+            ImageError: An image cannot be read, or its values or channels are wrong.
+            FileNotFoundError: A path does not exist.
+        """
+        with self._scoring(gradients=False):
+            return _floats(self._components(prompt, images)["score"])
+
+    def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, float]]:
+        """Score like :meth:`compute`, and return each pair's components with its ``"score"``."""
+        with self._scoring(gradients=False):
+            return _rows(self._components(prompt, images))
+
+    def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
+        """Score like :meth:`compute`, as a tensor for a training loop.
+
+        Returns:
+            float32 ``[N]`` on the metric's device (float64 where the metric runs in float64). It
+            carries a graph to the pixels exactly when an image tensor requires a gradient and the
+            caller has gradients enabled; the weights never receive one.
+        """
+        with self._scoring(gradients=wants_gradients(images)):
+            return self._components(prompt, images)["score"]
+
+    def score(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
+        """Do the same as :meth:`compute`; the name that ``diffsynth.metrics`` uses."""
+        return self.compute(prompt, images)
+
+    def __call__(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
+        """Do the same as :meth:`compute`."""
+        return self.compute(prompt, images)
+
+
+class ImageMetric(BaseMetric):
+    """A metric that scores images alone."""
+
+    @abstractmethod
+    def _components(self, images: ImagesInput) -> dict[str, Tensor]:
+        """Return everything that :meth:`evaluate` shows, as tensors ``[N]``; one is ``"score"``.
+
+        Called with the grad mode that the verb wants, and without autocast.
+        """
+
+    def compute(self, images: ImagesInput) -> list[float]:
+        """Score images as the authors of the metric define it.
+
+        Args:
+            images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
+                ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
+
+        Returns:
+            One float per image.
+
+        Raises:
+            TypeError: An argument is not an image.
+            ValueError: There are no images.
+            ImageError: An image cannot be read, or its values or channels are wrong.
+            FileNotFoundError: A path does not exist.
+        """
+        with self._scoring(gradients=False):
+            return _floats(self._components(images)["score"])
+
+    def evaluate(self, images: ImagesInput) -> list[dict[str, float]]:
+        """Score like :meth:`compute`, and return each image's components with its ``"score"``."""
+        with self._scoring(gradients=False):
+            return _rows(self._components(images))
+
+    def reward(self, images: ImagesInput) -> Tensor:
+        """Score like :meth:`compute`, as a tensor for a training loop.
+
+        Returns:
+            float32 ``[N]`` on the metric's device (float64 where the metric runs in float64). It
+            carries a graph to the pixels exactly when an image tensor requires a gradient and the
+            caller has gradients enabled; the weights never receive one.
+        """
+        with self._scoring(gradients=wants_gradients(images)):
+            return self._components(images)["score"]
+
+    def score(self, images: ImagesInput) -> list[float]:
+        """Do the same as :meth:`compute`; the name that ``diffsynth.metrics`` uses."""
+        return self.compute(images)
+
+    def __call__(self, images: ImagesInput) -> list[float]:
+        """Do the same as :meth:`compute`."""
+        return self.compute(images)
+
+
+Metric = BaseMetric
+"""The name that ``diffsynth.metrics`` gives to the base class."""
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device, or for None the best one that torch reports."""
+    if device is not None:
+        return torch.device(device)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torch.dtype:
+    """Return the dtype of the towers, or for None the official one.
+
+    Raises:
+        TypeError: It is not a floating dtype.
+    """
+    if torch_dtype is None:
+        return official
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise TypeError(f"torch_dtype must be a floating torch.dtype, got {torch_dtype!r}")
+    return torch_dtype
+
+
+def wants_gradients(images: ImagesInput) -> bool:
+    """Tell whether the caller has gradients enabled and an image that requires one."""
+    if not torch.is_grad_enabled():
+        return False
+    if isinstance(images, Tensor):
+        return images.requires_grad
+    return isinstance(images, Sequence) and any(
+        isinstance(image, Tensor) and image.requires_grad for image in images
+    )
+
+
+def _floats(values: Tensor) -> list[float]:
+    return [float(value) for value in values.tolist()]
+
+
+def _rows(components: dict[str, Tensor]) -> list[dict[str, float]]:
+    """Turn columns ``[N]`` into N dicts."""
+    columns = {name: _floats(values) for name, values in components.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,0 +1,189 @@
+"""Local safetensors files to verified weights inside a model.
+
+The names and shapes in the files' headers are compared with the model before any tensor is read, so a
+file that belongs elsewhere is an error that says so, and never a score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from diffsynth_metrics.errors import CheckpointError
+
+__all__ = [
+    "KNOWN_LAYOUTS",
+    "Layout",
+    "fingerprint",
+    "load_weights",
+    "read_config",
+    "read_layout",
+    "weight_files",
+]
+
+Layout = Mapping[str, Sequence[int]]
+"""Tensor name to shape."""
+
+KNOWN_LAYOUTS = {
+    "b5e2c0bfcbf4085ccdb2feb8f0ba408a": ("PickScoreMetric", "CLIPMetric"),
+    "f79e72cec8ae5a540cff0304bfb21b00": ("HPSv2Metric",),
+    "b3cc8e10b76ca98cde653daa5cf63139": ("ImageRewardMetric",),
+    "306981222ec94302794e07cf676c84cc": ("AestheticMetric",),
+    "d4e9549be726259b444d1f62db4ce413": ("FIDMetric",),
+    "5655d9cde15b759cfeefe7432d7a912c": ("HPSv3Metric",),
+    "f9786d06eca5c0f1ece89843b2c4cc66": ("UnifiedReward2Metric",),
+    "2d11bf14bba8b4e87477c8199a895403": ("UnifiedRewardEditMetric",),
+    "ff4ad0463675e96738483611f6dd551b": ("QwenImageBenchMetric",),
+}
+"""Fingerprint of each published checkpoint to the metrics that it belongs to."""
+
+_NAMES_IN_MESSAGE = 3
+
+
+def weight_files(paths: Sequence[str]) -> list[Path]:
+    """Return the safetensors files among `paths`.
+
+    Raises:
+        CheckpointError: There is none; other weight formats are named, because they can run code.
+    """
+    files = [Path(path) for path in paths if path.endswith(".safetensors")]
+    if not files:
+        raise CheckpointError(
+            f"there is no .safetensors file among {_some([Path(path).name for path in paths])}; "
+            "other formats are not loaded because unpickling them can run code"
+        )
+    return files
+
+
+def read_layout(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Read names and shapes from the headers; no tensor is read.
+
+    Raises:
+        CheckpointError: A file is truncated or is not safetensors, or a name occurs twice.
+    """
+    layout: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} ({file.stat().st_size} bytes) is truncated or not a safetensors file: "
+                f"{error}; delete it so that it is downloaded again"
+            ) from error
+        if twice := sorted(layout.keys() & shapes.keys()):
+            raise CheckpointError(f"{file} repeats tensors of another file: {_some(twice)}")
+        layout |= shapes
+    return layout
+
+
+def fingerprint(layout: Layout) -> str:
+    """Return DiffSynth-Studio's md5 of names and shapes, the key of :data:`KNOWN_LAYOUTS`.
+
+    It covers neither dtypes nor values nor the split into files.
+    """
+    words = []
+    for name, shape in layout.items():
+        words += [name, f"{name}:{'_'.join(map(str, shape))}"]
+    return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
+
+
+def read_config(files: Sequence[Path]) -> dict[str, Any] | None:
+    """Return the ``config.json`` next to the weights, or None where there is none.
+
+    Raises:
+        CheckpointError: The file is not a JSON object.
+    """
+    path = files[0].parent / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def load_weights(
+    model: nn.Module,
+    files: Sequence[Path],
+    *,
+    metric: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    float32: Collection[str] = (),
+) -> None:
+    """Fill a model that was built on the meta device.
+
+    Each tensor is mapped from its file, brought to its dtype and device and assigned, one after the
+    other: on the CPU, in the file's own dtype, no second copy exists. Afterwards the model is in
+    evaluation mode and none of its parameters requires a gradient.
+
+    Args:
+        model: Its parameters lie on the meta device, its non-persistent buffers do not.
+        files: Safetensors files that together hold every tensor. They may also hold the model's
+            non-persistent buffers, which older libraries saved and which are computed, not read.
+        metric: Name of the metric class, for messages.
+        device: Where the tensors go.
+        dtype: Floating dtype of the tensors.
+        float32: Prefixes of tensors that stay in float32 where `dtype` is narrower.
+
+    Raises:
+        CheckpointError: A file is truncated, belongs to another metric, or its names or shapes are
+            not those of the model.
+    """
+    _check_layout(model, files, metric)
+    wide = torch.promote_types(dtype, torch.float32)
+    wanted = model.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in wanted & set(opened.keys()):
+                tensor = opened.get_tensor(name)
+                target = wide if name.startswith(tuple(float32)) else dtype
+                tensors[name] = tensor.to(device, target if tensor.is_floating_point() else None)
+    model.load_state_dict(tensors, assign=True)
+    model.to(device).requires_grad_(False).eval()
+
+
+def _check_layout(model: nn.Module, files: Sequence[Path], metric: str) -> None:
+    layout = read_layout(files)
+    owners = KNOWN_LAYOUTS.get(fingerprint(layout), (metric,))
+    if metric not in owners:
+        raise CheckpointError(
+            f"{_some(files)} is the checkpoint of {' or '.join(owners)}, not of {metric}"
+        )
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    everything = chain(model.named_parameters(), model.named_buffers())
+    computed = {name for name, _ in everything} - expected.keys()
+    problems = []
+    if missing := sorted(expected.keys() - layout.keys()):
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := sorted(layout.keys() - expected.keys() - computed):
+        problems.append(f"unexpected {_some(unexpected)}")
+    wrong = [
+        f"{name} {list(layout[name])} instead of {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in layout and layout[name] != shape
+    ]
+    if wrong:
+        problems.append(f"wrong shape: {_some(wrong)}")
+    if problems:
+        raise CheckpointError(f"{_some(files)} does not fit {metric}: {'; '.join(problems)}")
+
+
+def _some(items: Sequence[object]) -> str:
+    """Join the first few items, and say how many there are."""
+    text = ", ".join(str(item) for item in items[:_NAMES_IN_MESSAGE])
+    rest = len(items) - _NAMES_IN_MESSAGE
+    return f"{text} and {rest} more" if rest > 0 else text or "no files"

@@ -1,0 +1,180 @@
+"""Metrics that compare the embedding of a text with the embedding of an image.
+
+A dual encoder declares its transform and computes raw embeddings; pairing, batching, normalisation,
+cosines and the memory of prompts are here, once.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize as l2_normalize
+from typing_extensions import Self
+
+from diffsynth_metrics.base import PromptMetric, wants_gradients
+from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
+from diffsynth_metrics.transforms import Transform, pixel_batches
+
+__all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
+
+_REMEMBERED_PROMPTS = 1024
+
+
+def paired_cosine(text_features: Tensor, image_features: Tensor) -> Tensor:
+    """Return the cosine of each pair: ``[N, D]`` and ``[N, D]`` (or ``[1, D]``) to ``[N]``."""
+    return (text_features * image_features).sum(dim=-1)
+
+
+def cosine_matrix(text_features: Tensor, image_features: Tensor) -> Tensor:
+    """Return the cosine of each text with each image: ``[T, D]`` and ``[N, D]`` to ``[T, N]``."""
+    return text_features @ image_features.T
+
+
+class DualEncoderMetric(PromptMetric):
+    """A metric whose score is a function of the cosine of a text and an image embedding."""
+
+    def __init__(self, model: nn.Module, *, transform: Transform, batch_size: int) -> None:
+        """Wrap a loaded network and its transform; users call ``from_pretrained``."""
+        super().__init__(model, batch_size=batch_size)
+        self.transform = transform
+        self._text_cache = _TextCache(_REMEMBERED_PROMPTS)
+
+    @abstractmethod
+    def _embed_images(self, pixel_values: Tensor) -> Tensor:
+        """Map normalised pixels ``[B, 3, S, S]`` to embeddings ``[B, D]``, float32 or wider."""
+
+    @abstractmethod
+    def _embed_texts(self, prompts: list[str]) -> Tensor:
+        """Map prompts to embeddings ``[B, D]``, float32 or wider."""
+
+    @abstractmethod
+    def _score(self, cosine: Tensor) -> Tensor:
+        """Apply the metric's formula to cosines of any shape."""
+
+    def encode_image(self, images: ImagesInput) -> Tensor:
+        """Compute image features.
+
+        Returns:
+            float32 ``[N, D]`` on the metric's device, each row of L2 norm 1. Gradients flow as in
+            :meth:`reward`.
+        """
+        with self._scoring(gradients=wants_gradients(images)):
+            return self._image_features(as_images(images))
+
+    def encode_text(self, prompt: str | Sequence[str]) -> Tensor:
+        """Compute text features, without gradients.
+
+        Returns:
+            float32 ``[T, D]`` on the metric's device, each row of L2 norm 1.
+        """
+        with self._scoring(gradients=False):
+            return self._text_features(as_prompts(prompt))
+
+    def score_from_features(self, text_features: Tensor, image_features: Tensor) -> Tensor:
+        """Score pairs of features.
+
+        Args:
+            text_features: ``[N, D]`` or ``[1, D]``, normalised, as :meth:`encode_text` returns.
+            image_features: ``[N, D]`` or ``[1, D]``, normalised, as :meth:`encode_image` returns.
+
+        Returns:
+            ``[N]``, float32 or wider; gradients flow to both.
+
+        Raises:
+            ValueError: The shapes do not pair.
+        """
+        shapes = list(text_features.shape), list(image_features.shape)
+        (rows, width), (image_rows, image_width) = (
+            shape if len(shape) == 2 else (0, 0) for shape in shapes
+        )
+        if not width or width != image_width or (rows != image_rows and 1 not in (rows, image_rows)):
+            raise ValueError(
+                f"features must be [N, D] and [N, D], or [1, D] on one side; got {shapes[0]} for "
+                f"text_features and {shapes[1]} for image_features"
+            )
+        wide = torch.promote_types(
+            torch.promote_types(text_features.dtype, image_features.dtype), torch.float32
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            return self._score(paired_cosine(text_features.to(wide), image_features.to(wide)))
+
+    def similarity_matrix(self, prompt: str | Sequence[str], images: ImagesInput) -> list[list[float]]:
+        """Score every prompt with every image.
+
+        Returns:
+            One list per prompt with one score per image, each equal to what :meth:`compute` returns
+            for that pair.
+        """
+        with self._scoring(gradients=False):
+            text_features = self._text_features(as_prompts(prompt))
+            image_features = self._image_features(as_images(images))
+            matrix: list[list[float]] = self._score(
+                cosine_matrix(text_features, image_features)
+            ).tolist()
+        return matrix
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network to a device and return the metric."""
+        self._text_cache.clear()
+        return super().to(device)
+
+    def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
+        prompts, checked, count = pair(prompt, images)
+        cosine = paired_cosine(self._text_features(prompts), self._image_features(checked))
+        cosine = cosine.expand(count)
+        return {"score": self._score(cosine), "cosine": cosine}
+
+    def _image_features(self, images: CheckedImages) -> Tensor:
+        batches = pixel_batches(images, self.transform, batch_size=self.batch_size, device=self.device)
+        return torch.cat([l2_normalize(self._embed_images(batch), dim=-1) for batch in batches])
+
+    def _text_features(self, prompts: list[str]) -> Tensor:
+        """Return the features of all prompts; each different prompt is encoded once."""
+        features: dict[str, Tensor] = {}
+        unknown: list[str] = []
+        for prompt in dict.fromkeys(prompts):
+            remembered = self._text_cache.get(prompt)
+            if remembered is None:
+                unknown.append(prompt)
+            else:
+                features[prompt] = remembered
+        for start in range(0, len(unknown), self.batch_size):
+            batch = unknown[start : start + self.batch_size]
+            with torch.no_grad():
+                encoded = l2_normalize(self._embed_texts(batch), dim=-1)
+            for prompt, row in zip(batch, encoded, strict=True):
+                # A copy of the row, so that the cache does not keep whole batches alive.
+                features[prompt] = row.clone()
+                self._text_cache.put(prompt, features[prompt])
+        return torch.stack([features[prompt] for prompt in prompts])
+
+
+class _TextCache:
+    """The features of the prompts that were used last, for all threads."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, prompt: str) -> Tensor | None:
+        with self._lock:
+            feature = self._features.get(prompt)
+            if feature is not None:
+                self._features.move_to_end(prompt)
+            return feature
+
+    def put(self, prompt: str, feature: Tensor) -> None:
+        with self._lock:
+            self._features[prompt] = feature
+            if len(self._features) > self._capacity:
+                self._features.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._features.clear()

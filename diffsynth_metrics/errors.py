@@ -1,0 +1,27 @@
+"""The exceptions that are the package's own.
+
+DiffSynthMetricsError
+├── CheckpointError (ValueError)   a weight file is truncated, incomplete or belongs elsewhere
+├── DownloadError (OSError)        files could not be had
+└── ImageError (ValueError)        an image cannot be read, or is not what a metric accepts
+
+Where Python has the word (TypeError, ValueError, FileNotFoundError), that is raised instead.
+"""
+
+__all__ = ["CheckpointError", "DiffSynthMetricsError", "DownloadError", "ImageError"]
+
+
+class DiffSynthMetricsError(Exception):
+    """Base of the package's own exceptions."""
+
+
+class CheckpointError(DiffSynthMetricsError, ValueError):
+    """A weight file is truncated, incomplete or belongs to another metric."""
+
+
+class DownloadError(DiffSynthMetricsError, OSError):
+    """Files could not be downloaded, or may not be."""
+
+
+class ImageError(DiffSynthMetricsError, ValueError):
+    """An image cannot be read, or is not what a metric accepts."""

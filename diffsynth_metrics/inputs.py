@@ -1,0 +1,215 @@
+"""What a caller passes, checked and aligned: prompts with images, each image readable.
+
+Nothing here knows a network. An image leaves this module as one of three things: an open
+``PIL.Image.Image``, a ``pathlib.Path`` that exists, or a tensor whose values were checked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import PIL.Image
+import torch
+
+from diffsynth_metrics.errors import ImageError
+
+__all__ = [
+    "CheckedImages",
+    "ImageInput",
+    "ImagesInput",
+    "as_images",
+    "as_prompts",
+    "open_rgb",
+    "pair",
+]
+
+ImageInput: TypeAlias = "PIL.Image.Image | str | os.PathLike[str] | np.ndarray | torch.Tensor"
+"""One image: PIL, a path, an array ``[H, W, 3]`` uint8, or a tensor ``[3, H, W]``."""
+
+ImagesInput: TypeAlias = "ImageInput | Sequence[ImageInput]"
+"""One image or several; a tensor ``[N, 3, H, W]`` or an array ``[N, H, W, 3]`` is several."""
+
+CheckedImages: TypeAlias = "list[PIL.Image.Image | Path | torch.Tensor] | torch.Tensor"
+"""Several images after checking: a list, or one tensor ``[N, 3, H, W]``. Both can be sliced."""
+
+_EXPECTED = (
+    "a PIL image, a path, a uint8 array [H, W, 3], "
+    "or a tensor [3, H, W] (uint8 in 0..255 or float in 0..1)"
+)
+
+# Pillow decodes a lazily opened image on first use, and two threads that do so at once with the same
+# object corrupt it. A fixed set of locks keeps different images parallel.
+_DECODE_LOCKS = [threading.Lock() for _ in range(64)]
+
+
+def as_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """Return the prompts as a list.
+
+    Args:
+        prompt: One prompt or a sequence of prompts. The empty string is a valid prompt.
+
+    Raises:
+        TypeError: A prompt is not a ``str``; the message gives its position.
+        ValueError: The sequence is empty.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, Sequence):
+        raise TypeError(
+            f"prompt must be a str or a list of str, got {type(prompt).__name__}; "
+            "the order of the arguments is (prompt, images)"
+        )
+    for index, item in enumerate(prompt):
+        if not isinstance(item, str):
+            raise TypeError(
+                f"prompt {index} must be a str, got {type(item).__name__}; "
+                "the order of the arguments is (prompt, images)"
+            )
+    if not prompt:
+        raise ValueError("prompt is an empty list; pass at least one prompt")
+    return list(prompt)
+
+
+def as_images(images: ImagesInput) -> CheckedImages:
+    """Check images and return them as a sequence.
+
+    Args:
+        images: One image or several, see :data:`ImagesInput`.
+
+    Returns:
+        A list of PIL images, existing paths and tensors ``[3, H, W]``, or the tensor
+        ``[N, 3, H, W]`` that was passed. Tensors keep their device, dtype and graph.
+
+    Raises:
+        TypeError: An element is not an image, or its dtype is not one that a picture has.
+        ValueError: There is no image.
+        ImageError: Wrong number of channels, a float outside 0..1, NaN.
+        FileNotFoundError: A path does not exist.
+    """
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        _check_tensor(images, "images")
+        return images
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    elif isinstance(images, (PIL.Image.Image, str, os.PathLike, np.ndarray, torch.Tensor)):
+        images = [images]
+    if not isinstance(images, Sequence):
+        raise TypeError(f"images must be {_EXPECTED}, or a list of these; got {type(images).__name__}")
+    if not images:
+        raise ValueError("images is empty; pass at least one image")
+    return [_as_image(image, f"image {index}") for index, image in enumerate(images)]
+
+
+def pair(prompt: str | Sequence[str], images: ImagesInput) -> tuple[list[str], CheckedImages, int]:
+    """Align prompts with images.
+
+    One prompt (a ``str``) goes with every image, and one image (not in a list) with every prompt;
+    otherwise there must be as many prompts as images.
+
+    Returns:
+        The prompts (1 or N), the images (1 or N) and N, the number of pairs.
+
+    Raises:
+        ValueError: The numbers differ; the message gives both.
+    """
+    prompts, checked = as_prompts(prompt), as_images(images)
+    count = max(len(prompts), len(checked))
+    prompts_fit = len(prompts) == count or isinstance(prompt, str)
+    images_fit = len(checked) == count or _is_single_image(images)
+    if not (prompts_fit and images_fit):
+        raise ValueError(
+            f"got {len(prompts)} prompts and {len(checked)} images; pass one prompt (a str) for all "
+            "images, one image (not in a list) for all prompts, or as many prompts as images"
+        )
+    return prompts, checked, count
+
+
+def open_rgb(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
+    """Decode an image to RGB, as ``image.convert("RGB")`` does.
+
+    Args:
+        image: A PIL image of any mode, or a path. The first frame of an animation is read, alpha is
+            dropped and the EXIF orientation is not applied, as in the official pipelines.
+        name: How error messages call the image.
+
+    Raises:
+        ImageError: The file is not an image, or is truncated.
+    """
+    if isinstance(image, Path):
+        try:
+            with PIL.Image.open(image) as opened:
+                return _rgb(opened)
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise ImageError(f"{name} ({image}) cannot be read: {error}") from error
+    try:
+        with _DECODE_LOCKS[id(image) // 64 % len(_DECODE_LOCKS)]:
+            image.load()
+        return _rgb(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        where = getattr(image, "filename", "") or repr(image)
+        raise ImageError(f"{name} ({where}) cannot be read: {error}") from error
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    # convert() copies an image that is RGB already; nobody writes to it afterwards.
+    if image.mode == "RGB":
+        image.load()
+        return image
+    return image.convert("RGB")
+
+
+def _is_single_image(images: ImagesInput) -> bool:
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return images.ndim == 3
+    return isinstance(images, (PIL.Image.Image, str, os.PathLike))
+
+
+def _as_image(image: object, name: str) -> PIL.Image.Image | Path | torch.Tensor:
+    if isinstance(image, PIL.Image.Image):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: there is no file {str(path)!r}")
+        return path
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(f"{name}: an array must be uint8 [H, W, 3], got dtype {image.dtype}")
+        if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+            raise ImageError(f"{name}: an array must be [H, W, 3], got shape {list(image.shape)}")
+        return PIL.Image.fromarray(image)
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 3:
+            raise ImageError(f"{name}: a tensor must be [3, H, W], got shape {list(image.shape)}")
+        _check_tensor(image[None], name)
+        return image
+    raise TypeError(f"{name} must be {_EXPECTED}; got {type(image).__name__}")
+
+
+def _check_tensor(images: torch.Tensor, name: str) -> None:
+    """Check a tensor ``[N, 3, H, W]``; an error names the first image that is wrong."""
+    if len(images) == 0:
+        raise ValueError(f"{name} is empty (shape {list(images.shape)}); pass at least one image")
+    if images.shape[1] != 3 or 0 in images.shape:
+        raise ImageError(
+            f"{name}: a tensor must be [3, H, W] or [N, 3, H, W], got shape {list(images.shape)}"
+        )
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: a tensor must be uint8 in 0..255 or float in 0..1, got {images.dtype}")
+    low, high = images.detach().flatten(1).float().aminmax(dim=1)
+    # Written so that NaN, for which every comparison is false, is caught as well.
+    wrong = ~((low >= 0) & (high <= 1))
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        which = f"image {index}" if name == "images" else name
+        raise ImageError(
+            f"{which}: a float tensor must lie in 0..1, got values from {low[index]:.4g} to "
+            f"{high[index]:.4g}; clamp it, or pass uint8 for 0..255"
+        )

@@ -1,0 +1,202 @@
+"""CLIP score of OpenCLIP ViT-H/14: how well an image fits a text, exp(logit_scale) * cosine."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from typing_extensions import Self
+
+from diffsynth_metrics.base import MetricCard, choose_device, choose_dtype
+from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
+from diffsynth_metrics.dual_encoder import DualEncoderMetric
+from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.transforms import ShortestEdgeCrop
+
+__all__ = ["CLIPMetric", "build_clip", "clip_score", "vit_h_14_config"]
+
+
+def clip_score(cosine: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return exp(logit_scale) * cosine, the logit that CLIP was trained with.
+
+    Args:
+        cosine: Cosines of text and image features, any shape.
+        logit_scale: Scalar, the logarithm of the scale; about ln(100) in trained models.
+    """
+    return logit_scale.to(cosine.dtype).exp() * cosine
+
+
+def vit_h_14_config() -> CLIPConfig:
+    """Return the published architecture of laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+
+    The activation is the exact gelu. ``diffsynth.metrics`` computes this network with quick_gelu,
+    which is OpenAI's ViT-L/14 and not this one.
+    """
+    shared = {"hidden_act": "gelu", "num_attention_heads": 16, "projection_dim": 1024}
+    return CLIPConfig(
+        projection_dim=1024,
+        text_config=shared | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24},
+        vision_config=shared
+        | {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "patch_size": 14,
+        },
+    )
+
+
+def build_clip(config: CLIPConfig) -> CLIPModel:
+    """Build the network with its parameters on the meta device and its position ids in memory."""
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+    return model
+
+
+class CLIPMetric(DualEncoderMetric):
+    """CLIP score: exp(logit_scale) * cos(text, image), unclamped, without a prompt prefix.
+
+    Prompts are cut to 77 tokens. See ``CLIPMetric.card`` for range, paper and licences.
+    """
+
+    card: ClassVar[MetricCard] = MetricCard(
+        name="CLIP score (ViT-H/14, LAION-2B)",
+        inputs="prompt and image",
+        range="about 10 to 40 for real pictures; at most exp(logit_scale), about 100",
+        higher_is_better=True,
+        definition="exp(logit_scale) * cos(text, image)",
+        paper="https://arxiv.org/abs/2212.07143",
+        repository="https://github.com/mlfoundations/open_clip",
+        code_license="MIT",
+        weights_license="MIT",
+        notes="Not the CLIPScore of Hessel et al., which is 2.5 * max(cos, 0) with ViT-B/32.",
+    )
+    default_model: ClassVar[ModelConfig] = ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics",
+        origin_file_pattern="CLIP-ViT-H-14-laion2B-s32B-b79K/model.safetensors",
+    )
+    default_processor: ClassVar[ModelConfig] = ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics",
+        origin_file_pattern="CLIP-ViT-H-14-laion2B-s32B-b79K/",
+    )
+    processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
+    model: CLIPModel
+
+    def __init__(
+        self, model: CLIPModel, tokenizer: CLIPTokenizer, *, max_length: int, batch_size: int
+    ) -> None:
+        """Wrap a loaded network and tokenizer; users call :meth:`from_pretrained`."""
+        transform = ShortestEdgeCrop(model.config.vision_config.image_size)
+        super().__init__(model, transform=transform, batch_size=batch_size)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        # A fast tokenizer keeps its padding in shared state, and refuses concurrent calls.
+        self._tokenizer_lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_config: ModelConfig | None = None,
+        processor_config: ModelConfig | None = None,
+        *,
+        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+        max_length: int = 77,
+        processor_kwargs: dict[str, Any] | None = None,
+    ) -> Self:
+        """Load the metric.
+
+        Args:
+            model_config: Where the weights are; the published ones by default. A ``config.json`` next
+                to them gives the architecture, otherwise it is ViT-H/14.
+            processor_config: Where the tokenizer is; by default next to local weights, else the
+                published one.
+            device: Any torch device; the best that torch reports by default.
+            torch_dtype: Dtype of the towers; float32 by default. Projections and scores are float32
+                in any case.
+            batch_size: The largest number of images or prompts in the network at once. It bounds
+                memory and does not change scores.
+            max_length: Prompts are cut to this number of tokens, at most the network's 77.
+            processor_kwargs: Passed to the tokenizer's ``from_pretrained``.
+
+        Raises:
+            CheckpointError: The files do not hold this metric's weights.
+            DownloadError: The files could not be had.
+        """
+        weights, processor = cls._resolve(model_config, processor_config)
+        files = weight_files(weights)
+        config = _clip_config(files)
+        model = build_clip(config)
+        load_weights(
+            model,
+            files,
+            metric=cls.__name__,
+            device=choose_device(device),
+            dtype=choose_dtype(torch_dtype, torch.float32),
+            float32=("logit_scale", "text_projection", "visual_projection"),
+        )
+        tokenizer = _tokenizer(processor, cls.processor_files, processor_kwargs or {})
+        if len(tokenizer) > config.text_config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer at {tokenizer.name_or_path} has {len(tokenizer)} tokens, the network "
+                f"only {config.text_config.vocab_size}; it belongs to another model"
+            )
+        max_length = min(max_length, config.text_config.max_position_embeddings)
+        return cls(model, tokenizer, max_length=max_length, batch_size=batch_size)
+
+    def _embed_images(self, pixel_values: Tensor) -> Tensor:
+        model = self.model
+        pooled = model.vision_model(pixel_values=pixel_values.to(self.dtype)).pooler_output
+        projection: Tensor = model.visual_projection(pooled.to(model.visual_projection.weight.dtype))
+        return projection
+
+    def _embed_texts(self, prompts: list[str]) -> Tensor:
+        model = self.model
+        with self._tokenizer_lock:
+            tokens = self.tokenizer(
+                prompts,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+        # Attention is causal and pooling happens at the first end-of-text token, so the padding
+        # behind it is never seen and needs no mask.
+        pooled = model.text_model(input_ids=tokens["input_ids"].to(self.device)).pooler_output
+        projection: Tensor = model.text_projection(pooled.to(model.text_projection.weight.dtype))
+        return projection
+
+    def _score(self, cosine: Tensor) -> Tensor:
+        return clip_score(cosine, self.model.logit_scale)
+
+
+def _clip_config(files: list[Path]) -> CLIPConfig:
+    config = read_config(files)
+    if config is None:
+        return vit_h_14_config()
+    if config.get("model_type") != "clip":
+        raise CheckpointError(
+            f"{files[0].parent / 'config.json'} describes a {config.get('model_type')!r} model, "
+            "not 'clip'"
+        )
+    return CLIPConfig.from_dict(config)
+
+
+def _tokenizer(
+    paths: list[str], names: tuple[str, ...], processor_kwargs: dict[str, Any]
+) -> CLIPTokenizer:
+    found = [Path(path) for path in paths if Path(path).name in names]
+    if not found:
+        raise CheckpointError(
+            f"there is no tokenizer ({' or '.join(names)}) among the processor's files "
+            f"{', '.join(sorted(Path(path).name for path in paths)) or '(none)'}"
+        )
+    return CLIPTokenizer.from_pretrained(found[0].parent, local_files_only=True, **processor_kwargs)

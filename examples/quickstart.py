@@ -1,0 +1,127 @@
+"""Score a handful of pictures, show which one fits each prompt best, and save a contact sheet.
+
+Without arguments it draws pictures of shapes and scores them with the small model that ships inside
+the package: no download, no network. With `--metric pickscore` (or `clip`) it scores your own pictures
+with the published weights:
+
+    python examples/quickstart.py
+    python examples/quickstart.py --metric pickscore --prompt "a cat on a sofa" --images a.png b.png
+"""
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from diffsynth_metrics.embedded.drawing import draw_shape
+from PIL import Image, ImageDraw, ImageFont
+
+from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
+
+METRICS: dict[str, Callable[[], CLIPMetric]] = {
+    "shapes": lambda: CLIPMetric.from_pretrained(ModelConfig.embedded("shapes")),
+    "clip": CLIPMetric.from_pretrained,
+    "pickscore": PickScoreMetric.from_pretrained,
+}
+SHAPES = [
+    ("red", "circle"),
+    ("blue", "square"),
+    ("green", "triangle"),
+    ("yellow", "star"),
+    ("red", "square"),
+]
+TILE = 160
+MARGIN = 8
+LINE = 18
+
+
+def main() -> None:
+    """Read the command line, score, print and save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--metric", choices=METRICS, default="shapes")
+    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--images", nargs="+", type=Path, help="your own pictures")
+    parser.add_argument("--output", type=Path, default=Path("results/quickstart.png"))
+    arguments = parser.parse_args()
+    if arguments.images and not arguments.prompt:
+        parser.error("--images needs at least one --prompt")
+
+    if arguments.images:
+        names = [path.name for path in arguments.images]
+        pictures = [Image.open(path) for path in arguments.images]
+    else:
+        names = [f"{color} {shape}" for color, shape in SHAPES]
+        pictures = draw_pictures()
+    prompts = arguments.prompt or [f"a {name}" for name in names]
+
+    metric = METRICS[arguments.metric]()
+    scores = metric.similarity_matrix(prompts, pictures)
+
+    print(f"{metric.card.name}; higher is better; the best picture of each prompt is marked *\n")
+    print(table(prompts, names, scores))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(prompts, names, pictures, scores).save(arguments.output)
+    print(f"\nSaved {arguments.output}")
+
+
+def draw_pictures() -> list[Image.Image]:
+    """Draw the example pictures."""
+    rng = random.Random("quickstart")
+    return [draw_shape(shape, color, rng=rng, image_size=256) for color, shape in SHAPES]
+
+
+def table(prompts: list[str], names: list[str], scores: list[list[float]]) -> str:
+    """Align scores in columns, one row per prompt, the best of each row marked."""
+    names = [shorten(name, 16) for name in names]
+    width = max(len(shorten(prompt, 40)) for prompt in prompts)
+    lines = [" " * width + "".join(f"  {name:>16} " for name in names)]
+    for prompt, row in zip(prompts, scores, strict=True):
+        cells = [f"  {score:>16.2f}{'*' if score == max(row) else ' '}" for score in row]
+        lines.append(f"{shorten(prompt, 40):<{width}}" + "".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def contact_sheet(
+    prompts: list[str], names: list[str], pictures: list[Image.Image], scores: list[list[float]]
+) -> Image.Image:
+    """Draw one row per prompt: the pictures with their scores, the best one framed."""
+    font = ImageFont.load_default(13)
+    step_x, step_y = TILE + MARGIN, TILE + 3 * LINE + MARGIN
+    size = (MARGIN + step_x * len(pictures), MARGIN + step_y * len(prompts))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    thumbnails = [thumbnail(picture) for picture in pictures]
+    for row, (prompt, values) in enumerate(zip(prompts, scores, strict=True)):
+        top = MARGIN + row * step_y
+        draw.text((MARGIN, top), shorten(prompt, 20 * len(pictures)), "black", font)
+        for column, (tile, name, value) in enumerate(zip(thumbnails, names, values, strict=True)):
+            left = MARGIN + column * step_x
+            best = value == max(values)
+            sheet.paste(tile, (left, top + LINE))
+            if best:
+                box = (left - 3, top + LINE - 3, left + TILE + 2, top + LINE + TILE + 2)
+                draw.rectangle(box, outline="green", width=4)
+            below = top + LINE + TILE + 2
+            draw.text((left, below), shorten(name, 22), "gray", font)
+            draw.text((left, below + 15), f"{value:.2f}", "green" if best else "black", font)
+    return sheet
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """Fit a picture into a square tile on light gray."""
+    small = picture.convert("RGB")
+    small.thumbnail((TILE, TILE))
+    tile = Image.new("RGB", (TILE, TILE), "#eeeeee")
+    tile.paste(small, ((TILE - small.width) // 2, (TILE - small.height) // 2))
+    return tile
+
+
+def shorten(text: str, length: int) -> str:
+    """Cut a text that is too long for its column."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+if __name__ == "__main__":
+    main()
