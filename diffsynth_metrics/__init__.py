@@ -15,19 +15,25 @@ if TYPE_CHECKING:
         DownloadError,
         ImageError,
     )
+    from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
+    from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
+    from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
     from diffsynth_metrics.model_config import ModelConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AestheticMetric": "metrics.aesthetic",
     "BaseMetric": "base",
     "CLIPMetric": "metrics.clip",
     "CheckpointError": "errors",
     "DiffSynthMetricsError": "errors",
     "DownloadError": "errors",
+    "HPSv2Metric": "metrics.hpsv2",
     "ImageError": "errors",
+    "ImageRewardMetric": "metrics.image_reward",
     "Metric": "base",
     "MetricCard": "base",
     "ModelConfig": "model_config",
@@ -35,12 +41,15 @@ _HOME = {
 }
 
 __all__ = [
+    "AestheticMetric",
     "BaseMetric",
     "CLIPMetric",
     "CheckpointError",
     "DiffSynthMetricsError",
     "DownloadError",
+    "HPSv2Metric",
     "ImageError",
+    "ImageRewardMetric",
     "Metric",
     "MetricCard",
     "ModelConfig",

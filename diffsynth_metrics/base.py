@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.model_config import ModelConfig
 
@@ -144,6 +145,17 @@ class BaseMetric(ABC):
                     revision=model_config.revision,
                 )
         return weights, processor_config.resolve(sufficient=cls.processor_files)
+
+    @classmethod
+    def _processor_folder(cls, paths: list[str]) -> Path:
+        """Return the folder of the processor's files among `paths`."""
+        for path in map(Path, paths):
+            if path.name in cls.processor_files:
+                return path.parent
+        raise CheckpointError(
+            f"there is no tokenizer ({' or '.join(cls.processor_files)}) among the processor's files "
+            f"{', '.join(sorted(Path(path).name for path in paths))}"
+        )
 
 
 class PromptMetric(BaseMetric):

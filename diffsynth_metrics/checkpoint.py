@@ -96,13 +96,13 @@ def fingerprint(layout: Layout) -> str:
     return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
 
 
-def read_config(files: Sequence[Path]) -> dict[str, Any] | None:
-    """Return the ``config.json`` next to the weights, or None where there is none.
+def read_config(files: Sequence[Path], name: str = "config.json") -> dict[str, Any] | None:
+    """Return the JSON config next to the weights, or None where there is none.
 
     Raises:
         CheckpointError: The file is not a JSON object.
     """
-    path = files[0].parent / "config.json"
+    path = files[0].parent / name
     if not path.is_file():
         return None
     try:

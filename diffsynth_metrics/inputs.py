@@ -24,7 +24,7 @@ __all__ = [
     "ImagesInput",
     "as_images",
     "as_prompts",
-    "open_rgb",
+    "open_image",
     "pair",
 ]
 
@@ -129,38 +129,29 @@ def pair(prompt: str | Sequence[str], images: ImagesInput) -> tuple[list[str], C
     return prompts, checked, count
 
 
-def open_rgb(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
-    """Decode an image to RGB, as ``image.convert("RGB")`` does.
+def open_image(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
+    """Decode an image, in its own mode.
 
     Args:
-        image: A PIL image of any mode, or a path. The first frame of an animation is read, alpha is
-            dropped and the EXIF orientation is not applied, as in the official pipelines.
+        image: A PIL image of any mode, or a path. The first frame of an animation is read, and the
+            EXIF orientation is not applied, as in the official pipelines.
         name: How error messages call the image.
 
     Raises:
         ImageError: The file is not an image, or is truncated.
     """
-    if isinstance(image, Path):
-        try:
-            with PIL.Image.open(image) as opened:
-                return _rgb(opened)
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise ImageError(f"{name} ({image}) cannot be read: {error}") from error
     try:
+        if isinstance(image, Path):
+            opened: PIL.Image.Image
+            with PIL.Image.open(image) as opened:
+                opened.load()
+                return opened
         with _DECODE_LOCKS[id(image) // 64 % len(_DECODE_LOCKS)]:
             image.load()
-        return _rgb(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        where = getattr(image, "filename", "") or repr(image)
-        raise ImageError(f"{name} ({where}) cannot be read: {error}") from error
-
-
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    # convert() copies an image that is RGB already; nobody writes to it afterwards.
-    if image.mode == "RGB":
-        image.load()
         return image
-    return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        where = image if isinstance(image, Path) else getattr(image, "filename", "") or repr(image)
+        raise ImageError(f"{name} ({where}) cannot be read: {error}") from error
 
 
 def _is_single_image(images: ImagesInput) -> bool:

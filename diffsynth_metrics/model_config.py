@@ -35,7 +35,10 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 _LEFTOVER = re.compile(r".*(\.incomplete|\.parallel_tmp|\.lock|\.\w+_\d+_\d+)")
 # What Python, requests, httpx and ModelScope call a hub that cannot be reached. Names, because
 # importing all these libraries to have the classes would take seconds.
-_OFFLINE = {"ConnectionError", "NetworkError", "RequestTimeoutError", "Timeout", "TimeoutError"}
+_OFFLINE = {
+    *("ConnectionError", "NetworkError", "RequestTimeoutError"),
+    *("Timeout", "TimeoutError", "TimeoutException"),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,10 +140,10 @@ class ModelConfig:
             "DIFFSYNTH_MODEL_BASE_PATH to the folder that holds the models."
         )
         if not files.names():
-            raise self._error(f"no local file matches {files.pattern!r}", files.folder, hint)
+            raise self._error(f"no local file matches {files}", files.folder, hint)
         if files.interrupted:
             hint += f" If you have completed the files yourself, delete {files.note}."
-            problem = f"the download of {files.pattern!r} was interrupted"
+            problem = f"the download of {files} was interrupted"
             raise self._error(problem, files.folder, hint)
 
     def _download(self, files: _LocalFiles, source: str, sufficient: Sequence[str]) -> None:
@@ -159,14 +162,14 @@ class ModelConfig:
             if offline and files.names() and not files.interrupted and not missing:
                 logger.warning(
                     f"{source} could not be reached ({error}); using the files of {self.model_id} "
-                    f"that match {files.pattern!r} in {files.folder}"
+                    f"that match {files} in {files.folder}"
                 )
                 return
-            problem = f"could not download {files.pattern!r}: {type(error).__name__}: {error}"
+            problem = f"could not download {files}: {type(error).__name__}: {error}"
             problem += f"; missing here: {', '.join(missing)}" if missing else ""
             raise self._error(problem, files.folder, _hint(causes, offline)) from error
         if not files.names():
-            problem = f"no file of the repository matches {files.pattern!r}"
+            problem = f"no file of the repository matches {files}"
             raise self._error(problem, files.folder, _hint([], offline=False))
 
     def _error(self, problem: str, folder: Path, hint: str) -> DownloadError:
@@ -205,6 +208,10 @@ class _LocalFiles:
 
     folder: Path
     pattern: str
+
+    def __str__(self) -> str:
+        """Name the files in a message."""
+        return repr(self.pattern) if self.pattern else "everything"
 
     @property
     def one_file(self) -> bool:
@@ -304,6 +311,8 @@ def _from_modelscope(files: _LocalFiles, model_id: str, revision: str | None) ->
         local_dir=str(files.folder),
         allow_file_pattern=take,
         ignore_file_pattern=leave,
+        # On its own the client reads the variable only once in the life of a process.
+        endpoint=os.environ.get("MODELSCOPE_ENDPOINT") or None,
     )
 
 
@@ -314,10 +323,13 @@ def _from_huggingface(files: _LocalFiles, model_id: str, revision: str | None) -
     take, leave = files.client_patterns()
     # When the hub cannot be reached, `snapshot_download` returns the folder as it is. This request
     # raises instead, and tells what must be there afterwards.
-    listed = HfApi().list_repo_files(model_id, revision=revision)
+    info = HfApi().model_info(model_id, revision=revision)
+    listed = [file.rfilename for file in info.siblings or []]
     wanted = [name for name in listed if fnmatch(name, take) and not fnmatch(name, leave)]
+    if not wanted:
+        return
     patterns = [glob.escape(name) for name in wanted]
-    snapshot_download(model_id, revision=revision, local_dir=files.folder, allow_patterns=patterns)
+    snapshot_download(model_id, revision=info.sha, local_dir=files.folder, allow_patterns=patterns)
     if absent := [name for name in wanted if not (files.folder / name).is_file()]:
         raise ConnectionError(f"the client stopped before {', '.join(absent)}")
 

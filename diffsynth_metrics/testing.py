@@ -66,7 +66,7 @@ def randomize(model: nn.Module, seed: int = 0, *, gain: float = 1.5) -> None:
                 embedding = "embedding" in name and "patch" not in name
                 fan_in = 1 if embedding else parameter[0].numel()
                 parameter.copy_(noise * gain / math.sqrt(fan_in))
-            elif "norm" in name and name.endswith("weight"):
+            elif ("norm" in name or "ln_" in name or "LayerNorm" in name) and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * noise)
             else:
                 parameter.copy_(0.2 * noise)
@@ -95,6 +95,104 @@ def _tiny_clip(folder: Path, seed: int) -> None:
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     _write_clip_processor(folder, image_size=224)
+
+
+def _tiny_hpsv2(folder: Path, seed: int) -> None:
+    import open_clip
+
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 224,
+            "patch_size": 32,
+            "layers": 2,
+            "width": 32,
+            "head_width": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+    model = open_clip.CLIP(**config)
+    randomize(model, seed)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}, indent=2))
+    _write_clip_processor(folder, image_size=224)
+
+
+def _tiny_aesthetic(folder: Path, seed: int) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from diffsynth_metrics.models.score_head import score_head
+
+    config = CLIPVisionConfig(
+        hidden_act="quick_gelu",
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        patch_size=32,
+        projection_dim=24,
+    )
+    model = CLIPVisionModelWithProjection(config)
+    model.layers = score_head(config.projection_dim)
+    randomize(model, seed)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def _tiny_image_reward(folder: Path, seed: int) -> None:
+    from transformers import BertTokenizer, BlipConfig
+
+    from diffsynth_metrics.models.image_reward import ImageRewardNetwork
+
+    vocabulary = _word_pieces()
+    tokenizer = BertTokenizer(
+        vocab={piece: index for index, piece in enumerate(vocabulary)}, model_max_length=512
+    )
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    tokenizer.save_pretrained(folder)
+    config = BlipConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 224,
+            "patch_size": 32,
+            "layer_norm_eps": 1e-6,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 24,
+            "encoder_hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "bos_token_id": tokenizer.bos_token_id,
+        },
+    )
+    config.save_pretrained(folder)
+    model = ImageRewardNetwork(config)
+    randomize(model, seed)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _word_pieces() -> list[str]:
+    """Return a small vocabulary for BERT's tokenizer: it reads any text, mostly letter by letter."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    words = "a an the of in on with and cat dog red green blue photo painting picture circle square"
+    return [*special, *characters, *(f"##{character}" for character in characters), *words.split()[1:]]
 
 
 def _write_clip_processor(folder: Path, *, image_size: int) -> None:
@@ -139,5 +237,11 @@ def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate(ordered)}, merges
 
 
-TINY_CHECKPOINTS = {"clip": _tiny_clip, "pickscore": _tiny_clip}
+TINY_CHECKPOINTS = {
+    "aesthetic": _tiny_aesthetic,
+    "clip": _tiny_clip,
+    "hpsv2": _tiny_hpsv2,
+    "image_reward": _tiny_image_reward,
+    "pickscore": _tiny_clip,
+}
 """Name of a metric to what writes its tiny checkpoint."""

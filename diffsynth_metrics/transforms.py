@@ -18,13 +18,14 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
-from diffsynth_metrics.inputs import CheckedImages, open_rgb
+from diffsynth_metrics.inputs import CheckedImages, open_image
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "Letterbox",
     "ShortestEdgeCrop",
     "Transform",
     "normalize",
@@ -50,7 +51,7 @@ class Transform(Protocol):
         """Standard deviation per channel, for pixels in 0..1."""
 
     def from_pil(self, image: PIL.Image.Image) -> Tensor:
-        """Map an RGB image to uint8 pixels ``[3, S, S]``."""
+        """Map a loaded image of any mode to pixels ``[3, S, S]``, uint8 or float in 0..1."""
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Map uint8 or float ``[B, 3, H, W]`` to float pixels ``[B, 3, S, S]`` in 0..1."""
@@ -62,20 +63,24 @@ class ShortestEdgeCrop:
 
     This is what CLIP and its descendants do. ``crop_rounding`` is where they differ by a pixel when
     the margin is odd: transformers rounds the offset down (``"floor"``), OpenAI's CLIP and
-    torchvision round it half to even (``"half_even"``).
+    torchvision round it half to even (``"half_even"``). They also differ in whether an image that is
+    not RGB is converted before or after these steps.
     """
 
     size: int = 224
     crop_rounding: Literal["floor", "half_even"] = "floor"
+    convert: Literal["before", "after"] = "before"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
     def from_pil(self, image: PIL.Image.Image) -> Tensor:
-        """Map an RGB image to uint8 pixels ``[3, size, size]``, to the bit as Pillow does."""
+        """Map an image of any mode to uint8 pixels ``[3, size, size]``, to the bit as Pillow does."""
+        if self.convert == "before":
+            image = _rgb(image)
         height, width, top, left = self._geometry(image.height, image.width)
         resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
         cropped = resized.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(_rgb(cropped))).permute(2, 0, 1)
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, size, size]`` in 0..1."""
@@ -92,6 +97,39 @@ class ShortestEdgeCrop:
     def _offset(self, length: int) -> int:
         margin = length - self.size
         return margin // 2 if self.crop_rounding == "floor" else round(margin / 2)
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Shrink or enlarge the longer edge to `size`, then pad the shorter one with black around it.
+
+    This is what HPSv2 does, on float pixels: bicubic interpolation without clamping, so values may
+    leave 0..1 a little. The authors' code forgets the padding when no scaling is needed and then
+    fails; here it is always applied.
+    """
+
+    size: int = 224
+    antialias: bool = True
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def from_pil(self, image: PIL.Image.Image) -> Tensor:
+        """Map an image of any mode to float32 pixels ``[3, size, size]``."""
+        pixels = torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1).contiguous()
+        return self.from_tensor(pixels[None])[0]
+
+    def from_tensor(self, images: Tensor) -> Tensor:
+        """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, size, size]``."""
+        pixels = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
+        pixels = pixels / 255 if images.dtype == torch.uint8 else pixels
+        scale = self.size / max(images.shape[-2:])
+        height, width = (max(1, round(length * scale)) for length in images.shape[-2:])
+        if scale != 1:
+            pixels = interpolate(
+                pixels, (height, width), mode="bicubic", antialias=self.antialias, align_corners=False
+            )
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        return pad(pixels, (left, self.size - width - left, top, self.size - height - top))
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
@@ -165,7 +203,7 @@ def pixel_batches(
     def prepare(index: int) -> Tensor:
         item = images[index]
         assert not isinstance(item, Tensor)
-        return transform.from_pil(open_rgb(item, f"image {index}"))
+        return transform.from_pil(open_image(item, f"image {index}"))
 
     pending: deque[list[Tensor | Future[Tensor]]] = deque()
     pool = ThreadPoolExecutor(min(_cpu_count(), len(images)), "diffsynth_metrics")
@@ -199,6 +237,11 @@ def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device:
         return normalize(torch.stack(prepared).to(device), transform)
     tensors = torch.stack([item for item in batch if isinstance(item, Tensor)])
     return normalize(transform.from_tensor(tensors.to(device)), transform)
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    # convert() would copy an image that is RGB already; nobody writes to it here.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _cpu_count() -> int:

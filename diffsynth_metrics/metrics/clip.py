@@ -143,10 +143,13 @@ class CLIPMetric(DualEncoderMetric):
             dtype=choose_dtype(torch_dtype, torch.float32),
             float32=("logit_scale", "text_projection", "visual_projection"),
         )
-        tokenizer = _tokenizer(processor, cls.processor_files, processor_kwargs or {})
+        folder = cls._processor_folder(processor)
+        tokenizer = CLIPTokenizer.from_pretrained(
+            folder, local_files_only=True, **(processor_kwargs or {})
+        )
         if len(tokenizer) > config.text_config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer at {tokenizer.name_or_path} has {len(tokenizer)} tokens, the network "
+                f"the tokenizer in {folder} has {len(tokenizer)} tokens, the network "
                 f"only {config.text_config.vocab_size}; it belongs to another model"
             )
         max_length = min(max_length, config.text_config.max_position_embeddings)
@@ -188,15 +191,3 @@ def _clip_config(files: list[Path]) -> CLIPConfig:
             "not 'clip'"
         )
     return CLIPConfig.from_dict(config)
-
-
-def _tokenizer(
-    paths: list[str], names: tuple[str, ...], processor_kwargs: dict[str, Any]
-) -> CLIPTokenizer:
-    found = [Path(path) for path in paths if Path(path).name in names]
-    if not found:
-        raise CheckpointError(
-            f"there is no tokenizer ({' or '.join(names)}) among the processor's files "
-            f"{', '.join(sorted(Path(path).name for path in paths)) or '(none)'}"
-        )
-    return CLIPTokenizer.from_pretrained(found[0].parent, local_files_only=True, **processor_kwargs)

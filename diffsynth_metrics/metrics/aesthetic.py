@@ -1,0 +1,153 @@
+"""LAION Aesthetic v2: how much people would like a picture, about 1 to 10, from the image alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize as l2_normalize
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from typing_extensions import Self
+
+from diffsynth_metrics.base import ImageMetric, MetricCard, choose_device, choose_dtype, wants_gradients
+from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
+from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.inputs import ImagesInput, as_images
+from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.models.score_head import score_head
+from diffsynth_metrics.transforms import ShortestEdgeCrop, pixel_batches
+
+__all__ = ["AestheticMetric", "aesthetic_score", "build_aesthetic", "vit_l_14_config"]
+
+
+def aesthetic_score(image_embeddings: Tensor, head: nn.Module) -> Tensor:
+    """Return the head's value of L2-normalised embeddings: ``[N, D]`` to ``[N]``."""
+    score: Tensor = head(l2_normalize(image_embeddings, dim=-1)).squeeze(-1)
+    return score
+
+
+def vit_l_14_config() -> CLIPVisionConfig:
+    """Return the image tower of OpenAI's CLIP ViT-L/14, which was trained with quick_gelu."""
+    return CLIPVisionConfig(
+        hidden_act="quick_gelu",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        num_hidden_layers=24,
+        patch_size=14,
+        projection_dim=768,
+    )
+
+
+def build_aesthetic(config: CLIPVisionConfig) -> CLIPVisionModelWithProjection:
+    """Build the tower and its head (``model.layers``) on the meta device, position ids in memory."""
+    with torch.device("meta"):
+        model = CLIPVisionModelWithProjection(config)
+        model.layers = score_head(config.projection_dim)
+    embeddings = model.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+    return model
+
+
+class AestheticMetric(ImageMetric):
+    """LAION Aesthetic predictor v2 (sac+logos+ava1, linear): an affine map of CLIP L/14 features.
+
+    It takes images only: ``metric.compute(images)``. See ``AestheticMetric.card``.
+    """
+
+    card: ClassVar[MetricCard] = MetricCard(
+        name="LAION Aesthetic v2",
+        inputs="image",
+        range="about 3 to 7.5; raters used 1 to 10",
+        higher_is_better=True,
+        definition="MLP(L2-normalised CLIP ViT-L/14 image embedding), without activations",
+        paper="https://laion.ai/blog/laion-aesthetics/",
+        repository="https://github.com/christophschuhmann/improved-aesthetic-predictor",
+        code_license="Apache-2.0",
+        weights_license="Apache-2.0 (head), MIT (OpenAI CLIP)",
+        notes="It never sees the prompt.",
+    )
+    default_model: ClassVar[ModelConfig] = ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="Aesthetic/model.safetensors"
+    )
+    model: CLIPVisionModelWithProjection
+
+    def __init__(self, model: CLIPVisionModelWithProjection, *, batch_size: int) -> None:
+        """Wrap a loaded network; users call :meth:`from_pretrained`."""
+        super().__init__(model, batch_size=batch_size)
+        self.transform = ShortestEdgeCrop(
+            model.config.image_size, crop_rounding="half_even", convert="after"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_config: ModelConfig | None = None,
+        processor_config: ModelConfig | None = None,
+        *,
+        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+    ) -> Self:
+        """Load the metric.
+
+        Args:
+            model_config: Where the weights are; the published ones by default. A ``config.json`` next
+                to them gives the architecture, otherwise it is OpenAI's ViT-L/14.
+            processor_config: Accepted as in ``diffsynth.metrics`` and not needed.
+            device: Any torch device; the best that torch reports by default.
+            torch_dtype: Dtype of the tower; float32 by default. Projection, norm and head are float32
+                in any case.
+            batch_size: The largest number of images in the network at once. It bounds memory and does
+                not change scores.
+
+        Raises:
+            CheckpointError: The files do not hold this metric's weights.
+            DownloadError: The files could not be had.
+        """
+        files = weight_files((model_config or cls.default_model).resolve())
+        model = build_aesthetic(_vision_config(files))
+        load_weights(
+            model,
+            files,
+            metric=cls.__name__,
+            device=choose_device(device),
+            dtype=choose_dtype(torch_dtype, torch.float32),
+            float32=("visual_projection", "layers"),
+        )
+        return cls(model, batch_size=batch_size)
+
+    def encode_image(self, images: ImagesInput) -> Tensor:
+        """Compute the L2-normalised CLIP features that the head reads.
+
+        Returns:
+            float32 ``[N, D]`` on the metric's device. Gradients flow as in :meth:`reward`.
+        """
+        with self._scoring(gradients=wants_gradients(images)):
+            return l2_normalize(self._embeddings(images), dim=-1)
+
+    def _components(self, images: ImagesInput) -> dict[str, Tensor]:
+        return {"score": aesthetic_score(self._embeddings(images), self.model.layers)}
+
+    def _embeddings(self, images: ImagesInput) -> Tensor:
+        model = self.model
+        rows = []
+        for pixel_values in pixel_batches(
+            as_images(images), self.transform, batch_size=self.batch_size, device=self.device
+        ):
+            pooled = model.vision_model(pixel_values=pixel_values.to(self.dtype)).pooler_output
+            rows.append(model.visual_projection(pooled.to(model.visual_projection.weight.dtype)))
+        return torch.cat(rows)
+
+
+def _vision_config(files: list[Path]) -> CLIPVisionConfig:
+    config = read_config(files)
+    if config is None:
+        return vit_l_14_config()
+    # Both the predictor's own config and a whole CLIP's say what the image tower is.
+    config = config.get("vision_config", config)
+    if "hidden_size" not in config:
+        raise CheckpointError(f"{files[0].parent / 'config.json'} describes no CLIP image tower")
+    return CLIPVisionConfig.from_dict(config)

@@ -1,0 +1,1 @@
+"""The networks that no library has in the checkpoint's own layout."""
