@@ -88,8 +88,12 @@ class Ours:
             "pixels": lambda: next(
                 pixel_batches(images, transform, batch_size=len(images), device=metric.device)
             ),
-            "text": lambda: metric.encode_text(prompt),
+            "text": lambda: self.encode_text(metric, prompt),
         }
+
+    def encode_text(self, metric: Any, prompt: str) -> Any:
+        """Return the normalised features ``[1, D]`` of a prompt."""
+        return metric.encode_text(prompt)
 
 
 class Upstream:
@@ -141,8 +145,13 @@ class Upstream:
         return {
             "copy to RGB": lambda: [image.convert("RGB") for image in images],
             "pixels": lambda: model._processor_call(images=images)["pixel_values"],
-            "text": lambda: model.get_text_features(prompt),
+            "pixels, one thread": lambda: _on_one_thread(lambda: model._processor_call(images=images)),
+            "text": lambda: self.encode_text(metric, prompt),
         }
+
+    def encode_text(self, metric: Any, prompt: str) -> Any:
+        """Return the normalised features ``[1, D]`` of a prompt."""
+        return metric.model.get_text_features(prompt)
 
 
 class Worker:
@@ -202,6 +211,21 @@ class Worker:
             scores = [row[index] for index, row in enumerate(scores)]
         return {"seconds": seconds, "scores": scores, "memory": memory()}
 
+    def score_pixels(self, key: str, prompt: str, count: int) -> Answer:
+        """Score random pixels, which are the same in both packages, past all preprocessing."""
+        import torch
+        from torch.nn.functional import normalize
+
+        metric, network = self._metrics[key], self._api.network(self._metrics[key])
+        size = network.config.vision_config.image_size
+        pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            output = network.get_image_features(pixel_values=pixels)
+            image_features = normalize(getattr(output, "pooler_output", output), dim=-1)
+            text_features = self._api.encode_text(metric, prompt)
+            scores = network.logit_scale.exp() * (text_features @ image_features.T)[0]
+        return {"scores": scores.tolist()}
+
     def parts(self, key: str, prompt: str, paths: list[str]) -> Answer:
         """Time the parts of a call, each once; the prompt must be a new one."""
         import torch
@@ -233,13 +257,15 @@ class Worker:
     def tower(self, key: str, batch: int) -> Answer:
         """Time the image tower alone, and large matrix products before and after it."""
         import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
         tower = self._api.network(self._metrics[key]).vision_model
         size = tower.config.image_size
         pixels = torch.randn(batch, 3, size, size)
         with torch.no_grad():
-            with FlopCounterMode(display=False) as counter:
+            # The counter does not know the CPU's fused attention, but the products it consists of.
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 tower(pixel_values=pixels[:1])
             before = _matrix_product_rates(batch)
             seconds, _ = timed(lambda: tower(pixel_values=pixels))
@@ -252,14 +278,21 @@ class Worker:
             "rates": rates,
         }
 
-    def tokens(self, key: str, prompt: str) -> Answer:
-        """Count the tokens of a prompt, start and end included (ours only)."""
-        return {"count": len(self._metrics[key].tokenizer(prompt)["input_ids"])}
-
 
 def _on_all_cores(action: Callable[[Any], Any], items: list[Any]) -> list[Any]:
     with ThreadPoolExecutor(min(cores(), len(items))) as pool:
         return list(pool.map(action, items))
+
+
+def _on_one_thread(action: Callable[[], T]) -> T:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return action()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _matrix_product_rates(batch: int) -> dict[str, float]:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.checkpoint import is_published, read_config
+from diffsynth_metrics.errors import CheckpointError, DownloadError
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.model_config import ModelConfig
 
@@ -145,6 +146,27 @@ class BaseMetric(ABC):
                     revision=model_config.revision,
                 )
         return weights, processor_config.resolve(sufficient=cls.processor_files)
+
+    @classmethod
+    def _architecture(
+        cls, model_config: ModelConfig | None, files: Sequence[Path], name: str = "config.json"
+    ) -> dict[str, Any] | None:
+        """Return the config next to the weights, or None where the published architecture holds.
+
+        Weights of an unknown layout that came from a repository without their config are asked for
+        it there.
+        """
+        config = read_config(files, name)
+        repository = model_config or cls.default_model
+        if config is None and repository.model_id and not is_published(files):
+            first = repository.origin_file_pattern or ""
+            folder = (first if isinstance(first, str) else first[0]).rpartition("/")[0]
+            try:
+                replace(repository, origin_file_pattern=f"{folder}/{name}".lstrip("/")).resolve()
+            except DownloadError:
+                return None  # the comparison with the published layout will say what is wrong
+            config = read_config(files, name)
+        return config
 
     @classmethod
     def _processor_folder(cls, paths: list[str]) -> Path:

@@ -23,6 +23,7 @@ __all__ = [
     "KNOWN_LAYOUTS",
     "Layout",
     "fingerprint",
+    "is_published",
     "load_weights",
     "read_config",
     "read_layout",
@@ -94,6 +95,11 @@ def fingerprint(layout: Layout) -> str:
     for name, shape in layout.items():
         words += [name, f"{name}:{'_'.join(map(str, shape))}"]
     return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
+
+
+def is_published(files: Sequence[Path]) -> bool:
+    """Tell whether the files' names and shapes are those of a published checkpoint."""
+    return fingerprint(read_layout(files)) in KNOWN_LAYOUTS
 
 
 def read_config(files: Sequence[Path], name: str = "config.json") -> dict[str, Any] | None:

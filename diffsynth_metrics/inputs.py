@@ -149,9 +149,9 @@ def open_image(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
         with _DECODE_LOCKS[id(image) // 64 % len(_DECODE_LOCKS)]:
             image.load()
         return image
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything, even AssertionError
         where = image if isinstance(image, Path) else getattr(image, "filename", "") or repr(image)
-        raise ImageError(f"{name} ({where}) cannot be read: {error}") from error
+        raise ImageError(f"{name} ({where}) cannot be read: {str(error) or repr(error)}") from error
 
 
 def _is_single_image(images: ImagesInput) -> bool:
@@ -162,10 +162,13 @@ def _is_single_image(images: ImagesInput) -> bool:
 
 def _as_image(image: object, name: str) -> PIL.Image.Image | Path | torch.Tensor:
     if isinstance(image, PIL.Image.Image):
+        if 0 in image.size:
+            raise ImageError(f"{name}: an image must have pixels, got size {image.width}x{image.height}")
         return image
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
-        if not path.is_file():
+        # Path.is_file() raises where the name is too long, as that of a misplaced prompt is.
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"{name}: there is no file {str(path)!r}")
         return path
     if isinstance(image, np.ndarray):

@@ -248,11 +248,13 @@ class _LocalFiles:
         if sizes := self._noted_sizes():
             files = ((self.folder / name, size) for name, size in sizes.items())
             return all(file.is_file() and file.stat().st_size == size for file, size in files)
+        if self.interrupted:
+            return False
         # A pattern such as "model*.safetensors" asks for one set of shards and nothing else.
         suffix = PurePosixPath(self.pattern).suffix
         if suffix and all(_SHARD.fullmatch(name) and name.endswith(suffix) for name in names):
             return not _missing_shards(names)
-        return not self.interrupted and any(PurePosixPath(n).name in sufficient for n in names)
+        return any(PurePosixPath(name).name in sufficient for name in names)
 
     def lock(self) -> BaseFileLock:
         """Return the lock that lets one process at a time download into the folder."""

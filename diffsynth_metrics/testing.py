@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-__all__ = ["TINY_CHECKPOINTS", "randomize", "tiny_checkpoint"]
+__all__ = ["TINY_CHECKPOINTS", "clip_vocabulary", "randomize", "tiny_checkpoint"]
 
 
 def tiny_checkpoint(name: str, folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
@@ -201,7 +201,7 @@ def _write_clip_processor(folder: Path, *, image_size: int) -> None:
 
     from diffsynth_metrics.transforms import CLIP_MEAN, CLIP_STD
 
-    vocabulary, merges = _clip_vocabulary()
+    vocabulary, merges = clip_vocabulary()
     CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77).save_pretrained(
         folder
     )
@@ -224,7 +224,7 @@ def _write_clip_processor(folder: Path, *, image_size: int) -> None:
 
 
 @cache
-def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return CLIP's 49,408 tokens and its merges, from the copy that open_clip carries."""
     from open_clip.tokenizer import SimpleTokenizer
 

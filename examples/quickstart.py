@@ -1,8 +1,8 @@
 """Score a handful of pictures, show which one fits each prompt best, and save a contact sheet.
 
 Without arguments it draws pictures of shapes and scores them with the small model that ships inside
-the package: no download, no network. With `--metric pickscore` (or `clip`) it scores your own pictures
-with the published weights:
+the package: no download, no network. With `--metric pickscore` (or another one) it scores your own
+pictures with the published weights:
 
     python examples/quickstart.py
     python examples/quickstart.py --metric pickscore --prompt "a cat on a sofa" --images a.png b.png
@@ -16,12 +16,23 @@ from pathlib import Path
 from diffsynth_metrics.embedded.drawing import draw_shape
 from PIL import Image, ImageDraw, ImageFont
 
-from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
+from diffsynth_metrics import (
+    AestheticMetric,
+    BaseMetric,
+    CLIPMetric,
+    HPSv2Metric,
+    ImageRewardMetric,
+    ModelConfig,
+    PickScoreMetric,
+)
 
-METRICS: dict[str, Callable[[], CLIPMetric]] = {
+METRICS: dict[str, Callable[[], BaseMetric]] = {
     "shapes": lambda: CLIPMetric.from_pretrained(ModelConfig.embedded("shapes")),
     "clip": CLIPMetric.from_pretrained,
     "pickscore": PickScoreMetric.from_pretrained,
+    "hpsv2": HPSv2Metric.from_pretrained,
+    "image_reward": ImageRewardMetric.from_pretrained,
+    "aesthetic": AestheticMetric.from_pretrained,
 }
 SHAPES = [
     ("red", "circle"),
@@ -45,7 +56,7 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=Path, help="your own pictures")
     parser.add_argument("--output", type=Path, default=Path("results/quickstart.png"))
     arguments = parser.parse_args()
-    if arguments.images and not arguments.prompt:
+    if arguments.images and not arguments.prompt and arguments.metric != "aesthetic":
         parser.error("--images needs at least one --prompt")
 
     if arguments.images:
@@ -57,7 +68,11 @@ def main() -> None:
     prompts = arguments.prompt or [f"a {name}" for name in names]
 
     metric = METRICS[arguments.metric]()
-    scores = metric.similarity_matrix(prompts, pictures)
+    if metric.card.inputs == "image":
+        prompts = ["any prompt"]
+        scores = [metric.compute(pictures)]
+    else:
+        scores = [metric.compute(prompt, pictures) for prompt in prompts]
 
     print(f"{metric.card.name}; higher is better; the best picture of each prompt is marked *\n")
     print(table(prompts, names, scores))

@@ -33,6 +33,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     weights = tmp_path_factory.mktemp("weights")
     tiny_checkpoint("pickscore", weights / "PickScore")
     tiny_checkpoint("clip", weights / "CLIP-ViT-H-14-laion2B-s32B-b79K")
+    tiny_checkpoint("hpsv2", weights / "HPSv2")
+    tiny_checkpoint("aesthetic", weights / "Aesthetic")
+    tiny_checkpoint("image_reward", weights / "ImageReward")
     pictures = tmp_path_factory.mktemp("pictures")
     folder = pictures / "flux" / "FLUX.1-dev"
     folder.mkdir(parents=True)
@@ -86,8 +89,18 @@ def test_quickstart_marks_the_right_picture_for_each_prompt(hub: LocalHub, tmp_p
     assert len(hub.requests) == requests, "the embedded model needs no network"
 
 
+@pytest.mark.parametrize(
+    ("metric", "title"),
+    [
+        ("pickscore", "PickScore v1"),
+        ("clip", "CLIP score"),
+        ("hpsv2", "HPSv2"),
+        ("image_reward", "ImageReward v1.0"),
+        ("aesthetic", "LAION Aesthetic v2"),
+    ],
+)
 def test_quickstart_scores_the_users_pictures_with_a_published_metric(
-    hub: LocalHub, tmp_path: Path
+    hub: LocalHub, tmp_path: Path, metric: str, title: str
 ) -> None:
     PIL.Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
     PIL.Image.new("L", (40, 50), 7).save(tmp_path / "b.jpg")
@@ -95,8 +108,8 @@ def test_quickstart_scores_the_users_pictures_with_a_published_metric(
         hub,
         tmp_path,
         str(ROOT / "examples" / "quickstart.py"),
-        *("--metric", "pickscore", "--prompt", "a red wall", "--images", "a.png", "b.jpg"),
+        *("--metric", metric, "--prompt", "a red wall", "--images", "a.png", "b.jpg"),
     )
-    assert "PickScore v1" in output
+    assert title in output
     assert output.count("*") == 2  # in the heading, and the best picture
     assert (tmp_path / "results" / "quickstart.png").is_file()

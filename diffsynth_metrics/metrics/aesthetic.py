@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from typing_extensions import Self
 
 from diffsynth_metrics.base import ImageMetric, MetricCard, choose_device, choose_dtype, wants_gradients
-from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
+from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput, as_images
 from diffsynth_metrics.model_config import ModelConfig
@@ -108,7 +107,7 @@ class AestheticMetric(ImageMetric):
             DownloadError: The files could not be had.
         """
         files = weight_files((model_config or cls.default_model).resolve())
-        model = build_aesthetic(_vision_config(files))
+        model = build_aesthetic(_vision_config(cls._architecture(model_config, files)))
         load_weights(
             model,
             files,
@@ -142,12 +141,11 @@ class AestheticMetric(ImageMetric):
         return torch.cat(rows)
 
 
-def _vision_config(files: list[Path]) -> CLIPVisionConfig:
-    config = read_config(files)
+def _vision_config(config: dict[str, Any] | None) -> CLIPVisionConfig:
     if config is None:
         return vit_l_14_config()
     # Both the predictor's own config and a whole CLIP's say what the image tower is.
     config = config.get("vision_config", config)
     if "hidden_size" not in config:
-        raise CheckpointError(f"{files[0].parent / 'config.json'} describes no CLIP image tower")
+        raise CheckpointError("the config.json next to the weights describes no CLIP image tower")
     return CLIPVisionConfig.from_dict(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, choose_device, choose_dtype
-from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
+from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.model_config import ModelConfig
@@ -133,7 +132,7 @@ class CLIPMetric(DualEncoderMetric):
         """
         weights, processor = cls._resolve(model_config, processor_config)
         files = weight_files(weights)
-        config = _clip_config(files)
+        config = _clip_config(cls._architecture(model_config, files))
         model = build_clip(config)
         load_weights(
             model,
@@ -181,13 +180,12 @@ class CLIPMetric(DualEncoderMetric):
         return clip_score(cosine, self.model.logit_scale)
 
 
-def _clip_config(files: list[Path]) -> CLIPConfig:
-    config = read_config(files)
+def _clip_config(config: dict[str, Any] | None) -> CLIPConfig:
     if config is None:
         return vit_h_14_config()
     if config.get("model_type") != "clip":
         raise CheckpointError(
-            f"{files[0].parent / 'config.json'} describes a {config.get('model_type')!r} model, "
+            f"the config.json next to the weights describes a {config.get('model_type')!r} model, "
             "not 'clip'"
         )
     return CLIPConfig.from_dict(config)

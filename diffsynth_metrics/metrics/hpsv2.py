@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import open_clip
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, choose_device, choose_dtype
-from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
+from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.model_config import ModelConfig
@@ -117,7 +116,9 @@ class HPSv2Metric(DualEncoderMetric):
         if scale not in ("official", "diffsynth"):
             raise ValueError(f"scale must be 'official' or 'diffsynth', got {scale!r}")
         files = weight_files((model_config or cls.default_model).resolve())
-        model = build_open_clip(_open_clip_config(files))
+        model = build_open_clip(
+            _open_clip_config(cls._architecture(model_config, files, "open_clip_config.json"))
+        )
         load_weights(
             model,
             files,
@@ -154,7 +155,6 @@ def _detach_heads(model: open_clip.CLIP) -> None:
     model.text_projection = None
 
 
-def _open_clip_config(files: list[Path]) -> dict[str, Any]:
-    config = read_config(files, "open_clip_config.json")
+def _open_clip_config(config: dict[str, Any] | None) -> dict[str, Any]:
     model_config = open_clip.get_model_config("ViT-H-14") if config is None else config["model_cfg"]
     return dict(model_config)

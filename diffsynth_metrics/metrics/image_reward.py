@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from transformers import BertTokenizer, BlipConfig
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, PromptMetric, choose_device, choose_dtype
-from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
+from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.image_reward import (
@@ -108,7 +107,7 @@ class ImageRewardMetric(PromptMetric):
         """
         weights, processor = cls._resolve(model_config, tokenizer_config or processor_config)
         files = weight_files(weights)
-        model = build_image_reward(_blip_config(files))
+        model = build_image_reward(_blip_config(cls._architecture(model_config, files)))
         load_weights(
             model,
             files,
@@ -176,8 +175,7 @@ def _rows(values: Tensor, start: int, stop: int) -> Tensor:
     return values[start:stop] if len(values) > 1 else values.expand(stop - start, *values.shape[1:])
 
 
-def _blip_config(files: list[Path]) -> BlipConfig:
-    config = read_config(files)
+def _blip_config(config: dict[str, Any] | None) -> BlipConfig:
     # A tokenizer's folder may carry BERT's config.json, which does not describe this network.
     if config is None or config.get("model_type") != "blip":
         return blip_vit_l_16_config()

@@ -1,0 +1,28 @@
+"""HPSv2 of an example picture and its prompt; downloads 3.9 GB once."""
+
+import csv
+from pathlib import Path
+
+from modelscope import dataset_snapshot_download
+from PIL import Image
+
+from diffsynth_metrics import HPSv2Metric, ModelConfig
+
+dataset_snapshot_download(
+    "DiffSynth-Studio/diffsynth_example_dataset",
+    allow_file_pattern="flux/FLUX.1-dev/*",
+    local_dir="./data/diffsynth_example_dataset",
+)
+folder = Path("./data/diffsynth_example_dataset/flux/FLUX.1-dev")
+with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
+    example = next(csv.DictReader(file))
+
+metric = HPSv2Metric.from_pretrained(
+    model_config=ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics",
+        origin_file_pattern="HPSv2/model.safetensors",
+    ),
+)
+image = Image.open(folder / example["image"])
+score = metric.compute(example["prompt"], image)[0]
+print(f"HPSv2 of {example['image']} for {example['prompt']!r}: {score:.4f}")
