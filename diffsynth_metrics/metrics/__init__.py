@@ -1,14 +1,26 @@
 """One file per metric: its card, how it is loaded, its formula.
 
-The metrics are public names of :mod:`diffsynth_metrics`; this package re-exports them so that
-``from diffsynth.metrics import PickScoreMetric`` becomes
-``from diffsynth_metrics.metrics import PickScoreMetric``.
+The metrics are public names of :mod:`diffsynth_metrics`; they can be imported from here as well, so
+that ``from diffsynth.metrics import PickScoreMetric`` needs only the package's name replaced. Each is
+imported on first use, because one metric should not pay for the libraries of the others.
 """
 
-from diffsynth_metrics.metrics.aesthetic import AestheticMetric
-from diffsynth_metrics.metrics.clip import CLIPMetric
-from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
-from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
-from diffsynth_metrics.metrics.pickscore import PickScoreMetric
+from typing import TYPE_CHECKING, Any
+
+import diffsynth_metrics
+
+if TYPE_CHECKING:
+    from diffsynth_metrics.metrics.aesthetic import AestheticMetric
+    from diffsynth_metrics.metrics.clip import CLIPMetric
+    from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
+    from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
+    from diffsynth_metrics.metrics.pickscore import PickScoreMetric
 
 __all__ = ["AestheticMetric", "CLIPMetric", "HPSv2Metric", "ImageRewardMetric", "PickScoreMetric"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a metric on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(diffsynth_metrics, name)
