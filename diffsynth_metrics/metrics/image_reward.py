@@ -119,6 +119,8 @@ class ImageRewardMetric(PromptMetric):
         tokenizer = BertTokenizer.from_pretrained(
             cls._processor_folder(processor), local_files_only=True
         )
+        # As the authors do; BERT's own files lack them, and a prompt may spell them out.
+        tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
         return cls(model, tokenizer, max_length=max_length, batch_size=batch_size)
 
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, float]]:
