@@ -74,7 +74,8 @@ def main() -> None:
     else:
         scores = [metric.compute(prompt, pictures) for prompt in prompts]
 
-    print(f"{metric.card.name}; higher is better; the best picture of each prompt is marked *\n")
+    name = "Embedded model 'shapes'" if arguments.metric == "shapes" else metric.card.name
+    print(f"{name}; higher is better; the best picture of each prompt is marked *\n")
     print(table(prompts, names, scores))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(prompts, names, pictures, scores).save(arguments.output)
