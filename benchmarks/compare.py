@@ -340,9 +340,10 @@ def measure(arguments: argparse.Namespace) -> Measurements:
             load_both(pair, "full", full, tiny)
         if "full" in sections:
             few = {kind: files[:2] for kind, files in paths.items()} if quick else paths
-            cases = [(name, "memory", case) for name in TITLES for case in ("one", "pairs")]
-            cases += [("clip", "memory", "again"), ("clip", "jpeg", "one")]
-            results.rows["full"], _ = measure_scores(pair, "full", few, 1 if quick else 3, cases)
+            cases = [("clip", "memory", "one"), ("pickscore", "memory", "one")]
+            cases += [("clip", "memory", "pairs"), ("clip", "jpeg", "one")]
+            rounds = 1 if quick else arguments.full_rounds
+            results.rows["full"], _ = measure_scores(pair, "full", few, rounds, cases)
         if "peak" in sections:
             say("peak")
             results.tower = pair.rounds(
@@ -364,6 +365,9 @@ def main() -> None:
         "--quick", action="store_true", help="few repeats, to see that it works; no results file"
     )
     parser.add_argument(
+        "--full-rounds", type=int, default=3, help="repeats at full size, about four minutes each"
+    )
+    parser.add_argument(
         "--output", type=Path, help="where the table goes; benchmarks/RESULTS.md for a whole run"
     )
     arguments = parser.parse_args()
@@ -372,6 +376,7 @@ def main() -> None:
     command = "python benchmarks/compare.py"
     command += " --peer-python PATH" if arguments.peer_python else ""
     command += " --quick" if arguments.quick else ""
+    command += f" --full-rounds {arguments.full_rounds}" if arguments.full_rounds != 3 else ""
     whole = len(arguments.only) == len(SECTIONS)
     command += "" if whole else f" --only {' '.join(arguments.only)}"
     text = report.markdown(results, command, time.perf_counter() - start)

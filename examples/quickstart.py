@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from diffsynth_metrics.embedded.drawing import draw_shape
 from PIL import Image, ImageDraw, ImageFont
 
 from diffsynth_metrics import (
@@ -25,6 +24,7 @@ from diffsynth_metrics import (
     ModelConfig,
     PickScoreMetric,
 )
+from diffsynth_metrics.embedded.drawing import draw_shape
 
 METRICS: dict[str, Callable[[], BaseMetric]] = {
     "shapes": lambda: CLIPMetric.from_pretrained(ModelConfig.embedded("shapes")),

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from skimage import data
 
 from diffsynth_metrics import ModelConfig, PickScoreMetric
 from diffsynth_metrics.testing import tiny_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run tiny networks on one thread: on a busy machine, threads that wait for each other cost 100x."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,438 @@
+"""The contract of every metric: its verbs agree, and the caller's torch is neither used nor changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import inspect
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+
+import diffsynth_metrics
+from diffsynth_metrics import BaseMetric, Metric, MetricCard, ModelConfig, PickScoreMetric
+from diffsynth_metrics.base import choose_device, choose_dtype
+
+Photographs = dict[str, PIL.Image.Image]
+
+PROMPTS = ["a cat", "an astronaut in orange", "", "a cup of coffee on a table", "a rocket at night"]
+PUBLIC = [getattr(diffsynth_metrics, name) for name in diffsynth_metrics.__all__]
+METRICS = [
+    thing
+    for thing in PUBLIC
+    if inspect.isclass(thing) and issubclass(thing, BaseMetric) and thing is not BaseMetric
+]
+
+
+@pytest.fixture
+def metric(tiny_metric: PickScoreMetric) -> PickScoreMetric:
+    """The tiny metric, which has forgotten the prompts of other tests."""
+    return tiny_metric.to("cpu")
+
+
+@pytest.fixture(scope="session")
+def double_metric(tiny_folder: Path) -> PickScoreMetric:
+    return PickScoreMetric.from_pretrained(
+        ModelConfig(path=tiny_folder), device="cpu", torch_dtype=torch.float64
+    )
+
+
+@pytest.fixture(scope="session")
+def images(photographs: Photographs) -> list[PIL.Image.Image]:
+    return [image.resize((300, 240)) for image in photographs.values()]
+
+
+def noise(count: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 + 0.8 * torch.rand(count, 3, 224, 224, generator=generator, dtype=dtype)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class TestVerbs:
+    def test_scores_are_plain_floats(self, metric: PickScoreMetric, images: list[Any]) -> None:
+        scores = metric.compute(PROMPTS, images)
+        assert [type(score) for score in scores] == [float] * 5
+
+    def test_scores_of_different_pairs_differ(self, metric: PickScoreMetric, images: list[Any]) -> None:
+        scores = torch.tensor(metric.compute(PROMPTS, images))
+        assert scores.std() > 1  # otherwise no test of this file would notice an error
+
+    @pytest.mark.parametrize("verb", ["score", "__call__"])
+    def test_score_and_the_call_are_other_names_of_compute(
+        self, verb: str, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        assert getattr(metric, verb)(PROMPTS, images) == metric.compute(PROMPTS, images)
+
+    def test_evaluate_gives_the_same_score_with_its_components(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        rows = metric.evaluate(PROMPTS, images)
+        assert [row["score"] for row in rows] == metric.compute(PROMPTS, images)
+        for row in rows:
+            assert row.keys() == {"score", "cosine"}
+            assert row["score"] == pytest.approx(100 * row["cosine"], rel=1e-5)
+
+    def test_reward_is_the_same_score_as_a_tensor(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        reward = metric.reward(PROMPTS, images)
+        assert (reward.dtype, reward.shape, reward.device.type) == (torch.float32, (5,), "cpu")
+        assert reward.tolist() == metric.compute(PROMPTS, images)
+
+    def test_a_single_pair_gives_a_list_of_one(self, metric: PickScoreMetric, images: list[Any]) -> None:
+        assert len(metric.compute("a cat", images[0])) == 1
+
+    def test_one_image_for_many_prompts_is_scored_with_each(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        together = metric.compute(PROMPTS, images[0])
+        alone = [metric.compute(prompt, images[0])[0] for prompt in PROMPTS]
+        assert together == pytest.approx(alone, abs=1e-4)
+
+    def test_metric_is_another_name_of_base_metric(self) -> None:
+        assert Metric is BaseMetric
+
+    def test_a_metric_is_no_module(self, metric: PickScoreMetric) -> None:
+        assert isinstance(metric.model, torch.nn.Module)
+        assert not isinstance(metric, torch.nn.Module)
+
+
+class TestTheCallersTorch:
+    """What the caller has switched on changes no score, and is still on afterwards."""
+
+    @pytest.mark.parametrize(
+        "context",
+        [
+            torch.no_grad,
+            torch.enable_grad,
+            torch.inference_mode,
+            lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+            lambda: default_dtype(torch.float64),
+        ],
+        ids=["no_grad", "enable_grad", "inference_mode", "autocast", "default_dtype"],
+    )
+    @pytest.mark.parametrize("kind", ["PIL", "bytes", "floats"])
+    def test_nothing_influences_a_score(
+        self,
+        context: Callable[[], AbstractContextManager[Any]],
+        kind: str,
+        metric: PickScoreMetric,
+        images: list[Any],
+    ) -> None:
+        pictures = images[:3] if kind == "PIL" else noise(3)
+        if kind == "bytes":
+            pictures = (pictures * 255).to(torch.uint8)
+        expected = metric.compute(PROMPTS[:3], pictures)
+        metric.to("cpu")  # forget the prompts, so that they are encoded inside the context
+        with context():
+            assert metric.compute(PROMPTS[:3], pictures) == expected
+            assert metric.reward(PROMPTS[:3], pictures).tolist() == expected
+            assert metric.evaluate(PROMPTS[:3], pictures)[1]["score"] == expected[1]
+
+    @pytest.mark.parametrize("verb", ["compute", "evaluate", "reward", "similarity_matrix"])
+    def test_nothing_is_switched_by_a_verb(
+        self, verb: str, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        def state() -> tuple[object, ...]:
+            return (
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+                torch.get_default_dtype(),
+                torch.get_num_threads(),
+                torch.get_rng_state().tolist(),
+            )
+
+        for context in (
+            torch.enable_grad(),
+            torch.no_grad(),
+            torch.inference_mode(),
+            torch.autocast("cpu", dtype=torch.float16),
+            default_dtype(torch.float64),
+        ):
+            with context:
+                before = state()
+                getattr(metric, verb)("a cat", images[0])
+                assert state() == before
+
+    def test_grad_mode_is_restored_after_an_error(self, metric: PickScoreMetric) -> None:
+        with pytest.raises(TypeError):
+            metric.compute("a cat", None)  # type: ignore[arg-type]
+        assert torch.is_grad_enabled()
+
+    def test_prompts_met_in_inference_mode_serve_gradients_later(self, metric: PickScoreMetric) -> None:
+        with torch.inference_mode():
+            metric.compute("a prompt met in inference mode", noise(1))
+        pixels = noise(1).requires_grad_()
+        metric.reward("a prompt met in inference mode", pixels).sum().backward()
+        assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+
+    def test_images_made_in_inference_mode_are_scored(self, metric: PickScoreMetric) -> None:
+        with torch.inference_mode():
+            pixels = noise(2) * 1
+        assert metric.compute("a cat", pixels) == metric.compute("a cat", noise(2))
+
+
+class TestGradients:
+    def test_reward_carries_a_graph_when_the_images_do(self, metric: PickScoreMetric) -> None:
+        assert metric.reward("a cat", noise(2).requires_grad_()).requires_grad
+
+    def test_reward_carries_a_graph_when_one_image_of_a_list_does(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        pixels = noise(1)[0].requires_grad_()
+        reward = metric.reward("a cat", [images[0], pixels, noise(1)[0]])
+        reward[1].backward()
+        assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+
+    def test_reward_carries_no_graph_otherwise(self, metric: PickScoreMetric, images: list[Any]) -> None:
+        assert not metric.reward("a cat", noise(2)).requires_grad
+        assert not metric.reward("a cat", images).requires_grad
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    def test_reward_carries_no_graph_when_the_caller_wants_none(
+        self, context: Callable[[], AbstractContextManager[Any]], metric: PickScoreMetric
+    ) -> None:
+        pixels = noise(2).requires_grad_()
+        with context():
+            assert not metric.reward("a cat", pixels).requires_grad
+
+    def test_reward_in_autocast_has_the_gradient_of_float32(self, metric: PickScoreMetric) -> None:
+        gradients = []
+        for enabled in (False, True):
+            pixels = noise(1).requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                reward = metric.reward("a cat", pixels)
+            reward.sum().backward()  # outside, as PyTorch's documentation asks
+            gradients.append(pixels.grad)
+        assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+    def test_each_image_has_the_gradient_of_its_own_score(self, metric: PickScoreMetric) -> None:
+        pixels = noise(3).requires_grad_()
+        metric.reward("a cat", pixels)[1].backward()
+        assert pixels.grad is not None
+        assert (pixels.grad.flatten(1).abs().sum(dim=1) > 0).tolist() == [False, True, False]
+
+    def test_the_weights_never_receive_one(self, metric: PickScoreMetric) -> None:
+        metric.reward(PROMPTS[:2], noise(2).requires_grad_()).sum().backward()
+        assert all(parameter.grad is None for parameter in metric.model.parameters())
+        assert not any(parameter.requires_grad for parameter in metric.model.parameters())
+
+    def test_compute_and_evaluate_keep_no_graph_alive(self, metric: PickScoreMetric) -> None:
+        pixels = noise(1).requires_grad_()
+        graph = pixels * 1
+        metric.compute("a cat", graph)
+        metric.evaluate("a cat", graph)
+        graph.sum().backward()
+        assert pixels.grad is not None and (pixels.grad == 1).all()
+
+    def test_a_reward_in_float64_is_float64(self, double_metric: PickScoreMetric) -> None:
+        assert double_metric.reward("a cat", noise(1, dtype=torch.float64)).dtype == torch.float64
+
+    def test_autograd_agrees_with_finite_differences(self, double_metric: PickScoreMetric) -> None:
+        pixels = noise(1, dtype=torch.float64)
+        leaf = pixels.clone().requires_grad_()
+        double_metric.reward("an astronaut", leaf).sum().backward()
+        assert leaf.grad is not None
+        step = 1e-5
+        for seed in range(4):
+            direction = noise(1, dtype=torch.float64, seed=seed + 1) - 0.5
+            forward = double_metric.reward("an astronaut", pixels + step * direction)
+            backward = double_metric.reward("an astronaut", pixels - step * direction)
+            measured = ((forward - backward) / (2 * step)).item()
+            assert (leaf.grad * direction).sum().item() == pytest.approx(measured, rel=1e-5)
+
+    def test_autograd_agrees_with_finite_differences_through_the_resizing(
+        self, double_metric: PickScoreMetric
+    ) -> None:
+        generator = torch.Generator().manual_seed(5)
+        pixels = 0.3 + 0.4 * torch.rand(1, 3, 260, 331, generator=generator, dtype=torch.float64)
+        direction = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+        leaf = pixels.clone().requires_grad_()
+        double_metric.reward("an astronaut", leaf).sum().backward()
+        assert leaf.grad is not None
+        step = 1e-5
+        forward = double_metric.reward("an astronaut", pixels + step * direction)
+        backward = double_metric.reward("an astronaut", pixels - step * direction)
+        measured = ((forward - backward) / (2 * step)).item()
+        assert (leaf.grad * direction).sum().item() == pytest.approx(measured, rel=1e-5)
+
+
+class TestBatches:
+    @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 64])
+    def test_the_batch_size_changes_no_score(
+        self, batch_size: int, tiny_folder: Path, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        other = PickScoreMetric.from_pretrained(
+            ModelConfig(path=tiny_folder), device="cpu", batch_size=batch_size
+        )
+        expected = metric.compute(PROMPTS, images)
+        assert other.compute(PROMPTS, images) == pytest.approx(expected, abs=1e-4)
+
+    def test_the_company_in_a_batch_changes_no_score(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        together = metric.compute(PROMPTS, images)
+        for index, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
+            metric.to("cpu")  # forget the prompts that were encoded in company
+            assert metric.compute(prompt, image)[0] == pytest.approx(together[index], abs=1e-4)
+
+    def test_a_long_prompt_beside_it_changes_no_score(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        (alone,) = metric.compute("a cat", images[0])
+        metric.to("cpu")
+        beside = metric.compute(["a cat", "a dog " * 100], images[0])[0]
+        assert beside == pytest.approx(alone, abs=1e-4)
+
+    def test_duplicates_have_the_same_score(self, metric: PickScoreMetric, images: list[Any]) -> None:
+        scores = metric.compute(["a cat", "a dog", "a cat"] * 2, [images[0], images[1], images[0]] * 2)
+        assert scores[0] == pytest.approx(scores[2], abs=1e-4)
+        assert scores[3:] == pytest.approx(scores[:3], abs=1e-4)
+
+    def test_the_order_of_the_pairs_is_the_order_of_the_scores(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        forward = metric.compute(PROMPTS, images)
+        assert metric.compute(PROMPTS[::-1], images[::-1])[::-1] == pytest.approx(forward, abs=1e-4)
+
+    @pytest.mark.parametrize("batch_size", [0, -1, 1.5, "8", True, None])
+    def test_a_batch_size_that_is_no_positive_int_is_refused(
+        self, batch_size: Any, tiny_folder: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=rf"batch_size must be a positive int, got {batch_size!r}"):
+            PickScoreMetric.from_pretrained(
+                ModelConfig(path=tiny_folder), device="cpu", batch_size=batch_size
+            )
+
+
+class TestThreadsAndMemory:
+    def test_eight_threads_get_exactly_what_one_gets(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        pairs = [(prompt, image) for prompt in PROMPTS for image in images]
+        expected = [metric.compute(prompt, image) for prompt, image in pairs]
+        metric.to("cpu")
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(2):
+                assert list(pool.map(lambda pair: metric.compute(*pair), pairs)) == expected
+
+    def test_the_grad_mode_of_one_thread_is_not_that_of_another(self, metric: PickScoreMetric) -> None:
+        pixels = noise(1)
+        with ThreadPoolExecutor(8) as pool:
+            rewards = list(
+                pool.map(
+                    lambda wanted: metric.reward("a cat", pixels.clone().requires_grad_(wanted)),
+                    [True, False] * 16,
+                )
+            )
+        assert [reward.requires_grad for reward in rewards] == [True, False] * 16
+
+    def test_a_hundred_calls_leave_no_tensor_behind(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        def tensors() -> int:
+            gc.collect()
+            return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+        def call() -> None:
+            metric.compute(PROMPTS[:2], images[:2])
+            metric.reward("a cat", noise(1).requires_grad_())
+
+        for _ in range(5):
+            call()
+        before = tensors()
+        for _ in range(95):
+            call()
+        assert tensors() == before
+
+
+class TestProperties:
+    def test_repr_shows_where_a_metric_runs(self, metric: PickScoreMetric) -> None:
+        assert repr(metric) == "PickScoreMetric(device='cpu', dtype=torch.float32, batch_size=16)"
+
+    def test_to_returns_the_metric_itself(self, metric: PickScoreMetric) -> None:
+        assert metric.to("cpu") is metric
+        assert metric.to(torch.device("cpu")) is metric
+
+    def test_to_moves_every_tensor_of_the_network(self, tiny_folder: Path) -> None:
+        metric = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu").to("meta")
+        assert metric.device.type == "meta"
+        tensors = [*metric.model.parameters(), *metric.model.buffers()]
+        assert all(tensor.is_meta for tensor in tensors)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    def test_dtype_is_that_of_the_towers(self, dtype: torch.dtype, tiny_folder: Path) -> None:
+        metric = PickScoreMetric.from_pretrained(
+            ModelConfig(path=tiny_folder), device="cpu", torch_dtype=dtype
+        )
+        assert metric.dtype == dtype
+        assert repr(metric) == f"PickScoreMetric(device='cpu', dtype={dtype}, batch_size=16)"
+
+    def test_a_given_device_is_taken(self) -> None:
+        assert choose_device("cpu") == torch.device("cpu")
+        assert choose_device(torch.device("cuda", 1)) == torch.device("cuda:1")
+
+    def test_without_an_accelerator_the_device_is_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+        assert choose_device(None) == torch.device("cpu")
+
+    def test_an_accelerator_is_taken_by_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        cuda = torch.device("cuda")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: cuda)
+        assert choose_device(None) == cuda
+
+    def test_the_official_dtype_is_the_default(self) -> None:
+        assert choose_dtype(None, torch.bfloat16) == torch.bfloat16
+        assert choose_dtype(torch.float16, torch.bfloat16) == torch.float16
+
+    @pytest.mark.parametrize("wrong", ["float16", torch.int8, float, 16])
+    def test_a_dtype_that_is_not_floating_is_refused(self, wrong: Any, tiny_folder: Path) -> None:
+        with pytest.raises(TypeError, match=r"torch_dtype must be a floating torch\.dtype, got "):
+            PickScoreMetric.from_pretrained(
+                ModelConfig(path=tiny_folder), device="cpu", torch_dtype=wrong
+            )
+
+
+class TestCards:
+    def test_there_are_metrics(self) -> None:
+        assert PickScoreMetric in METRICS
+
+    @pytest.mark.parametrize("metric_class", METRICS)
+    def test_a_card_is_complete(self, metric_class: type[BaseMetric]) -> None:
+        for field in dataclasses.fields(MetricCard):
+            value = getattr(metric_class.card, field.name)
+            if field.name == "higher_is_better":
+                assert isinstance(value, bool)
+            else:
+                assert isinstance(value, str)
+                assert value.strip() == value
+                assert value or field.name == "notes", field.name
+
+    @pytest.mark.parametrize("metric_class", METRICS)
+    def test_a_card_links_to_paper_and_code(self, metric_class: type[BaseMetric]) -> None:
+        assert metric_class.card.paper.startswith("https://")
+        assert metric_class.card.repository.startswith("https://")
+
+    def test_every_metric_has_its_own_card(self) -> None:
+        assert len({metric_class.card.name for metric_class in METRICS}) == len(METRICS)
+
+    def test_a_card_cannot_be_changed(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            PickScoreMetric.card.name = "mine"  # type: ignore[misc]

@@ -1,0 +1,425 @@
+"""Files on disk to verified weights inside a model, and every file that must not become a score."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
+from diffsynth_metrics.checkpoint import (
+    KNOWN_LAYOUTS,
+    fingerprint,
+    load_weights,
+    read_config,
+    read_layout,
+    weight_files,
+)
+from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
+
+CPU = torch.device("cpu")
+LAYOUTS = Path(__file__).parent / "data" / "layouts"
+PUBLISHED = {
+    "aesthetic": "306981222ec94302794e07cf676c84cc",
+    "clip_h14": "b5e2c0bfcbf4085ccdb2feb8f0ba408a",
+    "fid": "d4e9549be726259b444d1f62db4ce413",
+    "hpsv2": "f79e72cec8ae5a540cff0304bfb21b00",
+    "hpsv3": "5655d9cde15b759cfeefe7432d7a912c",
+    "image_reward": "b3cc8e10b76ca98cde653daa5cf63139",
+    "qwen_image_bench": "ff4ad0463675e96738483611f6dd551b",
+    "unified_reward_2": "f9786d06eca5c0f1ece89843b2c4cc66",
+    "unified_reward_edit": "2d11bf14bba8b4e87477c8199a895403",
+}
+"""Layout file to the fingerprint that DiffSynth-Studio publishes."""
+
+
+def layout_of(name: str) -> dict[str, tuple[int, ...]]:
+    content = json.loads((LAYOUTS / f"{name}.json").read_text(encoding="utf-8"))
+    return {key: tuple(shape) for key, shape in content.items()}
+
+
+def write_zeros(path: Path, layout: Mapping[str, Sequence[int]]) -> Path:
+    """Write a float32 safetensors file of any size whose zeros take no room on the disk."""
+    header, end = {}, 0
+    for name, shape in layout.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+    return path
+
+
+class Small(nn.Module):
+    """Two parameters, a float head, a buffer that is saved and one that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("positions", torch.zeros(1, 4, dtype=torch.int64), persistent=False)
+
+
+def small() -> Small:
+    with torch.device("meta"):
+        model = Small()
+    model.positions = torch.arange(4)[None]
+    return model
+
+
+def small_tensors() -> dict[str, torch.Tensor]:
+    return {
+        "linear.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.1]]),
+        "linear.bias": torch.tensor([0.5, 0.1]),
+        "scale": torch.tensor(4.6052),
+        "count": torch.tensor([7]),
+    }
+
+
+def load(model: nn.Module, *files: Path, dtype: torch.dtype = torch.float32) -> None:
+    load_weights(model, files, metric="MyMetric", device=CPU, dtype=dtype, float32=("scale",))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file(small_tensors(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A tiny PickScore checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "PickScore"))
+
+
+class TestLoading:
+    def test_every_tensor_has_the_value_of_the_file(self, file: Path) -> None:
+        model = small()
+        load(model, file)
+        for name, expected in small_tensors().items():
+            assert torch.equal(model.state_dict()[name], expected), name
+
+    def test_the_files_together_are_the_model(self, tmp_path: Path) -> None:
+        names = list(small_tensors())
+        for number, part in enumerate((names[:1], names[1:])):
+            tensors = {name: small_tensors()[name] for name in part}
+            save_file(tensors, tmp_path / f"model-{number}.safetensors")
+        model = small()
+        load(model, tmp_path / "model-0.safetensors", tmp_path / "model-1.safetensors")
+        assert model.state_dict().keys() == small_tensors().keys()
+        assert model.linear.weight.tolist() == small_tensors()["linear.weight"].tolist()
+
+    def test_nothing_is_left_on_the_meta_device(self, tiny_metric: PickScoreMetric) -> None:
+        tensors = [*tiny_metric.model.parameters(), *tiny_metric.model.buffers()]
+        assert {tensor.device for tensor in tensors} == {CPU}
+
+    def test_a_computed_buffer_keeps_its_value(self, file: Path) -> None:
+        model = small()
+        load(model, file)
+        assert model.positions.tolist() == [[0, 1, 2, 3]]
+
+    def test_a_computed_buffer_in_the_file_is_passed_over(self, tmp_path: Path) -> None:
+        tensors = small_tensors() | {"positions": torch.full((1, 4), 9)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        model = small()
+        load(model, tmp_path / "model.safetensors")
+        assert model.positions.tolist() == [[0, 1, 2, 3]]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    def test_the_dtype_is_that_which_was_asked_for(self, dtype: torch.dtype, file: Path) -> None:
+        model = small()
+        load(model, file, dtype=dtype)
+        assert model.linear.weight.dtype == model.linear.bias.dtype == dtype
+        assert torch.equal(model.linear.weight, small_tensors()["linear.weight"].to(dtype))
+
+    @pytest.mark.parametrize(
+        ("dtype", "expected"),
+        [
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+            (torch.float32, torch.float32),
+            (torch.float64, torch.float64),
+        ],
+        ids=str,
+    )
+    def test_heads_are_float32_or_wider(
+        self, dtype: torch.dtype, expected: torch.dtype, file: Path
+    ) -> None:
+        model = small()
+        load(model, file, dtype=dtype)
+        assert model.scale.dtype == expected
+        assert model.scale.item() == small_tensors()["scale"].to(expected).item()
+
+    def test_integers_keep_their_dtype(self, file: Path) -> None:
+        model = small()
+        load(model, file, dtype=torch.bfloat16)
+        assert (model.count.dtype, model.count.item()) == (torch.int64, 7)
+
+    def test_a_half_precision_file_is_widened(self, tmp_path: Path) -> None:
+        tensors = {name: tensor.half() for name, tensor in small_tensors().items() if name != "count"}
+        save_file(tensors | {"count": torch.tensor([7])}, tmp_path / "model.safetensors")
+        model = small()
+        load(model, tmp_path / "model.safetensors")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+    def test_no_parameter_requires_a_gradient(self, file: Path) -> None:
+        model = small()
+        load(model, file)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+    def test_the_model_is_in_evaluation_mode(self, file: Path) -> None:
+        model = small()
+        load(model, file)
+        assert not any(module.training for module in model.modules())
+
+    @pytest.mark.skipif(
+        not Path("/proc/self/smaps_rollup").exists(), reason="the memory figures are Linux's"
+    )
+    def test_no_second_copy_is_made_on_the_cpu(self, tmp_path: Path) -> None:
+        def anonymous_bytes() -> int:
+            rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+            return 1024 * int(re.search(r"^Anonymous:\s+(\d+) kB", rollup, re.MULTILINE)[1])  # type: ignore[index]
+
+        shape = (7000, 7000)
+        path = write_zeros(tmp_path / "model.safetensors", {"weight": shape})
+        with torch.device("meta"):
+            model = nn.Linear(*shape, bias=False)
+        before = anonymous_bytes()
+        load(model, path)
+        assert model.weight.sum() == 0  # every page was read
+        assert anonymous_bytes() - before < 0.2 * path.stat().st_size
+        path.unlink()
+
+    def test_the_towers_are_narrow_and_the_heads_are_not(self, tiny_folder: Path) -> None:
+        metric = PickScoreMetric.from_pretrained(
+            ModelConfig(path=tiny_folder), device="cpu", torch_dtype=torch.bfloat16
+        )
+        narrow = {name for name, p in metric.model.named_parameters() if p.dtype == torch.bfloat16}
+        wide = {name for name, p in metric.model.named_parameters() if p.dtype == torch.float32}
+        assert wide == {"logit_scale", "text_projection.weight", "visual_projection.weight"}
+        assert len(narrow) + len(wide) == len(list(metric.model.parameters()))
+
+
+class TestDamagedFiles:
+    @pytest.mark.parametrize("bytes_left", [0, 4, 8, 40, -100, -1])
+    def test_a_truncated_file_is_named_with_its_size(self, bytes_left: int, file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:bytes_left])
+        size = file.stat().st_size
+        message = rf"{file} \({size} bytes\) is truncated or not a safetensors file: .*; delete it"
+        with pytest.raises(CheckpointError, match=message):
+            load(small(), file)
+
+    @pytest.mark.parametrize("content", [b"\0" * 1000, b"<html>404</html>" * 100, b"version https://"])
+    def test_a_file_of_another_kind_is_named(self, content: bytes, file: Path) -> None:
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"{file} .* is truncated or not a safetensors file"):
+            load(small(), file)
+
+    def test_a_truncated_checkpoint_never_becomes_a_metric(self, copy: Path) -> None:
+        path = copy / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(CheckpointError, match=rf"{path} \(\d+ bytes\) is truncated"):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    def test_other_weight_formats_are_refused_by_name(self, copy: Path) -> None:
+        (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+        message = r"no \.safetensors file among .*; other formats are not loaded because unpickling"
+        with pytest.raises(CheckpointError, match=message):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    def test_the_files_of_other_formats_are_listed(self) -> None:
+        with pytest.raises(CheckpointError, match=r"among a\.bin, b\.pt, c\.ckpt and 1 more;"):
+            weight_files(["x/a.bin", "x/b.pt", "x/c.ckpt", "x/d.pth"])
+
+    def test_files_beside_the_weights_are_passed_over(self) -> None:
+        files = weight_files(["x/config.json", "x/a.safetensors", "x/pytorch_model.bin"])
+        assert files == [Path("x/a.safetensors")]
+
+
+class TestWrongTensors:
+    def change(self, file: Path, **tensors: torch.Tensor | None) -> None:
+        changed = load_file(file) | {name.replace("__", "."): t for name, t in tensors.items()}
+        save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, file)
+
+    def test_a_missing_tensor_is_named(self, file: Path) -> None:
+        self.change(file, linear__bias=None)
+        with pytest.raises(
+            CheckpointError, match=rf"^{file} does not fit MyMetric: missing linear\.bias$"
+        ):
+            load(small(), file)
+
+    def test_an_unexpected_tensor_is_named(self, file: Path) -> None:
+        self.change(file, extra=torch.zeros(2))
+        with pytest.raises(CheckpointError, match=r"does not fit MyMetric: unexpected extra$"):
+            load(small(), file)
+
+    def test_a_wrong_shape_is_told_with_the_right_one(self, file: Path) -> None:
+        self.change(file, linear__weight=torch.zeros(2, 4))
+        message = r"does not fit MyMetric: wrong shape: linear\.weight \[2, 4\] instead of \[2, 3\]$"
+        with pytest.raises(CheckpointError, match=message):
+            load(small(), file)
+
+    def test_a_transposed_tensor_is_a_wrong_shape(self, file: Path) -> None:
+        self.change(file, linear__weight=torch.zeros(3, 2))
+        with pytest.raises(CheckpointError, match=r"linear\.weight \[3, 2\] instead of \[2, 3\]"):
+            load(small(), file)
+
+    def test_everything_that_is_wrong_is_told_at_once(self, file: Path) -> None:
+        self.change(file, count=None, extra=torch.zeros(2), linear__bias=torch.zeros(5))
+        with pytest.raises(
+            CheckpointError, match=r"missing count; unexpected extra; wrong shape: linear\.bias"
+        ):
+            load(small(), file)
+
+    def test_many_names_are_cut_to_three(self, file: Path) -> None:
+        self.change(file, **{name: torch.zeros(1) for name in "abcdefg"})
+        with pytest.raises(CheckpointError, match=r"unexpected a, b, c and 4 more$"):
+            load(small(), file)
+
+    def test_a_tensor_in_two_shards_is_named(self, file: Path) -> None:
+        second = file.with_name("second.safetensors")
+        save_file({"scale": torch.zeros(())}, second)
+        with pytest.raises(CheckpointError, match=rf"{second} repeats tensors of another file: scale"):
+            load(small(), file, second)
+
+    def test_the_model_stays_empty_after_an_error(self, file: Path) -> None:
+        self.change(file, linear__bias=None)
+        model = small()
+        with pytest.raises(CheckpointError):
+            load(model, file)
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class TestConfig:
+    def test_a_folder_without_config_has_none(self, file: Path) -> None:
+        assert read_config([file]) is None
+
+    def test_a_broken_config_is_named(self, copy: Path) -> None:
+        (copy / "config.json").write_text('{"model_type": "clip",')
+        with pytest.raises(CheckpointError, match=rf"{copy / 'config.json'} is not valid JSON"):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    def test_a_config_that_is_no_text_is_named(self, copy: Path) -> None:
+        (copy / "config.json").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(CheckpointError, match=rf"{copy / 'config.json'} is not valid JSON"):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    def test_a_config_that_is_no_object_is_named(self, copy: Path) -> None:
+        (copy / "config.json").write_text("[1, 2]")
+        with pytest.raises(
+            CheckpointError, match=rf"{copy / 'config.json'} must hold a JSON object, got list"
+        ):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    def test_a_config_of_another_kind_of_model_is_named(self, copy: Path) -> None:
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
+        with pytest.raises(
+            CheckpointError, match=r"config\.json.* describes a 'siglip' model, not 'clip'"
+        ):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    def test_a_config_of_another_size_does_not_fit(self, copy: Path) -> None:
+        config = json.loads((copy / "config.json").read_text())
+        config["vision_config"]["num_hidden_layers"] = 3
+        (copy / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            CheckpointError, match=r"does not fit PickScoreMetric: missing vision_model\.\S+layers\.2\."
+        ):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    def test_a_small_checkpoint_without_config_does_not_fit_the_published_size(self, copy: Path) -> None:
+        (copy / "config.json").unlink()
+        with pytest.raises(
+            CheckpointError, match=r"does not fit PickScoreMetric: missing .*wrong shape"
+        ):
+            PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+
+class TestPublishedLayouts:
+    @pytest.mark.parametrize("path", sorted(LAYOUTS.glob("*.json")), ids=lambda path: path.stem)
+    def test_the_fingerprint_is_the_published_one(self, path: Path) -> None:
+        assert fingerprint(layout_of(path.stem)) == PUBLISHED[path.stem]
+
+    def test_every_published_layout_belongs_to_a_metric(self) -> None:
+        assert set(PUBLISHED.values()) == KNOWN_LAYOUTS.keys()
+
+    def test_the_fingerprint_of_a_scalar_has_no_dimensions(self) -> None:
+        # md5 of "a,a:2_3,scale,scale:"
+        assert fingerprint({"scale": (), "a": (2, 3)}) == "68995e5a1b54ca2e450e904f3b73fd7d"
+
+    def test_the_fingerprint_does_not_depend_on_the_order_of_the_file(self) -> None:
+        layout = layout_of("clip_h14")
+        assert fingerprint(dict(reversed(layout.items()))) == fingerprint(layout)
+
+    @pytest.mark.parametrize("change", [{"logit_scale": (1,)}, {"extra": (2,)}])
+    def test_the_fingerprint_covers_names_and_shapes(self, change: dict[str, tuple[int, ...]]) -> None:
+        layout = layout_of("clip_h14")
+        assert fingerprint(layout | change) != fingerprint(layout)
+
+    def test_the_layout_is_read_from_the_header(self, tmp_path: Path) -> None:
+        layout = layout_of("clip_h14")
+        path = write_zeros(tmp_path / "model.safetensors", layout)
+        assert read_layout([path]) == layout
+        path.unlink()
+
+    def test_the_published_clip_is_exactly_the_file_and_its_position_ids(self) -> None:
+        model = build_clip(vit_h_14_config())
+        saved = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        computed = {name: tuple(b.shape) for name, b in model.named_buffers() if name not in saved}
+        assert saved | computed == layout_of("clip_h14")
+        assert sorted(computed) == [
+            "text_model.embeddings.position_ids",
+            "vision_model.embeddings.position_ids",
+        ]
+
+    def test_the_position_ids_count_from_zero(self) -> None:
+        for name, buffer in build_clip(vit_h_14_config()).named_buffers():
+            assert buffer.tolist() == [list(range(buffer.shape[-1]))], name
+
+    def test_both_towers_of_the_published_clip_use_the_exact_gelu(self) -> None:
+        config = vit_h_14_config()
+        assert config.text_config.hidden_act == config.vision_config.hidden_act == "gelu"
+
+    @pytest.mark.parametrize("metric_class", [PickScoreMetric, CLIPMetric])
+    def test_pickscore_and_clip_take_the_same_file(
+        self, metric_class: type[CLIPMetric], tiny_folder: Path, tmp_path: Path
+    ) -> None:
+        path = write_zeros(tmp_path / "model.safetensors", layout_of("clip_h14"))
+        metric = metric_class.from_pretrained(
+            ModelConfig(path=path), ModelConfig(path=tiny_folder), device="cpu"
+        )
+        assert sum(p.numel() for p in metric.model.parameters()) == 986_109_441
+        path.unlink()
+
+    @pytest.mark.parametrize("metric_class", [PickScoreMetric, CLIPMetric])
+    def test_the_file_of_another_metric_is_an_error_that_names_it(
+        self, metric_class: type[CLIPMetric], tiny_folder: Path, tmp_path: Path
+    ) -> None:
+        path = write_zeros(tmp_path / "model.safetensors", layout_of("hpsv2"))
+        message = rf"^{path} is the checkpoint of HPSv2Metric, not of {metric_class.__name__}$"
+        with pytest.raises(CheckpointError, match=message):
+            metric_class.from_pretrained(
+                ModelConfig(path=path), ModelConfig(path=tiny_folder), device="cpu"
+            )
+        path.unlink()
+
+    def test_a_file_of_two_metrics_names_both(self, tmp_path: Path) -> None:
+        path = write_zeros(tmp_path / "model.safetensors", layout_of("clip_h14"))
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint of PickScoreMetric or CLIPMetric, not of M"
+        ):
+            load(small(), path)
+        path.unlink()
