@@ -183,6 +183,15 @@ class TestTheCallersTorch:
         metric.reward("a prompt met in inference mode", pixels).sum().backward()
         assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
+    def test_a_reward_had_in_inference_mode_serves_in_a_graph_later(
+        self, metric: PickScoreMetric
+    ) -> None:
+        with torch.inference_mode():
+            reward = metric.reward("a cat", noise(1))
+        weight = torch.ones(1, requires_grad=True)
+        (weight * reward).sum().backward()
+        assert weight.grad is not None and torch.equal(weight.grad, reward)
+
     def test_images_made_in_inference_mode_are_scored(self, metric: PickScoreMetric) -> None:
         with torch.inference_mode():
             pixels = noise(2) * 1
