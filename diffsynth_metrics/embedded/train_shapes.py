@@ -55,6 +55,12 @@ _TEMPLATES = (
     "an image of {}",
 )
 
+# Every pair stands beside each batch, so that a picture is always told from all of its near misses,
+# whatever the batch happens to hold. A plain caption may match no picture of the batch.
+_PLAIN_CAPTIONS = [
+    (describe(shape, color), {"shape": shape, "color": color}) for shape in SHAPES for color in COLORS
+]
+
 Attributes = tuple[str, str, str, str]
 """Shape, colour, size, background."""
 
@@ -128,8 +134,8 @@ def train(*, steps: int, examples: int, batch_size: int, seed: int) -> tuple[CLI
     progress = tqdm(range(steps), desc="training")
     for step in progress:
         chosen = [rng.randrange(examples) for _ in range(batch_size)]
-        captions = [caption(attributes[index], rng) for index in chosen]
-        images = normalize_pixels(pixels[chosen], ShortestEdgeCrop(_IMAGE_SIZE))
+        captions = [caption(attributes[index], rng) for index in chosen] + _PLAIN_CAPTIONS
+        images = normalize_pixels(_fade(pixels[chosen]), ShortestEdgeCrop(_IMAGE_SIZE))
         images = images + 0.05 * rng.random() * torch.randn_like(images)
         text_features = _text_features(model, tokenizer, [text for text, _ in captions])
         image_features = normalize(
@@ -137,7 +143,8 @@ def train(*, steps: int, examples: int, batch_size: int, seed: int) -> tuple[CLI
         )
         matches = _matches([attributes[index] for index in chosen], [said for _, said in captions])
         logits = model.logit_scale.exp() * image_features @ text_features.T
-        loss = (_soft_cross_entropy(logits, matches) + _soft_cross_entropy(logits.T, matches.T)) / 2
+        by_text, wanted = logits.T[:batch_size], matches.T[:batch_size]
+        loss = (_soft_cross_entropy(logits, matches) + _soft_cross_entropy(by_text, wanted)) / 2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -228,9 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, train, report the accuracy and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--examples", type=int, default=20_000)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--examples", type=int, default=40_000)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -283,6 +290,21 @@ def _merges_of(word: str, ranks: dict[tuple[str, str], int]) -> list[tuple[str, 
             else:
                 merged.append(part)
         parts = merged
+
+
+def _fade(pixels: Tensor) -> Tensor:
+    """Take colour out of half of the pictures: pale red is red, which is what ascent on pixels follows.
+
+    Args:
+        pixels: uint8 ``[B, 3, S, S]``. White, gray and black stay what they are.
+
+    Returns:
+        float32 ``[B, 3, S, S]`` in 0..1.
+    """
+    floats = pixels.float() / 255
+    gray = (floats * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    kept = (0.4 + 1.2 * torch.rand(len(pixels), 1, 1, 1)).clamp(max=1)
+    return kept * floats + (1 - kept) * gray
 
 
 def _as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
