@@ -396,7 +396,7 @@ def vocabulary_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-# transformers before 5.9 opens vocab.txt in a way that tokenizers calls old.
+# transformers 5.8 opens vocab.txt in a way that tokenizers calls old.
 @pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")
 @pytest.mark.parametrize("files", ["vocab.txt", "official", "tokenizer.json"])
 def test_tokens_equal_the_official_ones(
