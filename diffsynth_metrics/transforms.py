@@ -104,8 +104,8 @@ class Letterbox:
     """Shrink or enlarge the longer edge to `size`, then pad the shorter one with black around it.
 
     This is what HPSv2 does, on float pixels: bicubic interpolation without clamping, so values may
-    leave 0..1 a little. The authors' code forgets the padding when no scaling is needed and then
-    fails; here it is always applied.
+    leave 0..1 a little. The authors' code forgets the padding when no scaling is needed, and rounds
+    a very short side to nothing, and then fails; here an image is always padded and keeps a pixel.
     """
 
     size: int = 224
