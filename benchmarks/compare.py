@@ -315,10 +315,10 @@ def measure(arguments: argparse.Namespace) -> Measurements:
         results.file_size = full.stat().st_size
     if "import" in sections:
         say("import")
-        results.rows["import"] = measure_import(pythons, 2 if quick else 9)
+        results.rows["import"] = measure_import(pythons, 2 if quick else 5)
     if "load" in sections:
         say("load")
-        results.rows["load"] = measure_load(pythons, full, tiny, paths["png"][0], 1 if quick else 5)
+        results.rows["load"] = measure_load(pythons, full, tiny, paths["png"][0], 1 if quick else 3)
     with Pair(pythons) as pair:
         results.about = pair.both("about")
         pair.both("decode", paths=paths["png"])
@@ -347,7 +347,7 @@ def measure(arguments: argparse.Namespace) -> Measurements:
         if "peak" in sections:
             say("peak")
             results.tower = pair.rounds(
-                1 if quick else 3,
+                1 if quick else arguments.full_rounds,
                 lambda _: {"request": "tower", "key": "full clip", "batch": 2 if quick else 16},
             )
     return results

@@ -297,7 +297,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     """Return the device, or for None the best one that torch reports."""
     if device is not None:
         return torch.device(device)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
 
 
 def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torch.dtype:
