@@ -399,12 +399,13 @@ class TestProperties:
         assert choose_device(torch.device("cuda", 1)) == torch.device("cuda:1")
 
     def test_without_an_accelerator_the_device_is_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         assert choose_device(None) == torch.device("cpu")
 
     def test_an_accelerator_is_taken_by_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cuda = torch.device("cuda")
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: cuda)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: cuda)
         assert choose_device(None) == cuda
 
     def test_the_official_dtype_is_the_default(self) -> None:
