@@ -15,8 +15,9 @@ from typing_extensions import Self
 
 from diffsynth_metrics.checkpoint import is_published, read_config
 from diffsynth_metrics.errors import CheckpointError, DownloadError
-from diffsynth_metrics.inputs import ImagesInput
+from diffsynth_metrics.inputs import CheckedImages, ImagesInput
 from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.transforms import Transform, pixel_batches
 
 __all__ = [
     "BaseMetric",
@@ -59,6 +60,11 @@ class MetricCard:
     notes: str = ""
 
 
+# On a CPU, activations of more than 32 MB are mapped afresh, zeroed and given back for every operation
+# (glibc's largest malloc threshold): 16 images in a ViT-H/14 are 5 to 10 % slower at once than 4 by 4.
+_IMAGES_AT_ONCE_ON_CPU = 4
+
+
 class BaseMetric(ABC):
     """A metric: load it with :meth:`from_pretrained`, then ask for scores.
 
@@ -98,6 +104,12 @@ class BaseMetric(ABC):
         """The dtype of the network's towers; heads and scores are float32 or wider."""
         dtypes = {parameter.dtype for parameter in self.model.parameters()}
         return min(dtypes, key=lambda dtype: dtype.itemsize)
+
+    def _pixel_batches(self, images: CheckedImages, transform: Transform) -> Iterator[Tensor]:
+        """Yield normalised pixels ``[B, 3, S, S]`` as the network gets them, B at most `batch_size`."""
+        at_once = _IMAGES_AT_ONCE_ON_CPU if self.device.type == "cpu" else self.batch_size
+        for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=self.device):
+            yield from batch.split(at_once)
 
     def __repr__(self) -> str:
         """Show the class and where it runs."""

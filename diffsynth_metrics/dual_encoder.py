@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from diffsynth_metrics.base import PromptMetric, wants_gradients
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
-from diffsynth_metrics.transforms import Transform, pixel_batches
+from diffsynth_metrics.transforms import Transform
 
 __all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
 
@@ -130,7 +130,7 @@ class DualEncoderMetric(PromptMetric):
         return {"score": self._score(cosine), "cosine": cosine}
 
     def _image_features(self, images: CheckedImages) -> Tensor:
-        batches = pixel_batches(images, self.transform, batch_size=self.batch_size, device=self.device)
+        batches = self._pixel_batches(images, self.transform)
         return torch.cat([l2_normalize(self._embed_images(batch), dim=-1) for batch in batches])
 
     def _text_features(self, prompts: list[str]) -> Tensor:

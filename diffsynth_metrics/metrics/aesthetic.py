@@ -16,7 +16,7 @@ from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput, as_images
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.score_head import score_head
-from diffsynth_metrics.transforms import ShortestEdgeCrop, pixel_batches
+from diffsynth_metrics.transforms import ShortestEdgeCrop
 
 __all__ = ["AestheticMetric", "aesthetic_score", "build_aesthetic", "vit_l_14_config"]
 
@@ -133,9 +133,7 @@ class AestheticMetric(ImageMetric):
     def _embeddings(self, images: ImagesInput) -> Tensor:
         model = self.model
         rows = []
-        for pixel_values in pixel_batches(
-            as_images(images), self.transform, batch_size=self.batch_size, device=self.device
-        ):
+        for pixel_values in self._pixel_batches(as_images(images), self.transform):
             pooled = model.vision_model(pixel_values=pixel_values.to(self.dtype)).pooler_output
             rows.append(model.visual_projection(pooled.to(model.visual_projection.weight.dtype)))
         return torch.cat(rows)

@@ -20,7 +20,7 @@ from diffsynth_metrics.models.image_reward import (
     blip_vit_l_16_config,
     build_image_reward,
 )
-from diffsynth_metrics.transforms import ShortestEdgeCrop, pixel_batches
+from diffsynth_metrics.transforms import ShortestEdgeCrop
 
 __all__ = ["ImageRewardMetric", "standardize"]
 
@@ -145,9 +145,7 @@ class ImageRewardMetric(PromptMetric):
         raw: list[Tensor] = []
         done = 0
         # One image for many prompts is encoded once; otherwise each batch of images has its prompts.
-        for pixel_values in pixel_batches(
-            checked, self.transform, batch_size=self.batch_size, device=self.device
-        ):
+        for pixel_values in self._pixel_batches(checked, self.transform):
             tokens = self.model.encode_image(pixel_values.to(self.dtype))
             pairs = count if len(checked) == 1 else len(tokens)
             for start in range(done, done + pairs, self.batch_size):
