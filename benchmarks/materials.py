@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
+from safetensors.torch import save_file
 
 from diffsynth_metrics.checkpoint import KNOWN_LAYOUTS, fingerprint, read_layout
 from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.testing import tiny_checkpoint
 
-__all__ = ["full_checkpoint", "mixed_prompts", "pictures", "prompt_of", "tiny_folder"]
+__all__ = ["full_checkpoint", "metric_folder", "mixed_prompts", "pictures", "prompt_of", "tiny_folder"]
+
+_LAYOUTS = Path(__file__).resolve().parent.parent / "tests" / "data" / "layouts"
 
 # Each word is one token of CLIP's vocabulary, so a prompt has as many tokens as words, and two more.
 _WORDS = (
@@ -81,6 +85,30 @@ def full_checkpoint(folder: Path) -> Path:
     return path
 
 
+def metric_folder(name: str, size: str, folder: Path) -> None:
+    """Write the weights of HPSv2, Aesthetic or ImageReward with what every package needs beside them.
+
+    At full size the weights are random, with the names and shapes of the published file.
+    """
+    tiny_checkpoint(name, folder)
+    if name == "aesthetic":  # ours and the authors' need no processor files, upstream does
+        clip = tiny_checkpoint("clip", folder / "clip")
+        shutil.copy(clip / "preprocessor_config.json", folder)
+        shutil.rmtree(clip)
+    if size == "full":
+        for config in ("config.json", "open_clip_config.json"):  # they describe the tiny network
+            (folder / config).unlink(missing_ok=True)
+        layout = json.loads((_LAYOUTS / f"{name}.json").read_text())
+        generator = torch.Generator().manual_seed(0)
+        weights = {
+            key: torch.arange(shape[-1])[None]
+            if key.endswith("position_ids")
+            else _random_weight(key, torch.Size(shape), generator)
+            for key, shape in layout.items()
+        }
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _write_full(path: Path) -> None:
     model = build_clip(vit_h_14_config())
     positions = {
@@ -111,4 +139,5 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
     if name == "logit_scale":
         return torch.tensor(math.log(100))
     noise = torch.randn(shape, generator=generator) * 0.02
-    return noise + 1 if "norm" in name and name.endswith("weight") else noise
+    norm = "norm" in name.lower() or "ln_" in name
+    return noise + 1 if norm and name.endswith("weight") else noise

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Measurements", "Row", "markdown", "median"]
+__all__ = ["Measurements", "Row", "machine", "markdown", "median"]
 
 
 def median(values: Sequence[float]) -> float:
@@ -111,6 +111,21 @@ was trained with. The two therefore compute slightly different functions, and sc
 at this size."""
 
 
+def machine(command: str, seconds: float) -> str:
+    """Return a table of what was run, when, for how long and where."""
+    return "\n".join(
+        [
+            "| | |",
+            "|---|---|",
+            f"| command | `{command}` |",
+            f"| date | {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC |",
+            f"| duration | {seconds / 60:.0f} min |",
+            f"| machine | {_cpu()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib():.0f} GiB |",
+            f"| system | {platform.system()} {platform.release()} |",
+        ]
+    )
+
+
 def _head(results: Measurements, command: str, seconds: float) -> str:
     ours, upstream = results.about["ours"], results.about["upstream"]
     names = list(dict.fromkeys([*ours["versions"], *upstream["versions"]]))
@@ -122,13 +137,7 @@ def _head(results: Measurements, command: str, seconds: float) -> str:
         "round.",
         "\n".join(
             [
-                "| | |",
-                "|---|---|",
-                f"| command | `{command}` |",
-                f"| date | {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC |",
-                f"| duration | {seconds / 60:.0f} min |",
-                f"| machine | {_cpu()}, {ours['cores']} cores, {_memory_gib():.0f} GiB |",
-                f"| system | {platform.system()} {platform.release()} |",
+                machine(command, seconds),
                 f"| load average at the start | {results.load_average:.2f} |",
                 f"| torch threads, ours / upstream | {ours['threads']} / {upstream['threads']} |",
             ]

@@ -121,7 +121,8 @@ class Letterbox:
     def from_tensor(self, images: Tensor) -> Tensor:
         """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, size, size]``."""
         pixels = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
-        pixels = pixels / 255 if images.dtype == torch.uint8 else pixels
+        if images.dtype == torch.uint8:
+            pixels = pixels.div_(255)  # a copy of our own, made on the line above
         scale = self.size / max(images.shape[-2:])
         height, width = (max(1, round(length * scale)) for length in images.shape[-2:])
         if scale != 1:

@@ -1,0 +1,145 @@
+"""Compare HPSv2, Aesthetic and ImageReward with diffsynth.metrics and with their authors' own code.
+
+``python benchmarks/authors.py``; the authors' packages are those of ``tests/parity/requirements.txt``.
+The three packages get the same weights, pictures and prompts, each in a process of its own. Only one
+works at a time, they take turns in every round, and who begins alternates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import materials
+import report
+from compare import HERE, LOGS, WORK, Process, peer_python, say
+
+METRICS = {"hpsv2": "HPSv2", "aesthetic": "Aesthetic", "image_reward": "ImageReward"}
+PACKAGES = ("ours", "upstream", "authors")
+WANTED = {"tiny": {"upstream": 2.0}, "full": {"upstream": 1.0, "authors": 1.1}}
+PICTURES = 16
+
+Seconds = dict[str, list[float]]
+
+TEXT = """Images per second of one call with 16 pictures of 1024x1024 that lie decoded in memory, one
+prompt of 70 tokens, another in each round; medians, and the lowest and highest ratio of one round.
+**Above 1, ours is faster.** `upstream` is `diffsynth.metrics` 2.1.12, `authors` is the authors' code:
+`hpsv2.score`, which loads its checkpoint in every call and encodes the prompt once per picture;
+`ImageReward.score`, picture by picture; simple-aesthetics-predictor's network after OpenAI's own
+transform, picture by picture."""
+
+LIMITS = """To be written from the figures."""
+
+
+def folder_of(name: str, size: str) -> Path:
+    """Write the weights and processor files of a metric, once."""
+    folder = WORK / f"{size}_{name}"
+    if not (folder / "ready").exists():
+        say(f"writing {folder.name}")
+        materials.metric_folder(name, size, folder)
+        (folder / "ready").touch()
+    return folder
+
+
+def measure(
+    name: str, size: str, pythons: dict[str, str], rounds: int
+) -> tuple[Seconds, dict[str, float]]:
+    """Return the seconds of each call and the largest difference of our scores from the others'."""
+    folder = folder_of(name, size)
+    paths = materials.pictures(WORK / "pictures", PICTURES, 1024)["png"]
+    seconds: Seconds = {package: [] for package in PACKAGES}
+    scores: dict[str, list[float]] = {package: [] for package in PACKAGES}
+    workers = {p: Process(p, pythons[p], script="authors_worker.py") for p in PACKAGES}
+    try:
+        for package, worker in workers.items():
+            say(f"{size} {name}: loading {package}")
+            worker("load", name=name, folder=str(folder), size=size)
+            few = paths if size == "tiny" else paths[:1]
+            worker("score", prompt="warm up", paths=few)
+        for index in range(rounds):
+            prompt = materials.prompt_of(70, f"{size}/{name}/{index}")
+            for package in PACKAGES[index % 3 :] + PACKAGES[: index % 3]:
+                answer = workers[package]("score", prompt=prompt, paths=paths)
+                seconds[package].append(answer["seconds"])
+                scores[package] += answer["scores"]
+            say(f"{size} {name}: " + ", ".join(f"{p} {seconds[p][-1]:.3f} s" for p in PACKAGES))
+    finally:
+        for worker in workers.values():
+            worker.__exit__()
+    differences = {
+        package: max(abs(a - b) for a, b in zip(scores["ours"], scores[package], strict=True))
+        for package in PACKAGES[1:]
+    }
+    return seconds, differences
+
+
+def table(size: str, results: dict[str, tuple[Seconds, dict[str, float]]]) -> str:
+    rows = [
+        "| | ours | upstream | authors | ours / upstream | ours / authors | rounds |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, (seconds, _) in results.items():
+        rates = [f"{PICTURES / statistics.median(seconds[p]):.3g}" for p in PACKAGES]
+        cells = [_ratio(seconds, package, WANTED[size].get(package)) for package in PACKAGES[1:]]
+        rows.append(f"| {METRICS[name]} | {' | '.join(rates + cells)} | {len(seconds['ours'])} |")
+    return "\n".join(rows)
+
+
+def _ratio(seconds: Seconds, package: str, wanted: float | None) -> str:
+    ratio = statistics.median(seconds[package]) / statistics.median(seconds["ours"])
+    each = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[package], strict=True)]
+    verdict = ""
+    if wanted is not None:
+        verdict = f"; wanted {wanted:g}: " + ("reached" if ratio >= wanted else "**not reached**")
+    return f"**{ratio:.2f}** ({min(each):.2f} to {max(each):.2f}{verdict})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer-python", metavar="PATH", help="Python of an environment with diffsynth")
+    parser.add_argument("--only", nargs="+", choices=METRICS, default=list(METRICS))
+    parser.add_argument("--sizes", nargs="+", choices=("tiny", "full"), default=["tiny", "full"])
+    parser.add_argument("--tiny-rounds", type=int, default=15)
+    parser.add_argument("--full-rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    LOGS.mkdir(parents=True, exist_ok=True)
+    peer = arguments.peer_python or peer_python()
+    pythons = {"ours": sys.executable, "authors": sys.executable, "upstream": peer}
+    start, found = time.perf_counter(), WORK / "authors.json"
+    results: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
+    for size in arguments.sizes:
+        rounds = arguments.tiny_rounds if size == "tiny" else arguments.full_rounds
+        for name in arguments.only:
+            results.setdefault(size, {})[name] = measure(name, size, pythons, rounds)
+            found.write_text(json.dumps(results))
+    sections = [
+        "# HPSv2, Aesthetic and ImageReward against diffsynth.metrics and their authors' code",
+        TEXT,
+    ]
+    sections.append(report.machine("python benchmarks/authors.py", time.perf_counter() - start))
+    for size, title in (("tiny", "Two layers of width 32"), ("full", "Full size, float32")):
+        if size in results:
+            sections += [f"## {title}", table(size, results[size]), _differences(results[size])]
+    sections += ["## Limits", LIMITS]
+    text = "\n\n".join(sections) + "\n"
+    print(text)
+    if len(results) == 2 and all(set(rows) == set(METRICS) for rows in results.values()):
+        (HERE / "RESULTS_AUTHORS.md").write_text(text, encoding="utf-8")
+
+
+def _differences(results: dict[str, tuple[Seconds, dict[str, float]]]) -> str:
+    found = [
+        f"{METRICS[name]} {differences['upstream']:.1g} from upstream, "
+        f"{differences['authors']:.1g} from the authors"
+        for name, (_, differences) in results.items()
+    ]
+    return f"Largest difference of a score of ours in these calls: {'; '.join(found)}."
+
+
+if __name__ == "__main__":
+    main()
