@@ -199,8 +199,12 @@ def _authors_image_reward(folder: Path) -> Score:
     (folder / "official" / "vocab.txt").write_text("\n".join(pieces) + "\n")
     official = build_official(folder / "official", config, folder / "official" / "vocab.txt")
     official.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    # inference_rank() reads the tokens of the prompt once for each image, as score() does.
-    return lambda prompt, images: [float(score) for score in official.score(prompt, images)]
+
+    def score(prompt: str, images: list[Any]) -> list[float]:
+        rewards = official.score(prompt, images)  # a float for one picture, else a list
+        return rewards if isinstance(rewards, list) else [rewards]
+
+    return score
 
 
 class Worker:

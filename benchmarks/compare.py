@@ -230,9 +230,13 @@ def measure_scores(
     paths: dict[str, list[str]],
     repeats: int,
     cases: list[tuple[str, str, str]],
-) -> tuple[list[Row], float]:
-    """Time ``compute`` on all pictures; also return the largest difference of two scores."""
+) -> tuple[list[Row], float, dict[str, dict[str, float]]]:
+    """Time ``compute`` on all pictures.
+
+    Also return the largest difference of two scores, and the page faults of a call by row.
+    """
     rows, difference = [], 0.0
+    faults: dict[str, dict[str, float]] = {}
     count = len(paths["png"])
     words = {"one": "one prompt", "pairs": "as many prompts", "again": "one prompt, seen before"}
     sources = {"memory": "PIL images in memory", "jpeg": "JPEG files", "png": "PNG files"}
@@ -260,10 +264,11 @@ def measure_scores(
         answers = pair.rounds(repeats, call)
         rates = {p: [count / a["seconds"] for a in answers[p]] for p in PACKAGES}
         rows.append(Row(what, "images/s", **rates))
+        faults[what] = {p: report.median([a["faults"] for a in answers[p]]) for p in PACKAGES}
         for ours, upstream in zip(answers["ours"], answers["upstream"], strict=True):
             pairs = zip(ours["scores"], upstream["scores"], strict=True)
             difference = max(difference, *(abs(a - b) for a, b in pairs))
-    return rows, difference
+    return rows, difference, faults
 
 
 def same_pixels(pair: Pair, key: str) -> float:
@@ -343,7 +348,7 @@ def measure(arguments: argparse.Namespace) -> Measurements:
             cases = [("clip", "memory", "one"), ("pickscore", "memory", "one")]
             cases += [("clip", "memory", "pairs"), ("clip", "jpeg", "one")]
             rounds = 1 if quick else arguments.full_rounds
-            results.rows["full"], _ = measure_scores(pair, "full", few, rounds, cases)
+            results.rows["full"], _, results.faults = measure_scores(pair, "full", few, rounds, cases)
         if "peak" in sections:
             say("peak")
             results.tower = pair.rounds(

@@ -61,8 +61,8 @@ class MetricCard:
 
 
 # On a CPU, activations of more than 32 MB are mapped afresh, zeroed and given back for every operation
-# (glibc's largest malloc threshold): 16 images in a ViT-H/14 are 5 to 10 % slower at once than 4 by 4.
-_IMAGES_AT_ONCE_ON_CPU = 4
+# (glibc's largest malloc threshold): 16 images in a ViT-H/14 are 5 to 10 % slower at once than 3 by 3.
+_IMAGES_AT_ONCE_ON_CPU = 3
 
 
 class BaseMetric(ABC):
