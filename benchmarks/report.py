@@ -362,9 +362,8 @@ def _tiny_limits(results: Measurements) -> str:
 
 _FAULTS = """What is left between the tower and its matrix products is memory. An activation of more
 than 32 MB (glibc's largest threshold) is mapped from the kernel, zeroed page by page, and given back
-after each operation. Ours therefore gives the network three images at a time. Upstream's process holds
-the freed memory of a second copy of the weights, out of which malloc serves such activations without a
-page fault: it is the other side of its peak of memory. Pages that were mapped anew in one call
+after each operation, unless the process happens to hold enough freed memory. Ours therefore gives the
+network three images at a time; upstream gives it all 16. Pages that were mapped anew in one call
 (`ru_minflt`, median):"""
 
 
