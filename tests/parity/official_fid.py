@@ -197,4 +197,4 @@ OFFICIAL_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "torch-fidelity": torch_fidelity_distance,
     "torchmetrics": torchmetrics_distance,
 }
-"""Name of our preprocessing to the FID of two sets of features; diffsynth's is biased, see docs/fid.md."""
+"""Name of our preprocessing to its namesake's FID of two sets of features; diffsynth's is biased."""
