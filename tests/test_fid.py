@@ -1,4 +1,4 @@
-"""FIDMetric: its sources, its errors, its results. A stub network stands in where numbers do not matter."""
+"""FIDMetric: sources, errors, results; a stub network stands in where numbers do not matter."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_what_is_no_source_is_an_error(
 
 
 def test_an_empty_folder_is_an_error(metric: FIDMetric, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no images in .* looked for bmp, jpeg"):
+    with pytest.raises(ValueError, match=r"no images in .* looked for bmp, jpeg"):
         metric.compute(tmp_path, tmp_path)
 
 
@@ -417,7 +417,7 @@ def test_the_metric_loads_its_checkpoint_and_knows_it(checkpoint: Path, tiny_fol
     black, white = PIL.Image.new("RGB", (30, 20)), PIL.Image.new("L", (20, 30), 255)
     features = metric.encode_image([black, white])
     assert features.shape == (2, 2048) and not torch.allclose(features[0], features[1])
-    with pytest.raises(CheckpointError, match="not of FIDMetric|does not fit FIDMetric"):
+    with pytest.raises(CheckpointError, match=r"not of FIDMetric|does not fit FIDMetric"):
         FIDMetric.from_pretrained(ModelConfig(path=tiny_folder))
     with pytest.raises(ValueError, match="preprocessing must be one of"):
         FIDMetric.from_pretrained(ModelConfig(path=checkpoint), preprocessing="none")
