@@ -204,4 +204,4 @@ def _as_pil(image: PIL.Image.Image | Path | torch.Tensor) -> PIL.Image.Image | P
     pixels = image.detach()
     if pixels.dtype != torch.uint8:
         pixels = (pixels.float() * 255).round().to(torch.uint8)
-    return PIL.Image.fromarray(np.array(pixels.permute(1, 2, 0).cpu()))
+    return PIL.Image.fromarray(np.array(pixels.permute(1, 2, 0).cpu().numpy()))

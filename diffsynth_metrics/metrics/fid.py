@@ -202,15 +202,17 @@ class FIDMetric(BaseMetric):
             UserWarning: A side has fewer than 2,048 images, or the sides were prepared differently.
         """
         reference, generated = (
-            self.statistics(
+            self._extract(
                 images,
+                keep=False,
+                side=side,
                 preprocessing=preprocessing,
                 batch_size=batch_size,
                 num_workers=num_workers,
                 on_error=on_error,
                 progress=progress,
-            )
-            for images in (reference_images, generated_images)
+            )[0]
+            for side, images in (("reference", reference_images), ("generated", generated_images))
         )
         score = FIDScore(sum(compare_statistics(reference, generated)), reference, generated)
         _warn_of_few_images(reference, generated)
