@@ -286,14 +286,12 @@ def test_fid_infinity_removes_most_of_the_bias() -> None:
     true = distance(reference, statistics_of(many))
     few = many[:400]
     biased = distance(reference, statistics_of(few))
-    extrapolated = [
-        fid_infinity(reference.mean, reference.factor(), few, seed=seed) for seed in range(5)
-    ]
+    extrapolated = [fid_infinity(*reference.mean_and_factor(), few, seed=seed) for seed in range(5)]
     assert abs(np.mean(extrapolated) - true) < 0.4 * (biased - true)
-    again = fid_infinity(reference.mean, reference.factor(), few, seed=3)
+    again = fid_infinity(*reference.mean_and_factor(), few, seed=3)
     assert again == extrapolated[3] and len(set(extrapolated)) == 5
     with pytest.raises(ValueError, match="at least 20"):
-        fid_infinity(reference.mean, reference.factor(), few[:19])
+        fid_infinity(*reference.mean_and_factor(), few[:19])
 
 
 def test_kid_is_that_of_the_kernel() -> None:
@@ -342,7 +340,7 @@ def test_precision_recall_density_coverage_are_those_of_the_papers(nearest: int)
 def test_statistics_need_no_torch() -> None:
     script = (
         "import sys, diffsynth_metrics.fid.distances\nfrom diffsynth_metrics import FIDStatistics\n"
-        "import numpy\nFIDStatistics().update(numpy.eye(3)).factor()\nprint('torch' in sys.modules)"
+        "import numpy\nFIDStatistics().update(numpy.eye(3)).mean_and_factor()\nprint('torch' in sys.modules)"
     )
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120

@@ -15,6 +15,9 @@ from diffsynth_metrics.fid.distances import factor_of_covariance, factor_of_feat
 
 __all__ = ["FIDStatistics", "compare_statistics"]
 
+# Folding many rows at once is faster; once there is a matrix, few are left for every reader to add.
+_ROWS_KEPT = 256
+
 
 class FIDStatistics:
     """Count, mean and covariance of the features of a set of images, in float64.
@@ -126,9 +129,11 @@ class FIDStatistics:
             raise ValueError(f"the features of image {row} of {len(features)} are not finite")
         self._need_count()
         self._need_dimensions(features.shape[1])
-        for start in range(0, len(features), features.shape[1]):
-            self._rows.append(features[start : start + features.shape[1]].astype(np.float64))
-            if sum(map(len, self._rows)) > features.shape[1]:
+        dimensions = features.shape[1]
+        for start in range(0, len(features), dimensions):
+            self._rows.append(features[start : start + dimensions].astype(np.float64))
+            kept = min(_ROWS_KEPT, dimensions) if self._folded else dimensions
+            if sum(map(len, self._rows)) > kept:
                 self._folded, self._mean, self._scatter = self._moments()
                 self._rows = []
         return self
@@ -214,17 +219,18 @@ class FIDStatistics:
             skipped=int(arrays["skipped"]) if "skipped" in arrays else 0,
         )
 
-    def factor(self) -> np.ndarray:
-        """Return F, float64 ``[R, D]``, with ``F' F`` the covariance.
+    def mean_and_factor(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean ``[D]`` and F ``[R, D]`` with ``F' F`` the covariance, both float64.
 
         Raises:
             ValueError: There are fewer than two images.
         """
         self._need_two()
         features = self.features
-        if features is None:
-            return factor_of_covariance(self.covariance)
-        return factor_of_features(features)
+        if features is not None:
+            return features.mean(axis=0), factor_of_features(features)
+        count, mean, scatter = self._moments()
+        return mean, factor_of_covariance(scatter / (1 if count is None else count - 1))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the mean and the covariance."""
@@ -290,7 +296,7 @@ def compare_statistics(reference: FIDStatistics, generated: FIDStatistics) -> tu
         ValueError: A side has fewer than two images, or their features differ in width.
     """
     _warn_of_differences(reference, generated)
-    return frechet_terms(reference.mean, reference.factor(), generated.mean, generated.factor())
+    return frechet_terms(*reference.mean_and_factor(), *generated.mean_and_factor())
 
 
 def _warn_of_differences(reference: FIDStatistics, generated: FIDStatistics) -> None:

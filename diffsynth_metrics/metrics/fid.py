@@ -291,7 +291,7 @@ class FIDMetric(BaseMetric):
         }
         if infinity:
             assert fake is not None
-            result["fid_infinity"] = fid_infinity(reference.mean, reference.factor(), fake, seed=seed)
+            result["fid_infinity"] = fid_infinity(*reference.mean_and_factor(), fake, seed=seed)
         if kid:
             assert real is not None and fake is not None
             result["kid"], result["kid_std"] = kernel_distance(real, fake, seed=seed)
