@@ -15,8 +15,10 @@ if TYPE_CHECKING:
         DownloadError,
         ImageError,
     )
+    from diffsynth_metrics.fid.statistics import FIDStatistics
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
+    from diffsynth_metrics.metrics.fid import FIDMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
@@ -31,6 +33,8 @@ _HOME = {
     "CheckpointError": "errors",
     "DiffSynthMetricsError": "errors",
     "DownloadError": "errors",
+    "FIDMetric": "metrics.fid",
+    "FIDStatistics": "fid.statistics",
     "HPSv2Metric": "metrics.hpsv2",
     "ImageError": "errors",
     "ImageRewardMetric": "metrics.image_reward",
@@ -47,6 +51,8 @@ __all__ = [
     "CheckpointError",
     "DiffSynthMetricsError",
     "DownloadError",
+    "FIDMetric",
+    "FIDStatistics",
     "HPSv2Metric",
     "ImageError",
     "ImageRewardMetric",

@@ -187,6 +187,29 @@ def _tiny_image_reward(folder: Path, seed: int) -> None:
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _tiny_fid(folder: Path, seed: int) -> None:
+    from diffsynth_metrics.models.inception import build_inception
+
+    # torchvision's Inception has one size, so this one is complete: 95 MB, and a second to write.
+    model = build_inception().to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in sorted(model.state_dict().items()):
+            if name.endswith("num_batches_tracked"):
+                tensor.zero_()
+                continue
+            tensor.normal_(generator=generator)
+            if tensor.ndim > 1:
+                tensor.mul_(math.sqrt(2 / tensor[0].numel()))
+            elif name.endswith("bn.weight"):
+                tensor.mul_(0.2).add_(1)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            else:
+                tensor.mul_(0.2)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _word_pieces() -> list[str]:
     """Return a small vocabulary for BERT's tokenizer: it reads any text, mostly letter by letter."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -240,6 +263,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 TINY_CHECKPOINTS = {
     "aesthetic": _tiny_aesthetic,
     "clip": _tiny_clip,
+    "fid": _tiny_fid,
     "hpsv2": _tiny_hpsv2,
     "image_reward": _tiny_image_reward,
     "pickscore": _tiny_clip,

@@ -36,6 +36,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     tiny_checkpoint("hpsv2", weights / "HPSv2")
     tiny_checkpoint("aesthetic", weights / "Aesthetic")
     tiny_checkpoint("image_reward", weights / "ImageReward")
+    tiny_checkpoint("fid", weights / "FID")
     pictures = tmp_path_factory.mktemp("pictures")
     folder = pictures / "flux" / "FLUX.1-dev"
     folder.mkdir(parents=True)

@@ -1,0 +1,1 @@
+"""What FID is made of: image sources, named preprocessings, statistics, distances."""

@@ -1,0 +1,279 @@
+"""Distances between two sets of features, as pure functions on arrays; nothing here knows images.
+
+Sources: FID, Heusel et al. 2017 (arXiv:1706.08500); KID, Binkowski et al. 2018 (arXiv:1801.01401);
+FID_infinity, Chong and Forsyth 2020 (arXiv:1911.07023); precision and recall, Kynkäänniemi et al. 2019
+(arXiv:1904.06991); density and coverage, Naeem et al. 2020 (arXiv:2002.09797).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = [
+    "factor_of_covariance",
+    "factor_of_features",
+    "fid_infinity",
+    "frechet_distance",
+    "frechet_terms",
+    "kernel_distance",
+    "precision_recall_density_coverage",
+]
+
+# Below this ratio of the smallest to the largest eigenvalue, rounding errors of a squared matrix would
+# show in the roots of its eigenvalues.
+_WELL_CONDITIONED = 1e-12
+_CHUNK = 1024
+
+
+def frechet_distance(
+    mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
+) -> float:
+    """Return the squared Fréchet distance of two normal distributions.
+
+    ``|m1 - m2|^2 + tr C1 + tr C2 - 2 tr sqrt(C1 C2)``, in float64, for covariances of any rank.
+
+    Args:
+        mean1: ``[D]``.
+        covariance1: ``[D, D]``.
+        mean2: ``[D]``.
+        covariance2: ``[D, D]``.
+
+    Raises:
+        ValueError: A value is not finite, shapes do not fit, or a matrix is no covariance.
+    """
+    return sum(
+        frechet_terms(
+            np.asarray(mean1, dtype=np.float64),
+            factor_of_covariance(covariance1),
+            np.asarray(mean2, dtype=np.float64),
+            factor_of_covariance(covariance2),
+        )
+    )
+
+
+def frechet_terms(
+    mean1: np.ndarray, factor1: np.ndarray, mean2: np.ndarray, factor2: np.ndarray
+) -> tuple[float, float]:
+    """Return the mean term and the covariance term, whose sum is the distance.
+
+    With covariances ``F1' F1`` and ``F2' F2``, the trace of the root of their product is the nuclear
+    norm of ``F1 F2'``, which needs no matrix root and is exact for any rank.
+
+    Args:
+        mean1: float64 ``[D]``.
+        factor1: float64 ``[R1, D]``, see :func:`factor_of_features`.
+        mean2: float64 ``[D]``.
+        factor2: float64 ``[R2, D]``.
+    """
+    if mean1.shape != mean2.shape:
+        raise ValueError(f"the two means have different shapes: {mean1.shape} and {mean2.shape}")
+    for name, mean in (("first", mean1), ("second", mean2)):
+        if not np.isfinite(mean).all():
+            raise ValueError(f"the {name} mean holds values that are not finite")
+    difference = mean1 - mean2
+    traces = np.vdot(factor1, factor1) + np.vdot(factor2, factor2)
+    # Never negative but for the last digits of a float64.
+    covariance_term = max(float(traces - 2 * _nuclear_norm(factor1 @ factor2.T)), 0.0)
+    return float(difference @ difference), covariance_term
+
+
+def factor_of_features(features: np.ndarray) -> np.ndarray:
+    """Return F with ``F' F`` the covariance (ddof 1) of features: float64, both ``[N, D]``.
+
+    Raises:
+        ValueError: There are fewer than two rows.
+    """
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least two images, got {len(features)}")
+    features = np.asarray(features, dtype=np.float64)
+    factor: np.ndarray = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
+    return factor
+
+
+def factor_of_covariance(covariance: np.ndarray) -> np.ndarray:
+    """Return F, float64 ``[R, D]`` with R the numerical rank, with ``F' F`` the covariance ``[D, D]``.
+
+    Raises:
+        ValueError: It is not square, not finite, not symmetric or has a negative eigenvalue.
+    """
+    covariance = np.asarray(covariance, dtype=np.float64)
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"a covariance must be a square matrix, got shape {covariance.shape}")
+    if not np.isfinite(covariance).all():
+        raise ValueError("the covariance holds values that are not finite")
+    largest = np.abs(covariance).max(initial=0.0)
+    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-5 * largest:
+        raise ValueError("the covariance is not symmetric")
+    try:
+        lower = np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:  # singular, as far as float64 can tell
+        pass
+    else:
+        pivots = np.diagonal(lower) ** 2
+        if pivots.min() > 1e-10 * pivots.max():
+            return np.ascontiguousarray(lower.T)
+    values, vectors = np.linalg.eigh(covariance)
+    # Eigenvalues that differ from 0 by rounding only; their roots would not be small.
+    noise = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
+    # A file may hold a covariance that was rounded to float32, which moves eigenvalues by 1e-7.
+    if values[0] < -1e-4 * np.abs(values).max():
+        raise ValueError(
+            f"the covariance has a negative eigenvalue, {values[0]:.3g}; its largest is {values[-1]:.3g}"
+        )
+    kept = values > noise
+    factor: np.ndarray = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    return factor
+
+
+def _nuclear_norm(matrix: np.ndarray) -> float:
+    """Return the sum of the singular values, by the symmetric product where that is accurate."""
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    if 0 in matrix.shape:
+        return 0.0
+    squares = np.linalg.eigvalsh(matrix @ matrix.T)
+    if squares[0] > _WELL_CONDITIONED * squares[-1]:
+        return float(np.sqrt(squares).sum())
+    return float(np.linalg.svd(matrix, compute_uv=False).sum())
+
+
+def fid_infinity(
+    mean: np.ndarray, factor: np.ndarray, features: np.ndarray, *, seed: int = 0, points: int = 15
+) -> float:
+    """Extrapolate FID to infinitely many generated images.
+
+    FID's bias falls as 1/N: it is computed for random subsets of growing size, and the line through
+    these values over 1/N is read at 0. The bias of a finite reference set remains.
+
+    Args:
+        mean: Mean of the reference features, float64 ``[D]``.
+        factor: Factor of their covariance, float64 ``[R, D]``.
+        features: Features of the generated images, ``[N, D]``.
+        seed: Seed of the subsets.
+        points: Number of subsets. The largest has all images, the smallest a tenth of them or 2,048
+            (half of them at most), because the line is straight only beyond that.
+
+    Raises:
+        ValueError: There are fewer than 20 generated images.
+    """
+    count = len(features)
+    if count < 20:
+        raise ValueError(f"FID_infinity needs at least 20 generated images, got {count}")
+    generator = np.random.default_rng(seed)
+    smallest = max(count // 10, min(count // 2, features.shape[1]))
+    sizes = np.linspace(smallest, count, points).astype(int)
+    values = []
+    for size in sizes:
+        subset = np.asarray(features[generator.choice(count, size, replace=False)], dtype=np.float64)
+        own = (
+            factor_of_features(subset)
+            if size <= subset.shape[1]
+            else factor_of_covariance(np.cov(subset, rowvar=False))
+        )
+        values.append(sum(frechet_terms(mean, factor, subset.mean(axis=0), own)))
+    slope_and_intercept = np.polyfit(1 / sizes, values, 1)
+    return float(slope_and_intercept[1])
+
+
+def kernel_distance(
+    features1: np.ndarray,
+    features2: np.ndarray,
+    *,
+    subsets: int = 100,
+    subset_size: int | None = None,
+    seed: int = 2020,
+) -> tuple[float, float]:
+    """Return KID and its standard deviation over random subsets.
+
+    The unbiased squared MMD with the kernel ``(x.y / D + 1)^3``, as torch-fidelity computes it and with
+    its subsets for the same seed. It may be slightly negative for equal distributions.
+
+    Args:
+        features1: ``[N1, D]``.
+        features2: ``[N2, D]``.
+        subsets: How many subsets are drawn of each side.
+        subset_size: Images in each; 1,000, or half of the smaller side if that is less.
+        seed: Seed of the subsets.
+
+    Raises:
+        ValueError: A subset would be larger than a side, or smaller than two.
+    """
+    smaller = min(len(features1), len(features2))
+    size = min(1000, smaller // 2) if subset_size is None else subset_size
+    if not 2 <= size <= smaller:
+        raise ValueError(
+            f"KID subsets must have at least 2 images and at most {smaller}, as many as the smaller "
+            f"side; got {size}"
+        )
+    generator = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        x = np.asarray(features1[generator.choice(len(features1), size, replace=False)], np.float64)
+        y = np.asarray(features2[generator.choice(len(features2), size, replace=False)], np.float64)
+        within = (_kernel_sum(x, x, diagonal=False) + _kernel_sum(y, y, diagonal=False)) / (size - 1)
+        values.append((within - 2 * _kernel_sum(x, y) / size) / size)
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _kernel_sum(x: np.ndarray, y: np.ndarray, *, diagonal: bool = True) -> float:
+    kernel = (x @ y.T / x.shape[1] + 1) ** 3
+    return float(kernel.sum() - (0 if diagonal else np.trace(kernel)))
+
+
+def precision_recall_density_coverage(
+    reference: np.ndarray, generated: np.ndarray, *, nearest: int = 5
+) -> dict[str, float]:
+    """Return ``"precision"``, ``"recall"``, ``"density"`` and ``"coverage"``.
+
+    The ball of an image reaches to its `nearest`-th neighbour on its own side. Precision is the share of
+    generated images in any reference ball, recall the share of reference images in any generated
+    ball, density how many reference balls hold a generated image (over `nearest`), coverage the share
+    of reference balls that hold a generated image.
+
+    Args:
+        reference: Features ``[N1, D]``.
+        generated: Features ``[N2, D]``.
+        nearest: Which neighbour; 5 as in the paper on density and coverage.
+
+    Raises:
+        ValueError: A side has not more than `nearest` images.
+    """
+    if min(len(reference), len(generated)) <= nearest:
+        raise ValueError(
+            f"precision and recall need more than {nearest} images on each side, got "
+            f"{len(reference)} and {len(generated)}"
+        )
+    reference = np.asarray(reference, dtype=np.float64)
+    generated = np.asarray(generated, dtype=np.float64)
+    reference_radii = _squared_radii(reference, nearest)
+    generated_radii = _squared_radii(generated, nearest)
+    balls_around_generated = np.zeros(len(generated), dtype=int)
+    recalled, covered = 0, 0
+    for start in range(0, len(reference), _CHUNK):
+        distances = _squared_distances(reference[start : start + _CHUNK], generated)
+        in_reference_ball = distances <= reference_radii[start : start + _CHUNK, None]
+        balls_around_generated += in_reference_ball.sum(axis=0)
+        covered += int(in_reference_ball.any(axis=1).sum())
+        recalled += int((distances <= generated_radii).any(axis=1).sum())
+    return {
+        "precision": float((balls_around_generated > 0).mean()),
+        "recall": recalled / len(reference),
+        "density": float(balls_around_generated.mean() / nearest),
+        "coverage": covered / len(reference),
+    }
+
+
+def _squared_radii(features: np.ndarray, nearest: int) -> np.ndarray:
+    radii = []
+    for start in range(0, len(features), _CHUNK):
+        distances = _squared_distances(features[start : start + _CHUNK], features)
+        rows = np.arange(len(distances))
+        distances[rows, start + rows] = 0  # to itself, without rounding
+        radii.append(np.partition(distances, nearest, axis=1)[:, nearest])
+    return np.concatenate(radii)
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    squares = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * (x @ y.T)
+    distances: np.ndarray = np.maximum(squares, 0)
+    return distances

@@ -1,0 +1,207 @@
+"""Where images come from, and their way to the network: found, decoded and resized ahead of it.
+
+A source is a folder, images as every metric takes them, or anything that yields these, such as a
+generator or a DataLoader. Of the latter, a few batches are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import PIL.Image
+import torch
+from tqdm import tqdm
+
+from diffsynth_metrics.errors import ImageError
+from diffsynth_metrics.fid.preprocessing import Preprocessing
+from diffsynth_metrics.inputs import ImagesInput, as_images, open_image
+
+__all__ = ["IMAGE_EXTENSIONS", "ImageReader", "ImageSource", "OnError", "image_files"]
+
+IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""The files of a folder that are read, in any case."""
+
+ImageSource: TypeAlias = "ImagesInput | Iterable[Any]"
+"""A folder, images, or an iterable of images or of batches of them."""
+
+OnError = Literal["raise", "skip"]
+
+logger = logging.getLogger(__name__)
+
+
+def image_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the image files in a folder and below it, sorted.
+
+    Names that begin with a dot are left out. Links are followed, and every folder is read once even if
+    links lead to it again.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    files: list[Path] = []
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [
+            Path(root, name)
+            for name in names
+            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
+        ]
+    if not files:
+        raise ValueError(
+            f"there are no images in {str(folder)!r} or below it; looked for "
+            f"{', '.join(extension[1:] for extension in IMAGE_EXTENSIONS)}"
+        )
+    return sorted(files)
+
+
+class ImageReader:
+    """The images of a source as batches of network inputs, in order; iterate once.
+
+    Worker threads decode and resize (Pillow releases the GIL) at most two batches ahead of the
+    consumer, so memory does not grow with the number of images.
+
+    Attributes:
+        skipped: How many images could not be read so far, with ``on_error="skip"``.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        num_workers: int,
+        on_error: OnError,
+        progress: str | None = None,
+    ) -> None:
+        """Find the images; nothing is decoded yet.
+
+        Args:
+            source: Where images come from.
+            preprocessing: What is done to each.
+            batch_size: The largest batch.
+            num_workers: Number of threads; 0 works in the caller's thread.
+            on_error: What to do with an image that cannot be read.
+            progress: Title of the progress bar, or None for no bar.
+
+        Raises:
+            TypeError: It is no source of images.
+            ValueError: There are none.
+            FileNotFoundError: A path does not exist.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"num_workers must be an int of at least 0, got {num_workers!r}")
+        self.skipped = 0
+        self._preprocessing = preprocessing
+        self._batch_size = batch_size
+        self._workers = num_workers
+        self._on_error = on_error
+        self._progress = progress
+        self._images, self._total = _open_source(source)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield float32 ``[B, 299, 299, 3]`` with B at most the batch size.
+
+        Raises:
+            ImageError: An image cannot be read; the message names it.
+        """
+        # Without a terminal, tqdm stays silent.
+        disable = None if self._progress else True
+        batch: list[np.ndarray] = []
+        with tqdm(total=self._total, desc=self._progress, unit="image", disable=disable) as bar:
+            for prepared in self._in_order():
+                bar.update()
+                if isinstance(prepared, ImageError):
+                    self.skipped += 1
+                    logger.warning("skipped: %s", prepared)
+                    continue
+                batch.append(prepared)
+                if len(batch) == self._batch_size:
+                    yield np.stack(batch)
+                    batch = []
+        if batch:
+            yield np.stack(batch)
+
+    def _in_order(self) -> Iterator[np.ndarray | ImageError]:
+        if self._workers == 0:
+            for name, image in self._images:
+                yield self._prepare(name, image)
+            return
+        pending: deque[Future[np.ndarray | ImageError]] = deque()
+        pool = ThreadPoolExecutor(self._workers, "diffsynth_metrics")
+        try:
+            for name, image in self._images:
+                pending.append(pool.submit(self._prepare, name, image))
+                if len(pending) > 2 * self._batch_size:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, name: str, image: PIL.Image.Image | Path) -> np.ndarray | ImageError:
+        try:
+            return self._preprocessing(open_image(image, name))
+        except ImageError as error:
+            if self._on_error == "raise":
+                raise
+            return error
+
+
+_Named = tuple[str, "PIL.Image.Image | Path"]
+
+
+def _open_source(source: ImageSource) -> tuple[Iterator[_Named], int | None]:
+    """Return the images of a source with names for messages, and their number if it is known."""
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        source = image_files(source)
+    single = (PIL.Image.Image, str, os.PathLike, np.ndarray, torch.Tensor)
+    if isinstance(source, (*single, Sequence)):
+        images = as_images(source)
+        return ((f"image {i}", _as_pil(images[i])) for i in range(len(images))), len(images)
+    if not isinstance(source, Iterable) or isinstance(source, (dict, set)):
+        raise TypeError(
+            "images must be a folder, an image, a list of images, an iterable of these, "
+            f"or statistics; got {type(source).__name__}"
+        )
+    return _from_batches(source), None
+
+
+def _from_batches(batches: Iterable[Any]) -> Iterator[_Named]:
+    for number, batch in enumerate(batches):
+        # What a DataLoader makes of a dataset with labels.
+        labelled = isinstance(batch, (tuple, list)) and batch and getattr(batch[0], "ndim", 0) == 4
+        try:
+            images = as_images(batch[0] if labelled else batch)
+        except (ImageError, TypeError, ValueError, FileNotFoundError) as error:
+            raise type(error)(f"batch {number}: {error}") from error
+        for index in range(len(images)):
+            yield f"batch {number}, image {index}", _as_pil(images[index])
+
+
+def _as_pil(image: PIL.Image.Image | Path | torch.Tensor) -> PIL.Image.Image | Path:
+    """Turn a tensor ``[3, H, W]`` into what it would be in a file: floats are rounded to bytes.
+
+    It is a copy, so the caller may write to the tensor before a worker has read it.
+    """
+    if not isinstance(image, torch.Tensor):
+        return image
+    pixels = image.detach()
+    if pixels.dtype != torch.uint8:
+        pixels = (pixels.float() * 255).round().to(torch.uint8)
+    return PIL.Image.fromarray(np.array(pixels.permute(1, 2, 0).cpu().numpy()))

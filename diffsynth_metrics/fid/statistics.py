@@ -1,0 +1,325 @@
+"""Mean and covariance of features: accumulated in bounded memory, merged exactly, kept in files."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import Self
+
+from diffsynth_metrics.fid.distances import factor_of_covariance, factor_of_features, frechet_terms
+
+__all__ = ["FIDStatistics", "compare_statistics"]
+
+# Folding many rows at once is faster; once there is a matrix, few are left for every reader to add.
+_ROWS_KEPT = 256
+
+
+class FIDStatistics:
+    """Count, mean and covariance of the features of a set of images, in float64.
+
+    Fewer images than a feature has dimensions are kept as they are, which makes distances exact and
+    fast; more are folded into one matrix, so memory does not grow. Shards from several processes or
+    machines merge to what one process would have found, and the order of arrival does not matter.
+
+    It unpacks as ``mean, covariance = statistics``.
+
+    Example:
+        >>> total = FIDStatistics.load("shard_0.npz").merge(FIDStatistics.load("shard_1.npz"))
+        >>> total.save("all.npz")
+
+    Attributes:
+        preprocessing: Name of the preprocessing of the images, or None where it is not known.
+        weights: sha256 of the weight file that made the features, or None where it is not known.
+        skipped: How many images could not be read and are not counted.
+    """
+
+    def __init__(
+        self, *, preprocessing: str | None = None, weights: str | None = None, skipped: int = 0
+    ) -> None:
+        """Start without images."""
+        self.preprocessing = preprocessing
+        self.weights = weights
+        self.skipped = skipped
+        self._rows: list[np.ndarray] = []  # not folded yet, [n, D] each, together less than D
+        self._folded: int | None = 0  # how many images the two below stand for; None: not known
+        self._mean = np.zeros(0)
+        self._scatter = np.zeros((0, 0))  # sum of the outer products of centred features
+
+    @classmethod
+    def from_moments(
+        cls,
+        mean: np.ndarray,
+        covariance: np.ndarray,
+        count: int | None = None,
+        *,
+        preprocessing: str | None = None,
+        weights: str | None = None,
+        skipped: int = 0,
+    ) -> Self:
+        """Make statistics of a mean ``[D]`` and a covariance ``[D, D]`` (ddof 1).
+
+        Without `count` they can be compared, and not be merged or updated.
+
+        Raises:
+            ValueError: Shapes do not fit, or values are not finite.
+        """
+        mean, covariance = np.asarray(mean), np.asarray(covariance)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean and covariance must be [D] and [D, D], got {mean.shape} and {covariance.shape}"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("mean or covariance hold values that are not finite")
+        if count is not None and count < 2:
+            raise ValueError(f"a covariance needs at least two images, got count {count}")
+        statistics = cls(preprocessing=preprocessing, weights=weights, skipped=skipped)
+        statistics._folded = count
+        statistics._mean = mean.astype(np.float64)
+        statistics._scatter = covariance.astype(np.float64) * (1 if count is None else count - 1)
+        return statistics
+
+    @property
+    def count(self) -> int | None:
+        """How many images were counted, or None for a file that does not say."""
+        return None if self._folded is None else self._folded + sum(map(len, self._rows))
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the features, float64 ``[D]``."""
+        return self._moments()[1]
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Covariance of the features (ddof 1), float64 ``[D, D]``.
+
+        Raises:
+            ValueError: There are fewer than two images.
+        """
+        count, _, scatter = self._moments()
+        if count is None:
+            return scatter
+        self._need_two()
+        covariance: np.ndarray = scatter / (count - 1)
+        return covariance
+
+    @property
+    def features(self) -> np.ndarray | None:
+        """The features themselves ``[N, D]``, where they are few enough to be kept, or None."""
+        return np.concatenate(self._rows) if self._rows and self._folded == 0 else None
+
+    def update(self, features: np.ndarray) -> Self:
+        """Count more images.
+
+        Args:
+            features: ``[N, D]``, any floating dtype.
+
+        Raises:
+            ValueError: The shape does not fit, or a value is not finite.
+        """
+        features = np.asarray(features)
+        if features.ndim != 2 or 0 in features.shape:
+            raise ValueError(f"features must be [N, D], got shape {features.shape}")
+        if not np.isfinite(features).all():
+            row = int(np.argmin(np.isfinite(features).all(axis=1)))
+            raise ValueError(f"the features of image {row} of {len(features)} are not finite")
+        self._need_count()
+        self._need_dimensions(features.shape[1])
+        dimensions = features.shape[1]
+        for start in range(0, len(features), dimensions):
+            self._rows.append(features[start : start + dimensions].astype(np.float64))
+            kept = min(_ROWS_KEPT, dimensions) if self._folded else dimensions
+            if sum(map(len, self._rows)) > kept:
+                self._folded, self._mean, self._scatter = self._moments()
+                self._rows = []
+        return self
+
+    def merge(self, other: FIDStatistics) -> Self:
+        """Count the images of other statistics as well, exactly, and return these.
+
+        Raises:
+            ValueError: One side does not know its count, or they were prepared differently.
+        """
+        for name in ("preprocessing", "weights"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs and self.count != 0 and other.count != 0:
+                raise ValueError(f"statistics with {name} {mine!r} and {theirs!r} cannot be merged")
+        self._need_count()
+        other._need_count()
+        if self.count == 0:
+            self.preprocessing, self.weights = other.preprocessing, other.weights
+        if other._folded:
+            self._need_dimensions(len(other._mean))
+            moments = (self._folded, self._mean, self._scatter)
+            theirs = (other._folded, other._mean, other._scatter)
+            self._folded, self._mean, self._scatter = _add(moments, theirs)
+        for rows in list(other._rows):
+            self.update(rows)
+        self.skipped += other.skipped
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an ``.npz`` file that pytorch-fid reads too (``mu`` and ``sigma``).
+
+        The further keys are ``count``, ``preprocessing``, ``weights`` and ``skipped``.
+
+        Raises:
+            ValueError: The name does not end in ``.npz``, or there are fewer than two images.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"statistics are saved to a name that ends in .npz, got {str(path)!r}")
+        values = {
+            "mu": self.mean,
+            "sigma": self.covariance,
+            "count": self.count,
+            "preprocessing": self.preprocessing,
+            "weights": self.weights,
+            "skipped": self.skipped,
+        }
+        known: Any = {name: value for name, value in values.items() if value is not None}
+        np.savez(path, **known)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, preprocessing: str | None = None) -> Self:
+        """Read an ``.npz`` file with ``mu`` and ``sigma``, of this or another package.
+
+        Args:
+            path: The file.
+            preprocessing: How its images were prepared, where the file does not say; pytorch-fid's
+                own files were prepared as ``"pytorch-fid"``.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not an ``.npz`` file, or has no ``mu`` or ``sigma``, or its
+                preprocessing is another one.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # np.load raises whatever zip, zlib and pickle raise
+            raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+        if missing := {"mu", "sigma"} - arrays.keys():
+            raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}, only {sorted(arrays)}")
+        said = str(arrays["preprocessing"]) if "preprocessing" in arrays else None
+        if said and preprocessing and said != preprocessing:
+            raise ValueError(f"{path} was prepared as {said!r}, not {preprocessing!r}")
+        return cls.from_moments(
+            arrays["mu"],
+            arrays["sigma"],
+            int(arrays["count"]) if "count" in arrays else None,
+            preprocessing=said or preprocessing,
+            weights=str(arrays["weights"]) if "weights" in arrays else None,
+            skipped=int(arrays["skipped"]) if "skipped" in arrays else 0,
+        )
+
+    def mean_and_factor(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean ``[D]`` and F ``[R, D]`` with ``F' F`` the covariance, both float64.
+
+        Raises:
+            ValueError: There are fewer than two images.
+        """
+        self._need_two()
+        features = self.features
+        if features is not None:
+            return features.mean(axis=0), factor_of_features(features)
+        count, mean, scatter = self._moments()
+        return mean, factor_of_covariance(scatter / (1 if count is None else count - 1))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the mean and the covariance."""
+        return iter((self.mean, self.covariance))
+
+    def __repr__(self) -> str:
+        """Show what is known, not the arrays."""
+        known = f"count={self.count}, preprocessing={self.preprocessing!r}"
+        known += f", weights={self.weights[:12]!r}" if self.weights else ""
+        known += f", skipped={self.skipped}" if self.skipped else ""
+        return f"FIDStatistics({known})"
+
+    def _moments(self) -> tuple[int | None, np.ndarray, np.ndarray]:
+        """Return count, mean and scatter of everything."""
+        moments = (self._folded, self._mean, self._scatter)
+        if not self._rows:
+            return moments
+        rows = np.concatenate(self._rows)
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        return _add(moments, (len(rows), mean, centred.T @ centred))
+
+    def _need_two(self) -> None:
+        if self.count is not None and self.count < 2:
+            raise ValueError(f"FID needs at least two images on each side, got {self.count}")
+
+    def _need_count(self) -> None:
+        if self.count is None:
+            raise ValueError(
+                "these statistics do not know how many images they stand for, so that nothing can be "
+                "added to them; FIDStatistics.from_moments takes count=..."
+            )
+
+    def _need_dimensions(self, dimensions: int) -> None:
+        own = self._rows[0].shape[1] if self._rows else len(self._mean)
+        if self.count and own != dimensions:
+            raise ValueError(f"features have {dimensions} dimensions here and {own} there")
+
+
+_Moments = tuple[int | None, np.ndarray, np.ndarray]
+
+
+def _add(first: _Moments, second: _Moments) -> _Moments:
+    """Join two sets of count, mean and scatter (Chan, Golub and LeVeque 1979)."""
+    count1, mean1, scatter1 = first
+    count2, mean2, scatter2 = second
+    if not count1:
+        return second
+    assert count2 is not None
+    count = count1 + count2
+    shift = mean2 - mean1
+    return (
+        count,
+        mean1 + shift * (count2 / count),
+        scatter1 + scatter2 + np.outer(shift, shift) * (count1 * count2 / count),
+    )
+
+
+def compare_statistics(reference: FIDStatistics, generated: FIDStatistics) -> tuple[float, float]:
+    """Return the mean term and the covariance term of FID, and warn of sides that do not fit.
+
+    Raises:
+        ValueError: A side has fewer than two images, or their features differ in width.
+    """
+    _warn_of_differences(reference, generated)
+    return frechet_terms(*reference.mean_and_factor(), *generated.mean_and_factor())
+
+
+def _warn_of_differences(reference: FIDStatistics, generated: FIDStatistics) -> None:
+    sides = (reference.preprocessing, generated.preprocessing)
+    if None in sides and sides != (None, None):
+        warnings.warn(
+            f"one side was prepared as {sides[0] or sides[1]!r} and the other does not say how; if it "
+            "was another preprocessing this FID means nothing. Tell it by "
+            "FIDStatistics.load(path, preprocessing=...)",
+            UserWarning,
+            stacklevel=4,
+        )
+    elif sides[0] != sides[1]:
+        warnings.warn(
+            f"the reference was prepared as {sides[0]!r} and the generated images as {sides[1]!r}: this "
+            "FID compares resizing methods as well as images",
+            UserWarning,
+            stacklevel=4,
+        )
+    if reference.weights and generated.weights and reference.weights != generated.weights:
+        warnings.warn(
+            "the two sides' features were made with different weights "
+            f"({reference.weights[:12]} and {generated.weights[:12]}): this FID means nothing",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,423 @@
+"""FIDMetric: sources, errors, results; a stub network stands in where numbers do not matter."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from diffsynth_metrics import CheckpointError, FIDMetric, FIDStatistics, ImageError, ModelConfig
+from diffsynth_metrics.checkpoint import load_weights
+from diffsynth_metrics.fid.preprocessing import PREPROCESSINGS
+from diffsynth_metrics.fid.sources import image_files
+from diffsynth_metrics.models.inception import build_inception
+from diffsynth_metrics.testing import tiny_checkpoint
+
+FEW = "ignore:FID of:UserWarning"
+pytestmark = pytest.mark.filterwarnings(FEW)
+
+
+class Stub(nn.Module):
+    """A network of 48 features: means over a grid of 4 x 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        assert pixel_values.shape[1:] == (3, 299, 299)
+        return nn.functional.adaptive_avg_pool2d(pixel_values * self.scale, 4).flatten(1)
+
+
+@pytest.fixture
+def metric() -> FIDMetric:
+    return FIDMetric(Stub(), batch_size=4, num_workers=2, weights="ab" * 32)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """Twelve noisy pictures, uint8 ``[12, 40, 50, 3]``."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (12, 4, 5, 3), dtype=np.uint8)
+    return coarse.repeat(10, axis=1).repeat(10, axis=2)
+
+
+@pytest.fixture(scope="module")
+def folder(pictures: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "below").mkdir()
+    for index, picture in enumerate(pictures):
+        where = folder / "below" if index % 3 == 2 else folder
+        PIL.Image.fromarray(picture).save(where / f"{index:02}.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
+    return folder
+
+
+def sources(pictures: np.ndarray, folder: Path) -> dict[str, Any]:
+    tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    labelled = TensorDataset(tensors, torch.zeros(len(tensors)))
+    return {
+        "folder": folder,
+        "folder as str": str(folder),
+        "paths": sorted(folder.rglob("[0-9]*.png")),
+        "PIL images": [PIL.Image.fromarray(picture) for picture in pictures],
+        "arrays": list(pictures),
+        "one array": pictures,
+        "tensors": list(tensors),
+        "one tensor": tensors,
+        "floats": tensors / 255,
+        "generator of images": (PIL.Image.fromarray(picture) for picture in pictures),
+        "generator of batches": (tensors[i : i + 5] for i in range(0, 12, 5)),
+        "generator of lists": ([tensors[i], pictures[i + 1]] for i in range(0, 12, 2)),
+        "DataLoader": DataLoader(tensors, batch_size=7),  # type: ignore[arg-type]
+        "DataLoader with labels": DataLoader(labelled, batch_size=5),
+    }
+
+
+@pytest.mark.parametrize("name", sources(np.zeros((12, 1, 1, 3), np.uint8), Path()))
+def test_every_source_gives_the_same_statistics(
+    metric: FIDMetric, pictures: np.ndarray, folder: Path, name: str
+) -> None:
+    expected = metric.statistics(folder)
+    statistics = metric.statistics(sources(pictures, folder)[name])
+    assert statistics.count == 12
+    np.testing.assert_allclose(statistics.mean, expected.mean, atol=1e-6)
+    np.testing.assert_allclose(statistics.covariance, expected.covariance, atol=1e-6)
+
+
+def test_statistics_and_files_of_statistics_are_sources(
+    metric: FIDMetric, pictures: np.ndarray, folder: Path, tmp_path: Path
+) -> None:
+    expected = metric.compute(folder, pictures[3:])
+    statistics = metric.statistics(folder)
+    statistics.save(tmp_path / "reference.npz")
+    assert metric.statistics(statistics) is statistics
+    assert metric.compute(statistics, pictures[3:]) == pytest.approx(expected, rel=1e-9)
+    for path in (tmp_path / "reference.npz", str(tmp_path / "reference.npz")):
+        assert metric.compute(path, pictures[3:]) == pytest.approx(expected, rel=1e-6)
+        assert metric.compute(pictures[3:], path) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_score_is_a_float_that_prints_with_its_preprocessing(
+    metric: FIDMetric, pictures: np.ndarray
+) -> None:
+    score = metric.compute(pictures, pictures[:9], preprocessing="pytorch-fid")
+    assert isinstance(score, float) and score > 0
+    assert str(score) == (
+        f"{float(score):.4f} (FID, preprocessing 'pytorch-fid', 12 reference and 9 generated images)"
+    )
+    assert f"{score:.2f}" == f"{float(score):.2f}"
+    assert pickle.loads(pickle.dumps(score)) == score
+    assert metric(pictures, pictures) == pytest.approx(0, abs=1e-6)
+    assert "preprocessing='clean'" in repr(metric)
+
+
+def test_batch_size_and_workers_do_not_change_a_score(metric: FIDMetric, pictures: np.ndarray) -> None:
+    expected = metric.compute(pictures, pictures[4:])
+    for batch_size, num_workers in ((1, 0), (5, 1), (64, 5)):
+        score = metric.compute(pictures, pictures[4:], batch_size=batch_size, num_workers=num_workers)
+        assert score == pytest.approx(expected, rel=1e-5)
+
+
+def test_preprocessings_differ(metric: FIDMetric, photographs: dict[str, PIL.Image.Image]) -> None:
+    images = list(photographs.values())
+    means = [metric.statistics(images, preprocessing=name).mean for name in PREPROCESSINGS]
+    for index, mean in enumerate(means):
+        for other in means[:index]:
+            assert np.abs(mean - other).max() > 1e-5
+
+
+def test_a_folder_is_read_recursively_and_in_order(folder: Path) -> None:
+    files = image_files(folder)
+    assert files == sorted(files)
+    assert [file.name for file in files if file.parent == folder] == [
+        f"{i:02}.png" for i in range(12) if i % 3 != 2
+    ]
+    assert len(files) == 12
+
+
+def test_links_are_followed_once(pictures: np.ndarray, tmp_path: Path) -> None:
+    for name in ("a", "elsewhere"):
+        (tmp_path / name).mkdir()
+        PIL.Image.fromarray(pictures[0]).save(tmp_path / name / "1.JPG")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "2.webp").symlink_to(tmp_path / "a" / "1.JPG")
+    names = [file.relative_to(tmp_path / "a").as_posix() for file in image_files(tmp_path / "a")]
+    assert names == ["1.JPG", "2.webp", "b/1.JPG"]
+
+
+def test_a_corrupt_file_stops_with_its_name(
+    metric: FIDMetric, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    corrupt(tmp_path, pictures)
+    for num_workers in (0, 2):
+        with pytest.raises(ImageError, match=r"image 1 .*broken\.png.* cannot be read"):
+            metric.compute(tmp_path, pictures, num_workers=num_workers)
+
+
+def test_a_corrupt_file_is_skipped_and_counted_on_request(
+    metric: FIDMetric, pictures: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corrupt(tmp_path, pictures)
+    result = metric.evaluate(pictures, tmp_path, on_error="skip")
+    assert (result["reference_skipped"], result["generated_skipped"]) == (0, 2)
+    assert result["generated_count"] == 2
+    assert result["score"] == pytest.approx(metric.compute(pictures, pictures[:2]))
+    assert "broken.png" in caplog.text and "truncated.jpg" in caplog.text
+    assert metric.statistics(tmp_path, on_error="skip").skipped == 2
+    for file in tmp_path.glob("[ac]*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no generated image that can be read"):
+        metric.evaluate(pictures, tmp_path, on_error="skip")
+
+
+def corrupt(folder: Path, pictures: np.ndarray) -> None:
+    PIL.Image.fromarray(pictures[0]).save(folder / "a.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    PIL.Image.fromarray(pictures[1]).save(folder / "c.png")
+    PIL.Image.fromarray(np.tile(pictures[1], (9, 9, 1))).save(folder / "truncated.jpg")
+    whole = (folder / "truncated.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("nowhere/at/all", FileNotFoundError, "there is no file 'nowhere/at/all'"),
+        ("nowhere.npz", FileNotFoundError, r"nowhere\.npz"),
+        ([], ValueError, "images is empty"),
+        ({"images": 1}, TypeError, "must be a folder.*got dict"),
+        (7, TypeError, "must be a folder.*got int"),
+        (iter([]), ValueError, "no reference image"),
+        (iter([3]), TypeError, "batch 0: images must be"),
+        (iter([torch.zeros(2, 3, 8, 8), torch.ones(1, 4, 8, 8)]), ImageError, "batch 1: .*got shape"),
+        (torch.full((2, 3, 8, 8), 2.0), ImageError, "must lie in 0..1"),
+        (np.zeros((1, 8, 8, 3), np.uint8), ValueError, "at least two images"),
+    ],
+)
+def test_what_is_no_source_is_an_error(
+    metric: FIDMetric, source: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        metric.evaluate(source, np.zeros((4, 8, 8, 3), np.uint8))
+
+
+def test_an_empty_folder_is_an_error(metric: FIDMetric, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no images in .* looked for bmp, jpeg"):
+        metric.compute(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preprocessing": "bilinear"}, "must be one of clean, pytorch-fid.*got 'bilinear'"),
+        ({"on_error": "ignore"}, "'raise' or 'skip', got 'ignore'"),
+        ({"num_workers": -1}, "num_workers must be an int of at least 0"),
+        ({"batch_size": -2}, "batch_size must be a positive int"),
+    ],
+)
+def test_wrong_options_are_errors(
+    metric: FIDMetric, pictures: np.ndarray, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        metric.compute(pictures, pictures, **options)
+
+
+def test_evaluate_returns_the_parts_and_what_they_were_made_of(
+    metric: FIDMetric, pictures: np.ndarray
+) -> None:
+    result = metric.evaluate(pictures, pictures[::2])
+    assert result["score"] == result["mean_term"] + result["covariance_term"]
+    assert result["score"] == metric.compute(pictures, pictures[::2])
+    assert {name: result[name] for name in list(result)[3:]} == {
+        "reference_count": 12,
+        "generated_count": 6,
+        "reference_skipped": 0,
+        "generated_skipped": 0,
+        "preprocessing": "clean",
+        "weights": "ab" * 32,
+    }
+
+
+def test_one_pass_over_the_images_serves_all(metric: FIDMetric) -> None:
+    generator = np.random.default_rng(1)
+    sides = generator.integers(0, 256, (2, 30, 8, 8, 3), dtype=np.uint8)
+    options = {"kid": True, "prdc": True, "infinity": True, "seed": 5}
+    result = metric.evaluate(iter(sides[0]), iter(sides[1]), **options)  # type: ignore[arg-type]
+    extra = {"fid_infinity", "kid", "kid_std", "precision", "recall", "density", "coverage"}
+    assert extra < result.keys()
+    assert result == metric.evaluate(list(sides[0]), list(sides[1]), **options)  # type: ignore[arg-type]
+    assert result["fid_infinity"] < result["score"]
+    assert abs(result["kid"]) < 3 * result["kid_std"] + 1e-3
+
+
+def test_measures_on_features_need_the_images(
+    metric: FIDMetric, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    metric.statistics(pictures).save(tmp_path / "a.npz")
+    for options in ({"kid": True}, {"prdc": True}):
+        with pytest.raises(ValueError, match="need the reference images"):
+            metric.evaluate(tmp_path / "a.npz", pictures, **options)
+    with pytest.raises(ValueError, match="need the generated images"):
+        metric.evaluate(pictures, tmp_path / "a.npz", infinity=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_images_are_warned_of_with_a_figure(metric: FIDMetric, pictures: np.ndarray) -> None:
+    with pytest.warns(UserWarning, match="FID of 12 reference and 8 generated images") as caught:
+        metric.compute(pictures, pictures[:8])
+    message = str(caught[0].message)
+    assert "biased upwards" in message and "4 images each, are" in message
+    assert caught[0].filename == __file__
+    first, second = np.random.default_rng(0).random((2, 3000, 2))
+    metric.compute(FIDStatistics().update(first), FIDStatistics().update(second))  # without warning
+
+
+def test_iterators_are_read_a_few_batches_ahead(metric: FIDMetric) -> None:
+    made, seen = 0, 0
+
+    def images() -> Iterator[np.ndarray]:
+        nonlocal made
+        for _ in range(200):
+            made += 1
+            assert made - seen < 20
+            yield np.zeros((8, 8, 3), np.uint8)
+
+    class Counting(Stub):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            nonlocal seen
+            seen += len(pixel_values)
+            return super().forward(pixel_values)
+
+    metric.model = Counting()  # type: ignore[assignment]
+    assert metric.statistics(images()).count == 200
+
+
+def test_a_buffer_may_be_written_again(metric: FIDMetric, pictures: np.ndarray) -> None:
+    buffer = torch.empty(1, 3, 40, 50, dtype=torch.uint8)
+
+    def images() -> Iterator[Tensor]:
+        for picture in pictures:
+            buffer[0] = torch.from_numpy(picture).permute(2, 0, 1)
+            yield buffer
+
+    expected = metric.statistics(pictures).mean
+    np.testing.assert_allclose(metric.statistics(images()).mean, expected, atol=1e-6)
+
+
+def test_threads_of_the_caller_do_not_disturb_each_other(
+    metric: FIDMetric, pictures: np.ndarray
+) -> None:
+    expected = metric.compute(pictures, pictures[5:])
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(lambda _: metric.compute(pictures, pictures[5:]), range(12)))
+    assert scores == pytest.approx([expected] * 12)
+
+
+def test_workers_end_with_the_call(metric: FIDMetric, pictures: np.ndarray) -> None:
+    metric.statistics(pictures)
+    with pytest.raises(ImageError):
+        metric.statistics(iter([*pictures, torch.ones(4, 8, 8)]))
+    deadline = [thread for thread in threading.enumerate() if "diffsynth_metrics" in thread.name]
+    for thread in deadline:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+def test_a_progress_bar_names_the_preprocessing(
+    metric: FIDMetric, pictures: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    metric.compute(pictures, pictures)
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "FID (clean), reference" in shown and "FID (clean), generated" in shown
+    assert "12/12" in shown
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    metric.compute(pictures, pictures, progress=False)
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_for_20000_small_images(metric: FIDMetric) -> None:
+    process = psutil.Process()
+    memory = []
+
+    def images() -> Iterator[np.ndarray]:
+        generator = np.random.default_rng(0)
+        for index in range(20_000):
+            if index % 4000 == 3999:
+                memory.append(process.memory_info().rss)
+            yield generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+    statistics = metric.statistics(images(), batch_size=16, preprocessing="diffsynth")
+    assert statistics.count == 20_000
+    assert max(memory) - memory[0] < 30e6, [f"{size / 1e6:.0f} MB" for size in memory]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("fid", tmp_path_factory.mktemp("inception"))
+
+
+def test_the_fastest_form_of_the_network_is_equal(
+    checkpoint: Path, photographs: dict[str, PIL.Image.Image]
+) -> None:
+    images = [
+        image.crop((x, y, x + 120, y + 90))
+        for image in photographs.values()
+        for x, y in ((0, 0), (150, 20), (90, 100), (200, 140))
+    ]
+    metric = FIDMetric.from_pretrained(ModelConfig(path=checkpoint), device="cpu")
+    fast = metric.encode_image(images)
+    plain = build_inception()
+    load_weights(
+        plain,
+        [checkpoint / "model.safetensors"],
+        metric="FIDMetric",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    plain.fc = nn.Identity()
+    metric.model = plain
+    slow = metric.encode_image(images)
+    assert slow.shape == (20, 2048) and slow.dtype == torch.float32 and slow.std(dim=0).mean() > 0.05
+    assert (fast - slow).abs().max() < 1e-4
+    scores = [
+        metric.compute(*(FIDStatistics().update(half.numpy()) for half in features.chunk(2)))
+        for features in (fast, slow)
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_the_metric_loads_its_checkpoint_and_knows_it(checkpoint: Path, tiny_folder: Path) -> None:
+    metric = FIDMetric.from_pretrained(ModelConfig(path=checkpoint), device="cpu", batch_size=3)
+    assert (metric.batch_size, metric.preprocessing) == (3, "clean")
+    assert metric.weights is not None and len(metric.weights) == 64
+    assert not metric.card.higher_is_better
+    black, white = PIL.Image.new("RGB", (30, 20)), PIL.Image.new("L", (20, 30), 255)
+    features = metric.encode_image([black, white])
+    assert features.shape == (2, 2048) and not torch.allclose(features[0], features[1])
+    with pytest.raises(CheckpointError, match=r"not of FIDMetric|does not fit FIDMetric"):
+        FIDMetric.from_pretrained(ModelConfig(path=tiny_folder))
+    with pytest.raises(ValueError, match="preprocessing must be one of"):
+        FIDMetric.from_pretrained(ModelConfig(path=checkpoint), preprocessing="none")

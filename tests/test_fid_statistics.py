@@ -1,0 +1,348 @@
+"""Statistics and distances, on arrays: exact for any number of images, merged, saved, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffsynth_metrics import FIDStatistics
+from diffsynth_metrics.fid.distances import (
+    factor_of_features,
+    fid_infinity,
+    frechet_distance,
+    kernel_distance,
+    precision_recall_density_coverage,
+)
+from diffsynth_metrics.fid.statistics import compare_statistics
+
+D = 2048
+
+
+def features(count: int, seed: int, dimensions: int = D, shift: float = 0.0) -> np.ndarray:
+    """Rectified features with a decaying spectrum, as a network's are; some dimensions never fire."""
+    mixing = np.random.default_rng(0).normal(size=(dimensions, dimensions))
+    mixing *= (np.arange(1, dimensions + 1) ** -0.7)[:, None]
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=(count, dimensions)) @ mixing + shift
+    values[:, ::50] = 0
+    return np.maximum(values, 0).astype(np.float32)
+
+
+def reference_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """FID in float64 from triangular factors of the data, without forming a covariance."""
+    factors = [np.linalg.qr(factor_of_features(x), mode="r") for x in (first, second)]
+    root = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+    shift = first.mean(axis=0, dtype=np.float64) - second.mean(axis=0, dtype=np.float64)
+    return float(shift @ shift + sum((factor**2).sum() for factor in factors) - 2 * root)
+
+
+def statistics_of(values: np.ndarray, batch: int = 100) -> FIDStatistics:
+    statistics = FIDStatistics()
+    for start in range(0, len(values), batch):
+        statistics.update(values[start : start + batch])
+    return statistics
+
+
+def distance(first: FIDStatistics, second: FIDStatistics) -> float:
+    return sum(compare_statistics(first, second))
+
+
+@pytest.mark.parametrize("count", [50, 500, 2047, 2048, 5000])
+def test_the_distance_equals_a_float64_reference(count: int) -> None:
+    first, second = features(count, 1), features(count, 2, shift=0.02)
+    expected = reference_distance(first, second)
+    assert distance(statistics_of(first), statistics_of(second)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_sides_of_different_size_equal_a_float64_reference() -> None:
+    first, second = features(2500, 1), features(60, 2)
+    expected = reference_distance(first, second)
+    assert distance(statistics_of(first), statistics_of(second)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [50, 3000])
+def test_equal_sets_have_distance_zero(count: int) -> None:
+    values = features(count, 1)
+    assert distance(statistics_of(values), statistics_of(values[::-1])) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_moments_alone_give_the_distance_of_their_features(scale: float) -> None:
+    first, second = features(300, 1, 200) * scale, features(300, 2, 200, shift=0.1) * scale
+    moments = [(x.mean(axis=0, dtype=float), np.cov(x, rowvar=False)) for x in (first, second)]
+    expected = reference_distance(first, second)
+    assert frechet_distance(*moments[0], *moments[1]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 10, 63])
+def test_a_singular_covariance_needs_no_fudge_term(rank: int) -> None:
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0]
+    spectra = np.zeros((2, 64))
+    spectra[0, :rank] = np.geomspace(1, 1e-6, rank)
+    spectra[1, 64 - rank :] = np.geomspace(1e-3, 2, rank)
+    # Both have the same axes, so the root of the product is that of the spectra.
+    expected = ((np.sqrt(spectra[0]) - np.sqrt(spectra[1])) ** 2).sum()
+    covariances = [(rotation * spectrum) @ rotation.T for spectrum in spectra]
+    mean = np.zeros(64)
+    assert frechet_distance(mean, covariances[0], mean, covariances[1]) == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+def test_the_distance_of_one_dimension_is_the_textbooks() -> None:
+    one = np.ones((1, 1))
+    assert frechet_distance(np.array([1.0]), 4 * one, np.array([3.0]), 9 * one) == pytest.approx(4 + 1)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_errors(broken: float) -> None:
+    mean, covariance = np.zeros(3), np.eye(3)
+    bad_mean, bad_covariance = mean + broken, covariance + broken
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(bad_mean, covariance, mean, covariance)
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(mean, covariance, mean, bad_covariance)
+    values = np.zeros((5, 3))
+    values[3, 1] = broken
+    with pytest.raises(ValueError, match="image 3 of 5 are not finite"):
+        FIDStatistics().update(values)
+    with pytest.raises(ValueError, match="not finite"):
+        FIDStatistics.from_moments(bad_mean, covariance)
+
+
+def test_what_is_no_covariance_is_an_error() -> None:
+    mean = np.zeros(3)
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        frechet_distance(mean, np.diag([1.0, 1.0, -0.5]), mean, np.eye(3))
+    with pytest.raises(ValueError, match="not symmetric"):
+        frechet_distance(mean, np.triu(np.ones((3, 3))), mean, np.eye(3))
+    with pytest.raises(ValueError, match="square"):
+        frechet_distance(mean, np.ones((3, 2)), mean, np.eye(3))
+    with pytest.raises(ValueError, match="different shapes"):
+        frechet_distance(mean, np.eye(3), np.zeros(2), np.eye(2))
+
+
+@pytest.mark.parametrize("count", [100, 1500])
+def test_merging_uneven_shards_equals_one_pass(count: int) -> None:
+    values = features(count, 1, 256) + 7
+    once = statistics_of(values)
+    shards = np.split(values, [1, 3, 20, 21, 50, 90])
+    assert len(shards) == 7
+    merged = FIDStatistics()
+    for shard in shards[::-1]:
+        merged.merge(statistics_of(shard, batch=9))
+    assert merged.count == once.count == count
+    np.testing.assert_allclose(merged.mean, once.mean, rtol=1e-9)
+    np.testing.assert_allclose(merged.covariance, once.covariance, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(once.covariance, np.cov(values, rowvar=False, dtype=float), atol=1e-9)
+    other = statistics_of(features(700, 2, 256))
+    assert distance(merged, other) == pytest.approx(distance(once, other), rel=1e-9)
+
+
+def test_shards_in_files_merge_to_one_pass(tmp_path: Path) -> None:
+    values, other = features(900, 1, 128), statistics_of(features(500, 2, 128))
+    merged = FIDStatistics()
+    for index, shard in enumerate(np.split(values, [2, 100, 101 + 2, 300, 450, 800])):
+        statistics_of(shard).save(tmp_path / f"{index}.npz")
+        merged.merge(FIDStatistics.load(tmp_path / f"{index}.npz"))
+    assert merged.count == 900
+    assert distance(merged, other) == pytest.approx(distance(statistics_of(values), other), rel=1e-9)
+
+
+def test_the_order_of_arrival_does_not_matter() -> None:
+    values, other = features(1000, 1, 256), statistics_of(features(1000, 2, 256))
+    shuffled = np.random.default_rng(0).permutation(values)
+    forward, backward = (
+        distance(statistics_of(values), other),
+        distance(statistics_of(shuffled, 33), other),
+    )
+    assert forward == pytest.approx(backward, rel=1e-9)
+
+
+def test_statistics_of_few_images_keep_their_features() -> None:
+    values = features(60, 1, 64)
+    statistics = statistics_of(values, 7)
+    assert statistics.features is not None
+    np.testing.assert_array_equal(statistics.features, values)
+    statistics.update(features(5, 2, 64))
+    assert statistics.features is None and statistics.count == 65
+
+
+def test_statistics_unpack_as_mean_and_covariance() -> None:
+    values = features(30, 1, 8)
+    mean, covariance = statistics_of(values)
+    np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(covariance, np.cov(values, rowvar=False), atol=1e-6)
+
+
+def test_statistics_survive_a_file(tmp_path: Path) -> None:
+    statistics = FIDStatistics(preprocessing="clean", weights="ab" * 32, skipped=3)
+    statistics.update(features(40, 1, 16))
+    statistics.save(tmp_path / "a.npz")
+    loaded = FIDStatistics.load(tmp_path / "a.npz")
+    assert (loaded.count, loaded.preprocessing, loaded.weights, loaded.skipped) == (
+        *(40, "clean", "ab" * 32, 3),
+    )
+    np.testing.assert_array_equal(loaded.mean, statistics.mean)
+    np.testing.assert_allclose(loaded.covariance, statistics.covariance, rtol=1e-14)
+    assert repr(loaded) == (
+        "FIDStatistics(count=40, preprocessing='clean', weights='abababababab', skipped=3)"
+    )
+    with np.load(tmp_path / "a.npz") as file:  # as pytorch-fid reads it
+        assert file["mu"][:].shape == (16,) and file["sigma"][:].shape == (16, 16)
+
+
+def test_a_file_of_another_package_is_compared_and_not_merged(tmp_path: Path) -> None:
+    values = features(40, 1, 16)
+    np.savez_compressed(tmp_path / "b.npz", mu=values.mean(axis=0), sigma=np.cov(values, rowvar=False))
+    foreign = FIDStatistics.load(tmp_path / "b.npz", preprocessing="pytorch-fid")
+    assert foreign.count is None and foreign.preprocessing == "pytorch-fid"
+    own = FIDStatistics(preprocessing="pytorch-fid").update(values)
+    assert distance(own, foreign) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="do not know how many images"):
+        own.merge(foreign)
+    with pytest.raises(ValueError, match="do not know how many images"):
+        foreign.update(values)
+
+
+def test_a_covariance_that_was_rounded_to_float32_is_read(tmp_path: Path) -> None:
+    values = features(40, 1, 64)
+    covariance = np.cov(values, rowvar=False).astype(np.float32)
+    np.savez(tmp_path / "c.npz", mu=values.mean(axis=0), sigma=covariance)
+    loaded = FIDStatistics.load(tmp_path / "c.npz")
+    assert distance(loaded, FIDStatistics().update(values)) < 0.01 * np.trace(covariance)
+
+
+def test_files_that_hold_no_statistics_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("no zip file")
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
+    np.savez(tmp_path / "objects.npz", mu=np.array([None]), sigma=np.zeros(1))
+    with pytest.raises(ValueError, match=r"text\.npz is not a readable \.npz file"):
+        FIDStatistics.load(tmp_path / "text.npz")
+    with pytest.raises(ValueError, match=r"half\.npz has no sigma"):
+        FIDStatistics.load(tmp_path / "half.npz")
+    with pytest.raises(ValueError, match=r"objects\.npz is not a readable"):
+        FIDStatistics.load(tmp_path / "objects.npz")
+    with pytest.raises(FileNotFoundError):
+        FIDStatistics.load(tmp_path / "absent.npz")
+    with pytest.raises(ValueError, match=r"ends in \.npz"):
+        statistics_of(features(5, 1, 4)).save(tmp_path / "a.npy")
+
+
+def test_a_file_does_not_change_its_preprocessing(tmp_path: Path) -> None:
+    FIDStatistics(preprocessing="clean").update(features(5, 1, 4)).save(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="prepared as 'clean', not 'diffsynth'"):
+        FIDStatistics.load(tmp_path / "a.npz", preprocessing="diffsynth")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preprocessing": "pytorch-fid", "weights": "a"}, "'clean' and the generated images as"),
+        ({"weights": "a"}, "does not say how"),
+        ({"preprocessing": "clean", "weights": "b"}, "different weights"),
+    ],
+)
+def test_sides_that_were_prepared_differently_are_warned_of(
+    options: dict[str, str], message: str
+) -> None:
+    values = features(20, 1, 8)
+    reference = FIDStatistics(preprocessing="clean", weights="a").update(values)
+    generated = FIDStatistics(**options).update(values)
+    with pytest.warns(UserWarning, match=message):
+        compare_statistics(reference, generated)
+
+
+def test_shards_that_were_prepared_differently_do_not_merge() -> None:
+    values = features(20, 1, 8)
+    with pytest.raises(ValueError, match="preprocessing 'clean' and 'diffsynth' cannot be merged"):
+        FIDStatistics(preprocessing="clean").update(values).merge(
+            FIDStatistics(preprocessing="diffsynth").update(values)
+        )
+    with pytest.raises(ValueError, match="4 dimensions here and 8 there"):
+        FIDStatistics().update(values).merge(FIDStatistics().update(values[:, :4]))
+
+
+def test_one_image_is_too_few() -> None:
+    one, two = statistics_of(features(1, 1, 4)), statistics_of(features(2, 1, 4))
+    for sides in ((one, two), (two, one), (FIDStatistics(), two)):
+        with pytest.raises(ValueError, match="at least two images"):
+            compare_statistics(*sides)
+
+
+def test_features_of_a_wrong_shape_are_errors() -> None:
+    for wrong in (np.zeros(3), np.zeros((0, 3)), np.zeros((2, 3, 1))):
+        with pytest.raises(ValueError, match=r"must be \[N, D\]"):
+            FIDStatistics().update(wrong)
+
+
+def test_fid_infinity_removes_most_of_the_bias() -> None:
+    first, many = features(20000, 1, 32), features(20000, 2, 32, shift=0.1)
+    reference = statistics_of(first)
+    true = distance(reference, statistics_of(many))
+    few = many[:400]
+    biased = distance(reference, statistics_of(few))
+    extrapolated = [fid_infinity(*reference.mean_and_factor(), few, seed=seed) for seed in range(5)]
+    assert abs(np.mean(extrapolated) - true) < 0.4 * (biased - true)
+    again = fid_infinity(*reference.mean_and_factor(), few, seed=3)
+    assert again == extrapolated[3] and len(set(extrapolated)) == 5
+    with pytest.raises(ValueError, match="at least 20"):
+        fid_infinity(*reference.mean_and_factor(), few[:19])
+
+
+def test_kid_is_that_of_the_kernel() -> None:
+    x, y = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 1.0], [3.0, 0.0]])
+    within = (0 / 2 + 1) ** 3 + (3 / 2 + 1) ** 3
+    across = np.mean([(1 / 2 + 1) ** 3, (3 / 2 + 1) ** 3, (2 / 2 + 1) ** 3, (0 / 2 + 1) ** 3])
+    kid, deviation = kernel_distance(x, y, subset_size=2, subsets=3)
+    assert kid == pytest.approx(within - 2 * across) and deviation == pytest.approx(0, abs=1e-12)
+
+
+def test_kid_is_unbiased_for_few_images() -> None:
+    values = [kernel_distance(features(30, s, 16), features(30, s + 99, 16))[0] for s in range(20)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+    far = kernel_distance(features(30, 1, 16), features(30, 2, 16, shift=2))[0]
+    assert far > 5 * max(values)
+
+
+def test_kid_needs_subsets_that_fit() -> None:
+    with pytest.raises(ValueError, match="at most 3"):
+        kernel_distance(np.zeros((3, 2)), np.zeros((9, 2)), subset_size=4)
+    with pytest.raises(ValueError, match="at least 2"):
+        kernel_distance(np.zeros((3, 2)), np.zeros((9, 2)))
+
+
+@pytest.mark.parametrize("nearest", [1, 5])
+def test_precision_recall_density_coverage_are_those_of_the_papers(nearest: int) -> None:
+    real, fake = features(1100, 1, 6), features(150, 2, 6, shift=0.5)
+
+    def radii(values: np.ndarray) -> np.ndarray:
+        return np.sort(np.linalg.norm(values[:, None] - values, axis=-1), axis=1)[:, nearest]
+
+    inside_real = np.linalg.norm(real[:, None] - fake, axis=-1) <= radii(real)[:, None]
+    inside_fake = np.linalg.norm(real[:, None] - fake, axis=-1) <= radii(fake)
+    assert precision_recall_density_coverage(real, fake, nearest=nearest) == pytest.approx(
+        {
+            "precision": inside_real.any(axis=0).mean(),
+            "recall": inside_fake.any(axis=1).mean(),
+            "density": inside_real.sum() / nearest / len(fake),
+            "coverage": inside_real.any(axis=1).mean(),
+        }
+    )
+    with pytest.raises(ValueError, match="more than"):
+        precision_recall_density_coverage(real, fake[:nearest], nearest=nearest)
+
+
+def test_statistics_need_no_torch() -> None:
+    script = (
+        "import sys, diffsynth_metrics.fid.distances\nfrom diffsynth_metrics import FIDStatistics\n"
+        "import numpy\nFIDStatistics().update(numpy.eye(3)).mean_and_factor()\nprint('torch' in sys.modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert output.stdout == "False\n"
