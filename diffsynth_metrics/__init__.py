@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
+    from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
     from diffsynth_metrics.model_config import ModelConfig
@@ -32,6 +33,7 @@ _HOME = {
     "DiffSynthMetricsError": "errors",
     "DownloadError": "errors",
     "HPSv2Metric": "metrics.hpsv2",
+    "HPSv3Metric": "metrics.hpsv3",
     "ImageError": "errors",
     "ImageRewardMetric": "metrics.image_reward",
     "Metric": "base",
@@ -48,6 +50,7 @@ __all__ = [
     "DiffSynthMetricsError",
     "DownloadError",
     "HPSv2Metric",
+    "HPSv3Metric",
     "ImageError",
     "ImageRewardMetric",
     "Metric",

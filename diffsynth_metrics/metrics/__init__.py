@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
+    from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
 
-__all__ = ["AestheticMetric", "CLIPMetric", "HPSv2Metric", "ImageRewardMetric", "PickScoreMetric"]
+__all__ = [
+    "AestheticMetric",
+    "CLIPMetric",
+    "HPSv2Metric",
+    "HPSv3Metric",
+    "ImageRewardMetric",
+    "PickScoreMetric",
+]
 
 
 def __getattr__(name: str) -> Any:
