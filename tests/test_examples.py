@@ -34,6 +34,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     tiny_checkpoint("pickscore", weights / "PickScore")
     tiny_checkpoint("clip", weights / "CLIP-ViT-H-14-laion2B-s32B-b79K")
     tiny_checkpoint("hpsv2", weights / "HPSv2")
+    tiny_checkpoint("hpsv3", weights / "HPSv3")
     tiny_checkpoint("aesthetic", weights / "Aesthetic")
     tiny_checkpoint("image_reward", weights / "ImageReward")
     pictures = tmp_path_factory.mktemp("pictures")
