@@ -14,6 +14,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,10 @@ def parts(package: str, metric: Any) -> dict[str, Any]:
     return {"decoder": network.language_model, "vision tower": network.visual}
 
 
+def count_pass(passes: Counter[str], name: str, *_: Any) -> None:
+    passes[name] += 1
+
+
 def work(package: str) -> None:
     """Answer requests of the main process as JSON lines."""
     import PIL.Image
@@ -119,11 +125,9 @@ def work(package: str) -> None:
                 load_ours(folder, request["positions"]) if package == "ours" else load_upstream(folder)
             )
         metric = metrics[size]
-        passes: dict[str, int] = {}
+        passes: Counter[str] = Counter()
         hooks = [
-            module.register_forward_hook(
-                lambda *_, name=name: passes.update({name: passes.get(name, 0) + 1})
-            )
+            module.register_forward_hook(partial(count_pass, passes, name))
             for name, module in parts(package, metric).items()
         ]
         images = [PIL.Image.open(path) for path in request["paths"]]
@@ -240,8 +244,8 @@ def main() -> None:
 
 `python benchmarks/hpsv3.py`, {time.perf_counter() - start:.0f} s on {len(os.sched_getaffinity(0))} cores
 ({platform.machine()}, {torch.get_num_threads()} threads), {libraries}. Random weights in float32, the
-same for both; {COUNT} PIL images in memory, as many prompts. Medians of rounds in which the packages take
-turns; the ratio's extremes are of single rounds. "tiny" is the checkpoint of the tests, where all time
+same for both; {COUNT} PIL images in memory, as many prompts. Medians of rounds in which the packages
+take turns; the ratio's extremes are of single rounds. "tiny" is the checkpoint of the tests, where all time
 goes into preparing pictures and text; "middle" has 110 million parameters and hidden size 768, where the
 network decides.
 
@@ -249,7 +253,7 @@ The last column is the largest difference of scores when our metric is loaded wi
 `positions="diffsynth"`: the pixels are resized by Pillow in both, and the rest is rounding. With the
 official positions, which are what is timed, scores are others (see docs/metrics.md).
 
-| weights, pictures | ours, images/s | upstream, images/s | ratio | passes, ours | passes, upstream | difference |
+| weights, pictures | images/s, ours | upstream | ratio | passes, ours | passes, upstream | difference |
 |---|---|---|---|---|---|---|
 """
     arguments.output.write_text(text + "\n".join(rows) + "\n", encoding="utf-8")

@@ -164,9 +164,7 @@ def load_weights(
     model.to(device).requires_grad_(False).eval()
 
 
-def _check_layout(
-    model: nn.Module, files: Sequence[Path], metric: str, unused: Collection[str]
-) -> None:
+def _check_layout(model: nn.Module, files: Sequence[Path], metric: str, unused: Collection[str]) -> None:
     layout = read_layout(files)
     owners = KNOWN_LAYOUTS.get(fingerprint(layout), (metric,))
     if metric not in owners:

@@ -289,8 +289,9 @@ def _write_qwen2_vl_tokenizer(folder: Path) -> dict[str, int]:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
     template = (
-        "{% for message in messages %}{% if loop.first %}<|im_start|>system\nYou are a helpful assistant."
-        "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+        "{% for message in messages %}{% if loop.first %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -110,7 +110,9 @@ def test_a_batch_is_one_pass_without_cache_that_ends_at_the_reward_token(metric:
     assert decoder.call_args.kwargs["use_cache"] is False
     length = decoder.call_args.kwargs["inputs_embeds"].shape[1]
     frame = metric._frame
-    images = max(h // 28 * (w // 28) for h, w in (SmartResize().size(p.height, p.width) for p in PICTURES))
+    images = max(
+        h // 28 * (w // 28) for h, w in (SmartResize().size(p.height, p.width) for p in PICTURES)
+    )
     assert length == len(frame.before) + images + len(frame.encode("a cat", 0))
     assert frame.encode("a cat", 0)[-1] == frame.reward_id
 

@@ -31,9 +31,7 @@ Positions = Literal["official", "diffsynth"]
 _PIXELS = 256 * 28 * 28
 
 
-def preference_probability(
-    mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor
-) -> Tensor:
+def preference_probability(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor) -> Tensor:
     """Return the probability that a is preferred to b, in float64 ``[N]``.
 
     The model says that a score is normal around mu with deviation sigma, and was trained with the
@@ -147,9 +145,7 @@ class HPSv3Metric(PromptMetric):
         weights, processor = cls._resolve(model_config, processor_config)
         files = weight_files(weights)
         dtype = choose_dtype(torch_dtype, torch.bfloat16)
-        model: Any = build_hpsv3(
-            _qwen2_vl_config(cls._architecture(model_config, files), files), dtype
-        )
+        model: Any = build_hpsv3(_qwen2_vl_config(cls._architecture(model_config, files), files), dtype)
         load_weights(
             model,
             files,
@@ -165,9 +161,7 @@ class HPSv3Metric(PromptMetric):
         tokenizer = AutoTokenizer.from_pretrained(
             cls._processor_folder(processor), local_files_only=True, **(processor_kwargs or {})
         )
-        return cls(
-            model, tokenizer, transform=transform, positions=positions, batch_size=batch_size
-        )
+        return cls(model, tokenizer, transform=transform, positions=positions, batch_size=batch_size)
 
     @property
     def device(self) -> torch.device:
@@ -225,7 +219,9 @@ class HPSv3Metric(PromptMetric):
                 stop = min(start + self.batch_size, done + pairs)
                 read.append(
                     self._read(
-                        _rows(texts, start, stop), _rows(grids, 0, stop - start), _rows(tokens, 0, stop - start)
+                        _rows(texts, start, stop),
+                        _rows(grids, 0, stop - start),
+                        _rows(tokens, 0, stop - start),
                     )
                 )
             done += pairs

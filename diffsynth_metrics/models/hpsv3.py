@@ -105,7 +105,9 @@ class HPSv3Network(nn.Module):
         """
         weight = self.model.embed_tokens.weight
         # accelerate keeps offloaded weights on "meta", and then moves the inputs itself.
-        embeddings = self.model.embed_tokens(input_ids if weight.is_meta else input_ids.to(weight.device))
+        embeddings = self.model.embed_tokens(
+            input_ids if weight.is_meta else input_ids.to(weight.device)
+        )
         where = is_image.to(embeddings.device).unsqueeze(-1)
         embeddings = embeddings.masked_scatter(where, image_tokens.to(embeddings))
         states = self.model(
@@ -152,9 +154,7 @@ class _VisionAngles(nn.Module):
     def forward(self, *arguments: Any) -> Any:
         """Return cosines and sines ``[P, head_dim]``, or for older transformers a table of angles."""
         if len(arguments) == 1:
-            steps = torch.arange(
-                arguments[0], device=self.inv_freq.device, dtype=self.inv_freq.dtype
-            )
+            steps = torch.arange(arguments[0], device=self.inv_freq.device, dtype=self.inv_freq.dtype)
             return torch.outer(steps, self.inv_freq)
         positions = arguments[1].to(self.inv_freq.device, self.inv_freq.dtype)
         angles = (positions.unsqueeze(-1) * self.inv_freq).flatten(1)

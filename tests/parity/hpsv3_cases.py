@@ -55,7 +55,7 @@ def picture(index: int) -> PIL.Image.Image:
 
 
 def random_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Any]:
-    """Return float32 arrays that make a score depend strongly on the image, the prompt, the positions."""
+    """Return float32 arrays that make a score depend strongly on image, prompt and positions."""
     generator = np.random.default_rng(seed)
     weights = {}
     for name in sorted(shapes):

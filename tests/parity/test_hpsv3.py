@@ -75,9 +75,7 @@ def test_the_official_scores_depend_on_their_input() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_mu_and_sigma_equal_the_official_ones(
-    folders: list[Path], seed: int, batch_size: int
-) -> None:
+def test_mu_and_sigma_equal_the_official_ones(folders: list[Path], seed: int, batch_size: int) -> None:
     ours = rows(load(folders[seed], batch_size=batch_size))
     for what in ("single", "batch"):
         assert (ours - official(seed, what)).abs().max() < TOLERANCE
