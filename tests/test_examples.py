@@ -96,6 +96,7 @@ def test_quickstart_marks_the_right_picture_for_each_prompt(hub: LocalHub, tmp_p
         ("pickscore", "PickScore v1"),
         ("clip", "CLIP score"),
         ("hpsv2", "HPSv2"),
+        ("hpsv3", "HPSv3"),
         ("image_reward", "ImageReward v1.0"),
         ("aesthetic", "LAION Aesthetic v2"),
     ],
