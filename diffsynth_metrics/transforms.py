@@ -275,12 +275,12 @@ def pixel_lists(
 ) -> Iterator[list[Tensor]]:
     """Yield what :func:`pixel_batches` does, as lists of images ``[3, H, W]`` of different sizes."""
     if isinstance(images, Tensor):
-        for pixels in pixel_batches(images, transform, batch_size=batch_size, device=device):
-            yield list(pixels)
+        for batched in pixel_batches(images, transform, batch_size=batch_size, device=device):
+            yield list(batched)
         return
     index = 0
     for batch in _ahead(images, transform, batch_size):
-        pixels = []
+        pixels: list[Tensor] = []
         for item in batch:
             if isinstance(item, Tensor):
                 with _naming(index):

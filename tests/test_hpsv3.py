@@ -269,9 +269,12 @@ def test_tensor_path_stays_close_to_pil(metric: HPSv3Metric) -> None:
     for image in PICTURES:
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         pixels = metric.transform.from_pil(image) / 255
-        for images, step in ((tensor, 1.01 / 255), (tensor / 255, 2.01 / 255)):
+        # Bytes are rounded after each of two passes, and floats are not.
+        for images in (tensor, tensor / 255):
             difference = metric.transform.from_tensor(images[None])[0] - pixels
-            assert difference.abs().max() <= step
+            assert difference.abs().max() <= 2.01 / 255
+        rounded = metric.transform.from_tensor(tensor[None])[0] - pixels
+        assert (rounded.abs() > 1e-6).float().mean() < 0.05
 
 
 def test_threads_share_a_metric(metric: HPSv3Metric) -> None:

@@ -78,9 +78,7 @@ class HPSv3Network(nn.Module):
         patch, merge = vision.patch_size, vision.spatial_merge_size
         patches = torch.cat([patches_of(image, self.config) for image in pixels])
         grid = torch.tensor([[1, *(side // patch for side in image.shape[-2:])] for image in pixels])
-        output = self.visual(patches, grid_thw=grid.to(patches.device))
-        # Before the vision tower of transformers had an output class, it returned the merged tokens.
-        tokens: Tensor = getattr(output, "pooler_output", output)
+        tokens: Any = self.visual(patches, grid_thw=grid.to(patches.device)).pooler_output
         return list(tokens.split((grid.prod(dim=-1) // merge**2).tolist()))
 
     def forward(
