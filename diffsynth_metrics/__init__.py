@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.clip import CLIPMetric
     from diffsynth_metrics.metrics.fid import FIDMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
+    from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
     from diffsynth_metrics.model_config import ModelConfig
@@ -36,6 +37,7 @@ _HOME = {
     "FIDMetric": "metrics.fid",
     "FIDStatistics": "fid.statistics",
     "HPSv2Metric": "metrics.hpsv2",
+    "HPSv3Metric": "metrics.hpsv3",
     "ImageError": "errors",
     "ImageRewardMetric": "metrics.image_reward",
     "Metric": "base",
@@ -54,6 +56,7 @@ __all__ = [
     "FIDMetric",
     "FIDStatistics",
     "HPSv2Metric",
+    "HPSv3Metric",
     "ImageError",
     "ImageRewardMetric",
     "Metric",

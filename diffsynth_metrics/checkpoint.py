@@ -128,6 +128,7 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     float32: Collection[str] = (),
+    unused: Collection[str] = (),
 ) -> None:
     """Fill a model that was built on the meta device.
 
@@ -143,12 +144,13 @@ def load_weights(
         device: Where the tensors go.
         dtype: Floating dtype of the tensors.
         float32: Prefixes of tensors that stay in float32 where `dtype` is narrower.
+        unused: Names of tensors that the files may hold and the model does without.
 
     Raises:
         CheckpointError: A file is truncated, belongs to another metric, or its names or shapes are
             not those of the model.
     """
-    _check_layout(model, files, metric)
+    _check_layout(model, files, metric, unused)
     wide = torch.promote_types(dtype, torch.float32)
     wanted = model.state_dict().keys()
     tensors: dict[str, torch.Tensor] = {}
@@ -162,7 +164,7 @@ def load_weights(
     model.to(device).requires_grad_(False).eval()
 
 
-def _check_layout(model: nn.Module, files: Sequence[Path], metric: str) -> None:
+def _check_layout(model: nn.Module, files: Sequence[Path], metric: str, unused: Collection[str]) -> None:
     layout = read_layout(files)
     owners = KNOWN_LAYOUTS.get(fingerprint(layout), (metric,))
     if metric not in owners:
@@ -175,7 +177,7 @@ def _check_layout(model: nn.Module, files: Sequence[Path], metric: str) -> None:
     problems = []
     if missing := sorted(expected.keys() - layout.keys()):
         problems.append(f"missing {_some(missing)}")
-    if unexpected := sorted(layout.keys() - expected.keys() - computed):
+    if unexpected := sorted(layout.keys() - expected.keys() - computed - set(unused)):
         problems.append(f"unexpected {_some(unexpected)}")
     wrong = [
         f"{name} {list(layout[name])} instead of {list(shape)}"

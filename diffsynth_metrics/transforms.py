@@ -7,11 +7,14 @@ with gradients. :func:`pixel_batches` runs a transform over many images, ahead o
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import CheckedImages, open_image
 
 __all__ = [
@@ -27,9 +31,11 @@ __all__ = [
     "CLIP_STD",
     "Letterbox",
     "ShortestEdgeCrop",
+    "SmartResize",
     "Transform",
     "normalize",
     "pixel_batches",
+    "pixel_lists",
     "resize",
 ]
 
@@ -133,6 +139,68 @@ class Letterbox:
         return pad(pixels, (left, self.size - width - left, top, self.size - height - top))
 
 
+@dataclass(frozen=True)
+class SmartResize:
+    """Resize to sides that are multiples of `factor`, near a number of pixels, keeping the aspect ratio.
+
+    This is what Qwen2-VL and HPSv3 do, with bicubic interpolation. Where the number of pixels is too
+    small the sides are rounded up, where it is too large they are rounded down.
+    """
+
+    min_pixels: int = 256 * 28 * 28
+    max_pixels: int = 256 * 28 * 28
+    factor: int = 28
+    max_ratio: int = 200
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        """Check the numbers of pixels."""
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < self.factor**2:
+                raise ValueError(f"{name} must be an int of at least {self.factor**2}, got {value!r}")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+
+    def from_pil(self, image: PIL.Image.Image) -> Tensor:
+        """Map an image of any mode to uint8 pixels ``[3, H, W]``, to the bit as Pillow does."""
+        image = _rgb(image)
+        height, width = self.size(image.height, image.width)
+        resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+    def from_tensor(self, images: Tensor) -> Tensor:
+        """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, H', W']`` in 0..1."""
+        return resize(images, *self.size(*images.shape[-2:]))
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and the width after resizing.
+
+        Raises:
+            ImageError: One side is more than `max_ratio` times the other, before or after resizing.
+        """
+        factor, area = self.factor, height * width
+        new_height, new_width = (max(factor, round(side / factor) * factor) for side in (height, width))
+        if new_height * new_width > self.max_pixels:
+            scale = math.sqrt(area / self.max_pixels)
+            new_height, new_width = (
+                max(factor, math.floor(side / scale / factor) * factor) for side in (height, width)
+            )
+        elif new_height * new_width < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / area)
+            new_height, new_width = (
+                math.ceil(side * scale / factor) * factor for side in (height, width)
+            )
+        for sides in ((width, height), (new_width, new_height)):
+            if max(sides) > self.max_ratio * min(sides):
+                raise ImageError(
+                    f"one side may be at most {self.max_ratio} times the other, before and after "
+                    f"resizing; got {width}x{height}, resized to {new_width}x{new_height}"
+                )
+        return new_height, new_width
+
+
 def resize(images: Tensor, height: int, width: int) -> Tensor:
     """Resize as Pillow's bicubic filter does, differentiably.
 
@@ -194,17 +262,48 @@ def pixel_batches(
     Raises:
         ImageError: An image cannot be read; the message names it.
     """
-    starts = range(0, len(images), batch_size)
     if isinstance(images, Tensor):
-        for start in starts:
+        for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size].to(device)
             yield normalize(transform.from_tensor(chunk), transform)
         return
+    for batch in _ahead(images, transform, batch_size):
+        yield _collect(batch, transform, device)
+
+
+def pixel_lists(
+    images: CheckedImages, transform: Transform, *, batch_size: int, device: torch.device
+) -> Iterator[list[Tensor]]:
+    """Yield what :func:`pixel_batches` does, as lists of images ``[3, H, W]`` of different sizes."""
+    if isinstance(images, Tensor):
+        for batched in pixel_batches(images, transform, batch_size=batch_size, device=device):
+            yield list(batched)
+        return
+    index = 0
+    for batch in _ahead(images, transform, batch_size):
+        pixels: list[Tensor] = []
+        for item in batch:
+            if isinstance(item, Tensor):
+                with _naming(index):
+                    pixels += normalize(transform.from_tensor(item[None].to(device)), transform)
+            else:
+                pixels += _collect([item], transform, device)
+            index += 1
+        yield pixels
+
+
+def _ahead(
+    images: list[PIL.Image.Image | Path | Tensor], transform: Transform, batch_size: int
+) -> Iterator[list[Tensor | Future[Tensor]]]:
+    """Yield batches of tensors and of PIL images that are being prepared, in the order of the images."""
+    starts = range(0, len(images), batch_size)
 
     def prepare(index: int) -> Tensor:
         item = images[index]
         assert not isinstance(item, Tensor)
-        return transform.from_pil(open_image(item, f"image {index}"))
+        opened = open_image(item, f"image {index}")
+        with _naming(index):
+            return transform.from_pil(opened)
 
     pending: deque[list[Tensor | Future[Tensor]]] = deque()
     pool = ThreadPoolExecutor(min(_cpu_count(), len(images)), "diffsynth_metrics")
@@ -218,9 +317,9 @@ def pixel_batches(
                 ]
             )
             if len(pending) > _BATCHES_AHEAD:
-                yield _collect(pending.popleft(), transform, device)
+                yield pending.popleft()
         while pending:
-            yield _collect(pending.popleft(), transform, device)
+            yield pending.popleft()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -238,6 +337,15 @@ def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device:
         return normalize(torch.stack(prepared).to(device), transform)
     tensors = torch.stack([item for item in batch if isinstance(item, Tensor)])
     return normalize(transform.from_tensor(tensors.to(device)), transform)
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Say which image it is that a transform does not take."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"image {index}: {error}") from error
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:

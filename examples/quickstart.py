@@ -20,6 +20,7 @@ from diffsynth_metrics import (
     BaseMetric,
     CLIPMetric,
     HPSv2Metric,
+    HPSv3Metric,
     ImageRewardMetric,
     ModelConfig,
     PickScoreMetric,
@@ -31,6 +32,7 @@ METRICS: dict[str, Callable[[], BaseMetric]] = {
     "clip": CLIPMetric.from_pretrained,
     "pickscore": PickScoreMetric.from_pretrained,
     "hpsv2": HPSv2Metric.from_pretrained,
+    "hpsv3": HPSv3Metric.from_pretrained,
     "image_reward": ImageRewardMetric.from_pretrained,
     "aesthetic": AestheticMetric.from_pretrained,
 }

@@ -34,6 +34,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     tiny_checkpoint("pickscore", weights / "PickScore")
     tiny_checkpoint("clip", weights / "CLIP-ViT-H-14-laion2B-s32B-b79K")
     tiny_checkpoint("hpsv2", weights / "HPSv2")
+    tiny_checkpoint("hpsv3", weights / "HPSv3")
     tiny_checkpoint("aesthetic", weights / "Aesthetic")
     tiny_checkpoint("image_reward", weights / "ImageReward")
     tiny_checkpoint("fid", weights / "FID")
@@ -96,6 +97,7 @@ def test_quickstart_marks_the_right_picture_for_each_prompt(hub: LocalHub, tmp_p
         ("pickscore", "PickScore v1"),
         ("clip", "CLIP score"),
         ("hpsv2", "HPSv2"),
+        ("hpsv3", "HPSv3"),
         ("image_reward", "ImageReward v1.0"),
         ("aesthetic", "LAION Aesthetic v2"),
     ],

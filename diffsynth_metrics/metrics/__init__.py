@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.clip import CLIPMetric
     from diffsynth_metrics.metrics.fid import FIDMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
+    from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
 
@@ -22,6 +23,7 @@ __all__ = [
     "CLIPMetric",
     "FIDMetric",
     "HPSv2Metric",
+    "HPSv3Metric",
     "ImageRewardMetric",
     "PickScoreMetric",
 ]

@@ -1,0 +1,64 @@
+"""Spreading a network that is too large for one device over several, by accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+__all__ = ["DeviceMap", "execution_device", "place"]
+
+DeviceMap: TypeAlias = "str | Mapping[str, int | str | torch.device]"
+"""``"auto"`` and the like, one device, or parts of the network to devices, as in transformers."""
+
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def place(model: Any, device_map: DeviceMap, dtype: torch.dtype) -> nn.Module:
+    """Put the parts of a network on devices, as transformers' ``from_pretrained`` does.
+
+    Args:
+        model: A network on the CPU; its ``_no_split_modules`` names the classes that stay whole.
+        device_map: A strategy (``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``), a
+            device, or names of modules to devices. Parts on ``"cpu"`` next to a GPU wait in memory.
+        dtype: Dtype of most weights, by which a strategy estimates what fits.
+
+    Raises:
+        ValueError: A part is mapped to the disk, or a module is not mapped at all.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if not isinstance(device_map, str):
+        places = dict(device_map)
+    elif device_map in _STRATEGIES:
+        whole = list(model._no_split_modules)
+        limits = None
+        if device_map != "sequential":
+            limits = get_balanced_memory(
+                model,
+                dtype=dtype,
+                no_split_module_classes=whole,
+                low_zero=device_map == "balanced_low_0",
+            )
+        places = infer_auto_device_map(
+            model, max_memory=limits, dtype=dtype, no_split_module_classes=whole
+        )
+    else:
+        places = {"": device_map}
+    if disk := sorted(name for name, device in places.items() if device == "disk"):
+        raise ValueError(
+            f"device_map puts {', '.join(disk)} on the disk, which is not supported; "
+            "give it more devices, or map these parts to 'cpu'"
+        )
+    placed: nn.Module = dispatch_model(model, device_map=places)
+    return placed
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Return where a network takes its inputs; its first weights may wait elsewhere."""
+    hook = getattr(model, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
