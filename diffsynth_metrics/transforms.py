@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import PIL.Image
@@ -48,6 +48,9 @@ _BATCHES_AHEAD = 2
 class Transform(Protocol):
     """What a metric needs of a transform: the same geometry for PIL images and for tensors."""
 
+    uses_all_cores: ClassVar[bool]
+    """Whether :meth:`from_pil` is torch's work, which uses all cores itself, and not Pillow's."""
+
     @property
     def mean(self) -> tuple[float, float, float]:
         """Mean per channel, for pixels in 0..1."""
@@ -73,6 +76,7 @@ class ShortestEdgeCrop:
     not RGB is converted before or after these steps.
     """
 
+    uses_all_cores: ClassVar[bool] = False
     size: int = 224
     crop_rounding: Literal["floor", "half_even"] = "floor"
     convert: Literal["before", "after"] = "before"
@@ -114,6 +118,7 @@ class Letterbox:
     a very short side to nothing, and then fails; here an image is always padded and keeps a pixel.
     """
 
+    uses_all_cores: ClassVar[bool] = True
     size: int = 224
     antialias: bool = True
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -147,6 +152,7 @@ class SmartResize:
     small the sides are rounded up, where it is too large they are rounded down.
     """
 
+    uses_all_cores: ClassVar[bool] = False
     min_pixels: int = 256 * 28 * 28
     max_pixels: int = 256 * 28 * 28
     factor: int = 28
@@ -303,8 +309,12 @@ def _ahead(
         assert not isinstance(item, Tensor)
         opened = open_image(item, f"image {index}")
         with _naming(index):
+            if resizer is not None:
+                return resizer.submit(transform.from_pil, opened).result()
             return transform.from_pil(opened)
 
+    # Each thread that calls torch gets a team of threads for all cores: one caller is enough.
+    resizer = ThreadPoolExecutor(1, "diffsynth_metrics") if transform.uses_all_cores else None
     pending: deque[list[Tensor | Future[Tensor]]] = deque()
     pool = ThreadPoolExecutor(min(_cpu_count(), len(images)), "diffsynth_metrics")
     try:
@@ -322,6 +332,8 @@ def _ahead(
             yield pending.popleft()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        if resizer is not None:
+            resizer.shutdown(wait=False)
 
 
 def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device: torch.device) -> Tensor:

@@ -350,6 +350,7 @@ class TestNormalize:
 class Counting:
     """A transform that knows how far preparation runs ahead of what its consumer has received."""
 
+    uses_all_cores = False
     mean, std = CLIP_MEAN, CLIP_STD
 
     def __init__(self, seconds: float = 0.0) -> None:
