@@ -293,7 +293,7 @@ def report(
     lines = [
         "# FID against five packages",
         "",
-        f"`python {' '.join(sys.argv)}`, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, "
+        f"`python benchmarks/fid.py --sizes {' '.join(map(str, sizes))} --count {count}`, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, "
         f"{CORES} cores, float32 on the CPU, torch {torch.__version__}, load average at the start "
         f"{parts['load']:.2f}. Two folders of {count // 2} JPEGs each go in, one FID comes out; every "
         "package has its own defaults, the same random weights and a process of its own, one at a time.",
@@ -354,7 +354,7 @@ def main() -> None:
     """Measure every package in its own process, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--count", type=int, default=400, help="images of each size, on both sides together"
+        "--count", type=int, default=200, help="images of each size, on both sides together"
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--only", nargs="+", choices=list(PACKAGES), default=list(PACKAGES))
