@@ -293,7 +293,8 @@ def report(
     lines = [
         "# FID against five packages",
         "",
-        f"`python benchmarks/fid.py --sizes {' '.join(map(str, sizes))} --count {count}`, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, "
+        f"`python benchmarks/fid.py --sizes {' '.join(map(str, sizes))} --count {count}`, "
+        f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, "
         f"{CORES} cores, float32 on the CPU, torch {torch.__version__}, load average at the start "
         f"{parts['load']:.2f}. Two folders of {count // 2} JPEGs each go in, one FID comes out; every "
         "package has its own defaults, the same random weights and a process of its own, one at a time.",
