@@ -340,7 +340,8 @@ def test_precision_recall_density_coverage_are_those_of_the_papers(nearest: int)
 def test_statistics_need_no_torch() -> None:
     script = (
         "import sys, diffsynth_metrics.fid.distances\nfrom diffsynth_metrics import FIDStatistics\n"
-        "import numpy\nFIDStatistics().update(numpy.eye(3)).mean_and_factor()\nprint('torch' in sys.modules)"
+        "import numpy\nFIDStatistics().update(numpy.eye(3)).mean_and_factor()\n"
+        "print('torch' in sys.modules)"
     )
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
