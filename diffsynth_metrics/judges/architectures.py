@@ -126,8 +126,8 @@ def judge_config(config: dict[str, Any] | None, published: PreTrainedConfig) -> 
         return published
     if config.get("model_type") != published.model_type:
         raise CheckpointError(
-            f"the config.json next to the weights is of a {config.get('model_type')!r} network, and this "
-            f"judge is a {published.model_type!r}"
+            f"the config.json next to the weights describes a {config.get('model_type')!r} network, and "
+            f"this judge is a {published.model_type!r}"
         )
     return type(published).from_dict(config)
 
@@ -140,11 +140,11 @@ def build_judge(config: PreTrainedConfig) -> nn.Module:
     """
     _, network = _CLASSES[config.model_type]
     with torch.device("meta"):
-        model: nn.Module = network(config)
+        model: Any = network(config)
     text_theta = config.text_config.rope_parameters["rope_theta"]
     _set_frequencies(model.model.language_model.rotary_emb, text_theta)
     _set_frequencies(model.model.visual.rotary_pos_emb, _VISION_THETA)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _set_frequencies(rotary: nn.Module, theta: float) -> None:

@@ -21,7 +21,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
@@ -84,7 +84,7 @@ class _Batch:
 
 
 def decode_greedily(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -120,7 +120,7 @@ class _Decoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         max_new_tokens: int,
         stop_ids: frozenset[int],
         penalised: tuple[Tensor, Tensor] | None,
@@ -209,7 +209,7 @@ class _Decoder:
 
 
 def _prefill(
-    model: nn.Module,
+    model: Any,
     rows: list[_Row],
     pad_id: int,
     device: torch.device,
@@ -219,7 +219,8 @@ def _prefill(
     groups: dict[Any, list[_Row]] = defaultdict(list)
     for row in rows:
         groups[row.prompt.images if share_prefixes and row.prompt.images else id(row)].append(row)
-    heads, owner = [], {}
+    heads: list[_Row] = []
+    owner: dict[int, int] = {}
     for group in groups.values():
         length = _shared_length([row.prompt for row in group])
         for members in [group] if length else [[row] for row in group]:
@@ -247,9 +248,7 @@ def _shared_length(prompts: list[Prompt]) -> int:
     return length if length >= max(prompt.text_start for prompt in prompts) else 0
 
 
-def _read_heads(
-    model: nn.Module, rows: list[_Row], pad_id: int, device: torch.device
-) -> _Batch:
+def _read_heads(model: Any, rows: list[_Row], pad_id: int, device: torch.device) -> _Batch:
     """Read the first ``row.length`` tokens of rows with images, padded on the left."""
     width = max(row.length for row in rows)
     ids = torch.full((len(rows), width), pad_id)
@@ -284,7 +283,7 @@ def _read_heads(
     return _Batch(rows, cache, mask, output.logits[:, -1])
 
 
-def _read_endings(model: nn.Module, heads: _Batch, rows: list[_Row], owner: dict[int, int]) -> _Batch:
+def _read_endings(model: Any, heads: _Batch, rows: list[_Row], owner: dict[int, int]) -> _Batch:
     """Read endings of one length, each after a copy of its head."""
     index = torch.tensor([owner[id(row)] for row in rows], device=heads.mask.device)
     batch = _Batch(rows, _select(heads.cache, index), heads.mask[index], heads.logits[index])
@@ -296,9 +295,7 @@ def _read_endings(model: nn.Module, heads: _Batch, rows: list[_Row], owner: dict
     return batch
 
 
-def _feed(
-    model: nn.Module, batch: _Batch, tokens: list[list[int]], *, logits_to_keep: int = 0
-) -> Tensor:
+def _feed(model: Any, batch: _Batch, tokens: list[list[int]], *, logits_to_keep: int = 0) -> Tensor:
     """Feed all rows the same number of tokens after their images; return logits ``[B, C, V]``."""
     device = batch.mask.device
     ids = torch.tensor(tokens, device=device)

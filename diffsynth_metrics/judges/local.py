@@ -35,14 +35,12 @@ class LocalEngine(Engine):
         max_new_tokens: The largest number of tokens of an answer.
     """
 
-    def __init__(
-        self, model: nn.Module, processor: Any, *, batch_size: int, max_new_tokens: int
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
         """Wrap a loaded network and processor; metrics call :meth:`load`."""
         for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        self.model = model
+        self.model: Any = model
         self.processor = processor
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
@@ -53,7 +51,11 @@ class LocalEngine(Engine):
         self._plain = _without_added_tokens(tokenizer.backend_tokenizer)
         self._image_id = model.config.image_token_id
         eos = model.config.get_text_config().eos_token_id
-        stops = {tokenizer.eos_token_id, tokenizer.pad_token_id, *(eos if isinstance(eos, list) else [eos])}
+        stops = {
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            *(eos if isinstance(eos, list) else [eos]),
+        }
         self._stop_ids = frozenset(stop for stop in stops if stop is not None)
         pad_id = tokenizer.pad_token_id
         self._pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
@@ -157,7 +159,7 @@ class LocalEngine(Engine):
                 prepared[key] = features["pixel_values"], features["image_grid_thw"]
             pixel_values, grid = prepared[key]
         ids = self._tokens(question, grid)
-        is_image = torch.tensor(ids) == self._image_id
+        is_image = torch.tensor(ids).eq(self._image_id)
         positions, _ = self.model.model.get_rope_index(
             torch.tensor([ids]), mm_token_type_ids=is_image[None].int(), image_grid_thw=grid
         )
@@ -242,27 +244,24 @@ def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _dispatch(
-    model: nn.Module, device_map: str | Mapping[str, int | str | torch.device], dtype: torch.dtype
+    model: Any, device_map: str | Mapping[str, int | str | torch.device], dtype: torch.dtype
 ) -> nn.Module:
     """Place the parts of a network on devices, as transformers' ``from_pretrained`` does."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    if isinstance(device_map, str):
-        if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
-            device_map = {"": device_map}
-        else:
-            whole = list(model._no_split_modules)
-            limits = None
-            if device_map != "sequential":
-                limits = get_balanced_memory(
-                    model,
-                    dtype=dtype,
-                    no_split_module_classes=whole,
-                    low_zero=device_map == "balanced_low_0",
-                )
-            device_map = infer_auto_device_map(
-                model, max_memory=limits, dtype=dtype, no_split_module_classes=whole
-            )
-    placed: nn.Module = dispatch_model(model, device_map=dict(device_map))
+    if not isinstance(device_map, str):
+        places = dict(device_map)
+    elif device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        whole = list(model._no_split_modules)
+        limits = None
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            limits = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole, low_zero=low)
+        places = infer_auto_device_map(
+            model, max_memory=limits, dtype=dtype, no_split_module_classes=whole
+        )
+    else:
+        places = {"": device_map}
+    placed: nn.Module = dispatch_model(model, device_map=places)
     return placed

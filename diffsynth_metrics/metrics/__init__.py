@@ -15,8 +15,20 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
+    from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
+    from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
+    from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
 
-__all__ = ["AestheticMetric", "CLIPMetric", "HPSv2Metric", "ImageRewardMetric", "PickScoreMetric"]
+__all__ = [
+    "AestheticMetric",
+    "CLIPMetric",
+    "HPSv2Metric",
+    "ImageRewardMetric",
+    "PickScoreMetric",
+    "QwenImageBenchMetric",
+    "UnifiedReward2Metric",
+    "UnifiedRewardEditMetric",
+]
 
 
 def __getattr__(name: str) -> Any:
