@@ -37,12 +37,12 @@ Interpreters = dict[str, str]
 class Process:
     """A worker of one package; leaving the ``with`` block ends it."""
 
-    def __init__(self, package: str, python: str) -> None:
+    def __init__(self, package: str, python: str, script: str = "worker.py") -> None:
         """Start the interpreter; nothing is imported yet."""
         self._log = LOGS / f"{package}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [python, str(HERE / "worker.py"), package],
+                [python, str(HERE / script), package],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

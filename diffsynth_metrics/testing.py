@@ -1,7 +1,7 @@
 """Tiny random checkpoints of every metric, for our tests and for users' own CI.
 
 A tiny checkpoint has every file of the real one and loads through the ordinary path in well under a
-second; its scores mean nothing.
+second; its scores mean nothing. A tiny judge answers in the form that its metric reads.
 
 Example:
     >>> folder = tiny_checkpoint("pickscore", tmp_path)
@@ -13,16 +13,24 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from random import Random
+from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from diffsynth_metrics.judges.engine import Question
+    from diffsynth_metrics.judges.local import LocalEngine
+    from diffsynth_metrics.judges.metric import JudgeMetric
 
 __all__ = ["TINY_CHECKPOINTS", "clip_vocabulary", "randomize", "tiny_checkpoint"]
 
@@ -191,7 +199,58 @@ def _tiny_image_reward(folder: Path, seed: int) -> None:
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _tiny_qwen3_5(folder: Path, seed: int) -> None:
+def _tiny_unified_reward_2(folder: Path, seed: int) -> None:
+    from diffsynth_metrics import UnifiedReward2Metric
+
+    def answer(random: Random) -> str:
+        labels = ("Alignment", "Coherence", "Style")
+        return "\n".join(f"{label} Score (1-5): {random.uniform(1, 5):.2f}" for label in labels)
+
+    model = _tiny_qwen3_5(folder, seed)
+    _teach(
+        model, folder, UnifiedReward2Metric, answer, lambda m, p, r: m.evaluate(p, _random_picture(r))
+    )
+    _write_judge(folder, model)
+
+
+def _tiny_unified_reward_edit(folder: Path, seed: int) -> None:
+    from diffsynth_metrics import UnifiedRewardEditMetric
+
+    def answer(random: Random) -> str:  # one that every task can read
+        winner, *scores = random.randint(1, 2), random.randint(10, 24), random.randint(10, 24)
+        return f'Edited image {winner} is better. "score": {scores}'
+
+    tasks = {
+        "edit_pointwise_score": 2,
+        "edit_pointwise_quality": 1,
+        "edit_pairwise_rank": 3,
+        "edit_pairwise_score": 3,
+    }
+
+    def ask(metric: Any, prompt: str, random: Random) -> None:
+        task = random.choice(list(tasks))
+        metric.evaluate(prompt, [_random_picture(random) for _ in range(tasks[task])], task=task)
+
+    model = _tiny_qwen3_vl(folder, seed)
+    _teach(model, folder, UnifiedRewardEditMetric, answer, ask)
+    _write_judge(folder, model)
+
+
+def _tiny_qwen_image_bench(folder: Path, seed: int) -> None:
+    from diffsynth_metrics import QwenImageBenchMetric
+
+    def answer(random: Random) -> str:
+        score = random.randint(0, 2)
+        return f'It is clear.\n</think>\n\n{{"Resolution": {{"Resolution": {{"score": {score}}}}}}}'
+
+    model = _tiny_qwen3_5(folder, seed)
+    _teach(
+        model, folder, QwenImageBenchMetric, answer, lambda m, p, r: m.evaluate(p, _random_picture(r))
+    )
+    _write_judge(folder, model)
+
+
+def _tiny_qwen3_5(folder: Path, seed: int) -> PreTrainedModel:
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer
 
     tokens = _write_qwen_processor(folder, Qwen3_5Tokenizer, _QWEN3_5_TEMPLATE)
@@ -215,10 +274,12 @@ def _tiny_qwen3_5(folder: Path, seed: int) -> None:
         "rope_parameters": rope,
     }
     config = Qwen3_5Config(**_tiny_judge_config(text, tokens))
-    _write_judge(folder, Qwen3_5ForConditionalGeneration(config), seed)
+    model = Qwen3_5ForConditionalGeneration(config)
+    randomize(model, seed, gain=0.5)
+    return model
 
 
-def _tiny_qwen3_vl(folder: Path, seed: int) -> None:
+def _tiny_qwen3_vl(folder: Path, seed: int) -> PreTrainedModel:
     from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     tokens = _write_qwen_processor(folder, Qwen2Tokenizer, _QWEN3_VL_TEMPLATE)
@@ -236,14 +297,16 @@ def _tiny_qwen3_vl(folder: Path, seed: int) -> None:
         "rope_parameters": rope,
     }
     config = Qwen3VLConfig(**_tiny_judge_config(text, tokens, deepstack_visual_indexes=[0, 1]))
-    _write_judge(folder, Qwen3VLForConditionalGeneration(config), seed)
+    model = Qwen3VLForConditionalGeneration(config)
+    randomize(model, seed, gain=0.5)
+    return model
 
 
 def _tiny_judge_config(
     text: dict[str, object], tokens: dict[str, int], **vision: object
 ) -> dict[str, object]:
     """Return what both architectures of judges have in common at their tiny size."""
-    hidden_size = 64
+    hidden_size = 128
     shared = {
         "eos_token_id": tokens["<|endoftext|>"],
         "hidden_size": hidden_size,
@@ -273,9 +336,90 @@ def _tiny_judge_config(
     }
 
 
-def _write_judge(folder: Path, model: PreTrainedModel, seed: int) -> None:
-    """Write random weights in two files, as the published ones are split."""
-    randomize(model, seed)
+def _teach(
+    model: PreTrainedModel,
+    folder: Path,
+    metric_class: type[JudgeMetric],
+    answer: Callable[[Random], str],
+    ask: Callable[[Any, str, Random], object],
+    samples: int = 40,
+) -> None:
+    """Fit the last layer of a random network, so that it answers in the form that a metric reads.
+
+    What the network says of a picture stays random; `answer` gives examples, and `ask` has a metric ask.
+    """
+    from transformers import AutoProcessor
+
+    from diffsynth_metrics.judges.engine import Answer, Engine
+    from diffsynth_metrics.judges.local import LocalEngine
+
+    class Recorder(Engine):
+        def ask(self, questions: Sequence[Question]) -> list[Answer]:
+            recorded.extend(questions)
+            return [Answer("")] * len(questions)
+
+    recorded: list[Question] = []
+    random = Random(0)
+    words = "a an the of in on with and cat dog red green blue photo painting 42 circle, square.".split()
+    while len(recorded) < samples:
+        prompt = " ".join(random.choices(words, k=random.randint(1, 30)))
+        ask(metric_class(Recorder()), prompt, random)
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    engine = LocalEngine(model.eval(), processor, batch_size=1, max_new_tokens=1)
+    features, targets = [], []
+    for question in recorded:
+        hidden, tokens = _hidden_states(engine, question, answer(random))
+        features.append(hidden)
+        targets += tokens
+    used, classes = torch.unique(torch.tensor(targets), return_inverse=True)
+    weight = _logistic_regression(torch.cat(features), classes, len(used))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[used] = weight
+
+
+def _hidden_states(engine: LocalEngine, question: Question, answer: str) -> tuple[Tensor, list[int]]:
+    """Return what the last layer sees ``[T, D]`` before each token of an answer, and these T tokens."""
+    prompt = engine._prompt(question, {})
+    tokens = [*engine._encode(answer), engine.processor.tokenizer.eos_token_id]
+    ids = torch.tensor([prompt.ids + tokens])
+    rotary = torch.arange(len(tokens)) + int(prompt.positions.max()) + 1
+    rotary = torch.cat([prompt.positions, rotary.expand(3, -1)], dim=1)
+    with torch.no_grad():
+        hidden: Tensor = engine.model.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.cat([torch.arange(ids.shape[1])[None], rotary])[:, None],
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid,
+        ).last_hidden_state[0]
+    return hidden[len(prompt.ids) - 1 : -1], tokens
+
+
+def _logistic_regression(features: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Return weights ``[count, D]`` that tell classes apart, and from logits of zero."""
+    weight = torch.zeros(count, features.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=150, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = torch.cat([features @ weight.T, torch.zeros(len(features), 1)], dim=1)
+        value = cross_entropy(logits, classes) + 1e-4 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return weight.detach()
+
+
+def _random_picture(random: Random) -> PIL.Image.Image:
+    size = random.choice([(64, 64), (200, 100), (50, 120), (256, 256)])
+    return PIL.Image.new("RGB", size, tuple(random.choices(range(256), k=3)))
+
+
+def _write_judge(folder: Path, model: PreTrainedModel) -> None:
+    """Write weights in two files, as the published ones are split."""
     state = model.state_dict()
     names = sorted(state)
     half = len(names) // 2
@@ -447,8 +591,8 @@ TINY_CHECKPOINTS = {
     "hpsv2": _tiny_hpsv2,
     "image_reward": _tiny_image_reward,
     "pickscore": _tiny_clip,
-    "qwen_image_bench": _tiny_qwen3_5,
-    "unified_reward_2": _tiny_qwen3_5,
-    "unified_reward_edit": _tiny_qwen3_vl,
+    "qwen_image_bench": _tiny_qwen_image_bench,
+    "unified_reward_2": _tiny_unified_reward_2,
+    "unified_reward_edit": _tiny_unified_reward_edit,
 }
 """Name of a metric to what writes its tiny checkpoint."""
