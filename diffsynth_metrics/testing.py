@@ -204,7 +204,11 @@ def _tiny_unified_reward_2(folder: Path, seed: int) -> None:
 
     def answer(random: Random) -> str:
         labels = ("Alignment", "Coherence", "Style")
-        return "\n".join(f"{label} Score (1-5): {random.uniform(1, 5):.2f}" for label in labels)
+        scores = random.choice(
+            [("2.69", "2.37", "2.8"), ("3.65", "3.82", "3.5"), ("4.5", "4.25", "4.75")]
+        )
+        lines = zip(labels, scores, strict=True)
+        return "\n".join(f"{label} Score (1-5): {score}" for label, score in lines)
 
     model = _tiny_qwen3_5(folder, seed)
     _teach(
@@ -217,8 +221,8 @@ def _tiny_unified_reward_edit(folder: Path, seed: int) -> None:
     from diffsynth_metrics import UnifiedRewardEditMetric
 
     def answer(random: Random) -> str:  # one that every task can read
-        winner, *scores = random.randint(1, 2), random.randint(10, 24), random.randint(10, 24)
-        return f'Edited image {winner} is better. "score": {scores}'
+        winner, first, second = random.choice([(1, 3, 8), (2, 4, 7), (2, 3, 6), (1, 4, 9)])
+        return f"Edited image {winner} is better. score=[{first},{second}]"
 
     tasks = {
         "edit_pointwise_score": 2,
@@ -298,7 +302,7 @@ def _tiny_qwen3_vl(folder: Path, seed: int) -> PreTrainedModel:
     }
     config = Qwen3VLConfig(**_tiny_judge_config(text, tokens, deepstack_visual_indexes=[0, 1]))
     model = Qwen3VLForConditionalGeneration(config)
-    randomize(model, seed, gain=0.5)
+    randomize(model, seed, gain=0.3)
     return model
 
 
@@ -423,9 +427,14 @@ def _write_judge(folder: Path, model: PreTrainedModel) -> None:
     state = model.state_dict()
     names = sorted(state)
     half = len(names) // 2
+    places = {}
     for part, chosen in enumerate((names[:half], names[half:]), start=1):
+        file = f"model-{part:05}-of-00002.safetensors"
         shard = {name: state[name].contiguous() for name in chosen}
-        save_file(shard, folder / f"model-{part:05}-of-00002.safetensors", metadata={"format": "pt"})
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(chosen, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     model.config.save_pretrained(folder)
 
 
