@@ -130,7 +130,8 @@ class LocalEngine(Engine):
             while len(batch) > self.batch_size:
                 yield batch[: self.batch_size]
                 batch = batch[self.batch_size :]
-        yield batch
+        if batch:
+            yield batch
 
     def _answer(self, ids: list[int]) -> Answer:
         stopped = ids[-1] in self._stop_ids
