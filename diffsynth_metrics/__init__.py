@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffsynth_metrics.base import BaseMetric, Metric, MetricCard
     from diffsynth_metrics.errors import (
+        AnswerError,
         CheckpointError,
         DiffSynthMetricsError,
         DownloadError,
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
+    from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
+    from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
+    from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
     from diffsynth_metrics.model_config import ModelConfig
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AestheticMetric": "metrics.aesthetic",
+    "AnswerError": "errors",
     "BaseMetric": "base",
     "CLIPMetric": "metrics.clip",
     "CheckpointError": "errors",
@@ -44,10 +49,14 @@ _HOME = {
     "MetricCard": "base",
     "ModelConfig": "model_config",
     "PickScoreMetric": "metrics.pickscore",
+    "QwenImageBenchMetric": "metrics.qwen_image_bench",
+    "UnifiedReward2Metric": "metrics.unified_reward_2",
+    "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
 }
 
 __all__ = [
     "AestheticMetric",
+    "AnswerError",
     "BaseMetric",
     "CLIPMetric",
     "CheckpointError",
@@ -63,6 +72,9 @@ __all__ = [
     "MetricCard",
     "ModelConfig",
     "PickScoreMetric",
+    "QwenImageBenchMetric",
+    "UnifiedReward2Metric",
+    "UnifiedRewardEditMetric",
 ]
 
 

@@ -1,6 +1,7 @@
 """The exceptions that are the package's own.
 
 DiffSynthMetricsError
+├── AnswerError (ValueError)       a judge's answer cannot be read
 ├── CheckpointError (ValueError)   a weight file is truncated, incomplete or belongs elsewhere
 ├── DownloadError (OSError)        files could not be had
 └── ImageError (ValueError)        an image cannot be read, or is not what a metric accepts
@@ -8,7 +9,7 @@ DiffSynthMetricsError
 Where Python has the word (TypeError, ValueError, FileNotFoundError), that is raised instead.
 """
 
-__all__ = ["CheckpointError", "DiffSynthMetricsError", "DownloadError", "ImageError"]
+__all__ = ["AnswerError", "CheckpointError", "DiffSynthMetricsError", "DownloadError", "ImageError"]
 
 
 class DiffSynthMetricsError(Exception):
@@ -25,3 +26,16 @@ class DownloadError(DiffSynthMetricsError, OSError):
 
 class ImageError(DiffSynthMetricsError, ValueError):
     """An image cannot be read, or is not what a metric accepts."""
+
+
+class AnswerError(DiffSynthMetricsError, ValueError):
+    """A judge's answer cannot be read, and the caller asked for an error.
+
+    Attributes:
+        text: What the judge wrote.
+    """
+
+    def __init__(self, message: str, text: str = "") -> None:
+        """Keep the judge's text next to the message."""
+        super().__init__(message)
+        self.text = text

@@ -38,6 +38,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     tiny_checkpoint("aesthetic", weights / "Aesthetic")
     tiny_checkpoint("image_reward", weights / "ImageReward")
     tiny_checkpoint("fid", weights / "FID")
+    tiny_checkpoint("unified_reward_2", weights / "UnifiedReward-2.0-qwen35-9b")
+    tiny_checkpoint("unified_reward_edit", weights / "UnifiedReward-Edit-qwen3vl-8b")
+    bench = tiny_checkpoint("qwen_image_bench", tmp_path_factory.mktemp("bench"))
     pictures = tmp_path_factory.mktemp("pictures")
     folder = pictures / "flux" / "FLUX.1-dev"
     folder.mkdir(parents=True)
@@ -45,6 +48,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     (folder / "metadata.csv").write_text('image,prompt\n1.jpg,"dog, brown fur"\n', encoding="utf-8")
     with LocalHub() as hub:
         hub.add_model("DiffSynth-Studio/ImageMetrics", weights)
+        hub.add_model("Qwen/Qwen-Image-Bench", bench)
         hub.add_dataset("DiffSynth-Studio/diffsynth_example_dataset", pictures)
         yield hub
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
+    from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
+    from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
+    from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
 
 __all__ = [
     "AestheticMetric",
@@ -26,6 +29,9 @@ __all__ = [
     "HPSv3Metric",
     "ImageRewardMetric",
     "PickScoreMetric",
+    "QwenImageBenchMetric",
+    "UnifiedReward2Metric",
+    "UnifiedRewardEditMetric",
 ]
 
 

@@ -1,0 +1,10 @@
+"""Judges: asking a generative vision-language model, and reading its answer.
+
+engine.py         a question in, a text out: what every engine can do
+local.py          the engine that runs a network of transformers
+decoding.py       greedy decoding of many questions at once
+architectures.py  the two networks, on the meta device
+answers.py        a text in, numbers or a reason out
+metric.py         what the judge metrics share
+prompts/*.json    the texts that the judges were trained with
+"""

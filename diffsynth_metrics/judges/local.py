@@ -1,0 +1,268 @@
+"""The engine that runs a network of transformers here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoProcessor, PreTrainedConfig
+from typing_extensions import Self
+
+from diffsynth_metrics.checkpoint import load_weights
+from diffsynth_metrics.judges.architectures import build_judge
+from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
+from diffsynth_metrics.judges.engine import Answer, Engine, Question
+
+__all__ = ["LocalEngine"]
+
+# A text of a question, while the chat template is rendered: from Unicode's private use area.
+_MARK = "\ue000"
+
+
+class LocalEngine(Engine):
+    """Greedy, batched answers of a network in memory.
+
+    Attributes:
+        model: The network.
+        processor: transformers' processor of its images and chat template.
+        batch_size: The largest number of questions that are decoded at once.
+        max_new_tokens: The largest number of tokens of an answer.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
+        """Wrap a loaded network and processor; metrics call :meth:`load`."""
+        for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        self.model: Any = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        tokenizer = processor.tokenizer
+        added = tokenizer.get_added_vocab()
+        self._added_ids: dict[str, int] = added
+        self._added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+        self._plain = _without_added_tokens(tokenizer.backend_tokenizer)
+        self._image_id = model.config.image_token_id
+        eos = model.config.get_text_config().eos_token_id
+        stops = {
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            *(eos if isinstance(eos, list) else [eos]),
+        }
+        self._stop_ids = frozenset(stop for stop in stops if stop is not None)
+        pad_id = tokenizer.pad_token_id
+        self._pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
+
+    @classmethod
+    def load(
+        cls,
+        config: PreTrainedConfig,
+        files: Sequence[Path],
+        processor_folder: Path,
+        *,
+        metric: str,
+        device: torch.device,
+        device_map: str | Mapping[str, int | str | torch.device] | None,
+        dtype: torch.dtype,
+        batch_size: int,
+        max_new_tokens: int,
+        processor_kwargs: Mapping[str, Any],
+    ) -> Self:
+        """Load a network into an architecture; the arguments are those of the metrics.
+
+        Raises:
+            CheckpointError: The files do not hold the metric's weights.
+        """
+        model = build_judge(config)
+        # Mapped from the files on the CPU, where they are not copied, before they go to many devices.
+        first = device if device_map is None else torch.device("cpu")
+        load_weights(model, files, metric=metric, device=first, dtype=dtype)
+        if device_map is not None:
+            model = _dispatch(model, device_map, dtype)
+        processor = AutoProcessor.from_pretrained(
+            processor_folder, local_files_only=True, **processor_kwargs
+        )
+        return cls(model, processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network takes its inputs."""
+        hook = getattr(self.model, "_hf_hook", None)
+        where = getattr(hook, "execution_device", None)
+        return next(self.model.parameters()).device if where is None else torch.device(where)
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer in batches; neither the batches nor their order change an answer in float32."""
+        answers: list[Answer | None] = [None] * len(questions)
+        for indices in self._batches(questions):
+            prepared: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+            prompts = [self._prompt(questions[index], prepared) for index in indices]
+            tokens = decode_greedily(
+                self.model,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self._stop_ids,
+                pad_id=self._pad_id,
+                device=self.device,
+            )
+            for index, ids in zip(indices, tokens, strict=True):
+                answers[index] = self._answer(ids)
+        return [answer for answer in answers if answer is not None]
+
+    def _batches(self, questions: Sequence[Question]) -> Iterator[list[int]]:
+        """Yield positions of questions, those about the same images together."""
+        groups: dict[Any, list[int]] = {}
+        for index, question in enumerate(questions):
+            groups.setdefault(_image_key(question) or index, []).append(index)
+        batch: list[int] = []
+        for group in groups.values():
+            if batch and len(batch) + len(group) > self.batch_size:
+                yield batch
+                batch = []
+            batch = batch + group
+            while len(batch) > self.batch_size:
+                yield batch[: self.batch_size]
+                batch = batch[self.batch_size :]
+        if batch:
+            yield batch
+
+    def _answer(self, ids: list[int]) -> Answer:
+        stopped = ids[-1] in self._stop_ids
+        return Answer(self._text(ids), "stop" if stopped else "length")
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self.processor.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _prompt(
+        self, question: Question, prepared: dict[tuple[int, ...], tuple[Tensor, Tensor]]
+    ) -> Prompt:
+        """Make a question into tokens and pixels; `prepared` keeps the pixels of images by identity."""
+        key = _image_key(question)
+        pixel_values = grid = None
+        if key:
+            if key not in prepared:
+                images = [part for part in question.content if not isinstance(part, str)]
+                features = self.processor.image_processor(images=images, return_tensors="pt")
+                prepared[key] = features["pixel_values"], features["image_grid_thw"]
+            pixel_values, grid = prepared[key]
+        ids = self._tokens(question, grid)
+        is_image = torch.tensor(ids).eq(self._image_id)
+        positions, _ = self.model.model.get_rope_index(
+            torch.tensor([ids]), mm_token_type_ids=is_image[None].int(), image_grid_thw=grid
+        )
+        draft = question.draft
+        return Prompt(
+            ids=ids,
+            positions=positions[:, 0],
+            pixel_values=pixel_values,
+            image_grid=grid,
+            images=key,
+            text_start=int(is_image.nonzero().max()) + 1 if key else 0,
+            repetition_penalty=question.repetition_penalty,
+            draft=None if draft is None else lambda answer: self._encode(draft(self._text(answer))),
+        )
+
+    def _tokens(self, question: Question, grid: Tensor | None) -> list[int]:
+        """Tokenize a question as the official tokenizer does, except that its texts are plain text.
+
+        The chat template is rendered with marks in place of the texts, so that what is a special token
+        in the result is the template's. What lies between two special tokens is tokenized as a whole.
+        """
+        texts: list[str] = []
+        rendered = self.processor.apply_chat_template(
+            _messages(question, texts),
+            tokenize=False,
+            add_generation_prompt=True,
+            **({} if question.thinking is None else {"enable_thinking": question.thinking}),
+        )
+        merge = self.processor.image_processor.merge_size**2
+        counts = iter([] if grid is None else (grid.prod(-1) // merge).tolist())
+        remaining = iter(texts)
+        ids: list[int] = []
+        done = 0
+        for found in [*self._added.finditer(rendered), None]:
+            end = len(rendered) if found is None else found.start()
+            if end > done:
+                text = re.sub(_MARK, lambda _: next(remaining), rendered[done:end])
+                ids += self._encode(text)
+            if found is not None:
+                token = self._added_ids[found.group()]
+                ids += [token] * (next(counts) if token == self._image_id else 1)
+                done = found.end()
+        return ids
+
+
+def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:
+    """Write a question as messages whose texts are marks, and collect the texts in their order.
+
+    Space around a text stays outside its mark, because chat templates strip messages.
+    """
+
+    def mark(text: str) -> str:
+        core = text.strip()
+        if not core:
+            return text
+        texts.append(core)
+        start = text.index(core)
+        return text[:start] + _MARK + text[start + len(core) :]
+
+    messages: list[dict[str, Any]] = []
+    if question.system is not None:
+        messages.append({"role": "system", "content": mark(question.system)})
+    content = [
+        {"type": "text", "text": mark(part)} if isinstance(part, str) else {"type": "image"}
+        for part in question.content
+    ]
+    return [*messages, {"role": "user", "content": content}]
+
+
+def _image_key(question: Question) -> tuple[int, ...]:
+    return tuple(id(part) for part in question.content if isinstance(part, PIL.Image.Image))
+
+
+def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer for which ``<|im_end|>`` and ``<think>`` are text like any other."""
+    plain = Tokenizer(tokenizer.model)
+    if tokenizer.normalizer is not None:
+        plain.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        plain.pre_tokenizer = tokenizer.pre_tokenizer
+    return plain
+
+
+def _dispatch(
+    model: Any, device_map: str | Mapping[str, int | str | torch.device], dtype: torch.dtype
+) -> nn.Module:
+    """Place the parts of a network on devices, as transformers' ``from_pretrained`` does."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if not isinstance(device_map, str):
+        places = dict(device_map)
+    elif device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        whole = list(model._no_split_modules)
+        limits = None
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            limits = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole, low_zero=low)
+        places = infer_auto_device_map(
+            model, max_memory=limits, dtype=dtype, no_split_module_classes=whole
+        )
+    else:
+        places = {"": device_map}
+    placed: nn.Module = dispatch_model(model, device_map=places)
+    return placed

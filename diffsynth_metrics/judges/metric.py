@@ -1,0 +1,211 @@
+"""What the judge metrics share: loading, pictures, and what becomes of an unreadable answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from typing_extensions import Self, TypedDict, Unpack
+
+from diffsynth_metrics.base import BaseMetric, choose_device, choose_dtype
+from diffsynth_metrics.checkpoint import weight_files
+from diffsynth_metrics.errors import AnswerError
+from diffsynth_metrics.inputs import CheckedImages, open_image
+from diffsynth_metrics.judges.architectures import judge_config
+from diffsynth_metrics.judges.engine import Answer, Engine, Question
+from diffsynth_metrics.judges.local import LocalEngine
+from diffsynth_metrics.model_config import ModelConfig
+
+__all__ = ["JudgeMetric", "Loading", "load_prompts", "mean", "rgb_images"]
+
+_POLICIES = ("nan", "raise")
+
+
+class Loading(TypedDict, total=False):
+    """What every judge's ``from_pretrained`` takes besides the two configs.
+
+    Attributes:
+        device: Any torch device; the best that torch reports by default.
+        device_map: Instead of `device`: ``"auto"``, or parts of the network to devices, as in
+            transformers.
+        torch_dtype: Dtype of the network; bfloat16 by default. Rotary frequencies are float32.
+        batch_size: The largest number of answers that are written at once, 20 by default. It bounds
+            memory.
+        max_new_tokens: Answers are cut off there, and then say so; 4096 by default, as the authors of
+            all three judges have it.
+        processor_kwargs: What transformers' ``AutoProcessor.from_pretrained`` takes besides.
+        on_parse_error: ``"nan"`` (default) or ``"raise"``, see :class:`JudgeMetric`.
+    """
+
+    device: str | torch.device | None
+    device_map: str | Mapping[str, int | str | torch.device] | None
+    torch_dtype: torch.dtype | None
+    batch_size: int
+    max_new_tokens: int
+    processor_kwargs: Mapping[str, Any] | None
+    on_parse_error: str
+
+
+class JudgeMetric(BaseMetric):
+    """A metric that asks a generative model and reads its answer.
+
+    It only knows an :class:`~diffsynth_metrics.judges.engine.Engine`; ``Metric(engine)`` takes any.
+    """
+
+    published: ClassVar[Callable[[], PreTrainedConfig]]
+    """Returns the architecture of the published checkpoint."""
+    processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
+
+    def __init__(self, engine: Engine, *, on_parse_error: str = "nan") -> None:
+        """Ask an engine; :meth:`from_pretrained` loads one.
+
+        Args:
+            engine: What answers the questions.
+            on_parse_error: What becomes of an answer that cannot be read: ``"nan"`` is NaN in
+                :meth:`compute` and None with the reason in :meth:`evaluate`, ``"raise"`` is an
+                :class:`~diffsynth_metrics.AnswerError` in both.
+        """
+        if on_parse_error not in _POLICIES:
+            raise ValueError(f"on_parse_error must be one of {_POLICIES}, got {on_parse_error!r}")
+        self.engine = engine
+        self.on_parse_error = on_parse_error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_config: ModelConfig | None = None,
+        processor_config: ModelConfig | None = None,
+        **loading: Unpack[Loading],
+    ) -> Self:
+        """Load the judge.
+
+        Args:
+            model_config: Where the weights are; the published ones by default. A ``config.json`` next
+                to them gives the architecture, otherwise it is the published one.
+            processor_config: Where tokenizer, chat template and image settings are; by default next to
+                local weights, else the published ones.
+            **loading: See :class:`Loading`; everything has a working default.
+
+        Raises:
+            CheckpointError: The files do not hold this metric's weights.
+            DownloadError: The files could not be had.
+        """
+        device, device_map = loading.get("device"), loading.get("device_map")
+        if device is not None and device_map is not None:
+            raise ValueError("pass either device or device_map")
+        weights, processor = cls._resolve(model_config, processor_config)
+        files = weight_files(weights)
+        engine = LocalEngine.load(
+            judge_config(cls._architecture(model_config, files), cls.published()),
+            files,
+            cls._processor_folder(processor),
+            metric=cls.__name__,
+            device=choose_device(device),
+            device_map=device_map,
+            dtype=choose_dtype(loading.get("torch_dtype"), torch.bfloat16),
+            batch_size=loading.get("batch_size", 20),
+            max_new_tokens=loading.get("max_new_tokens", 4096),
+            processor_kwargs=loading.get("processor_kwargs") or {},
+        )
+        return cls(engine, on_parse_error=loading.get("on_parse_error", "nan"))
+
+    @abstractmethod
+    def evaluate(
+        self, prompt: str | Sequence[str], images: Any, *args: Any, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Ask, and return what was answered, with the raw texts."""
+
+    def _score(self, row: dict[str, Any]) -> Any:
+        """Return the score of a row of :meth:`evaluate`, NaN where it is None."""
+        return math.nan if row["score"] is None else float(row["score"])
+
+    def compute(self, prompt: str | Sequence[str], images: Any, **options: Any) -> list[Any]:
+        """Score like :meth:`evaluate`, which takes the same arguments.
+
+        Returns:
+            One float per dict of :meth:`evaluate`, its ``"score"`` unless the metric says otherwise;
+            NaN where the answer cannot be read.
+        """
+        return [self._score(row) for row in self.evaluate(prompt, images, **options)]
+
+    def reward(self, prompt: str | Sequence[str], images: Any, **options: Any) -> Tensor:
+        """Score like :meth:`compute`, as float32 ``[N]`` on the metric's device, without gradients."""
+        scores = self.compute(prompt, images, **options)
+        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+
+    def score(self, prompt: str | Sequence[str], images: Any, **options: Any) -> list[Any]:
+        """Do the same as :meth:`compute`; the name that ``diffsynth.metrics`` uses."""
+        return self.compute(prompt, images, **options)
+
+    def __call__(self, prompt: str | Sequence[str], images: Any, **options: Any) -> list[Any]:
+        """Do the same as :meth:`compute`."""
+        return self.compute(prompt, images, **options)
+
+    def _ask(self, questions: Sequence[Question]) -> list[Answer]:
+        with self._scoring(gradients=False):
+            return self.engine.ask(questions)
+
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The network; an engine that has none in memory is an AttributeError."""
+        model: nn.Module = self.engine.model  # type: ignore[attr-defined]
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where rewards are; for an engine in memory, where the network takes its inputs."""
+        return self.engine.device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network to a device and return the metric."""
+        self.model.to(torch.device(device))
+        return self
+
+    def __repr__(self) -> str:
+        """Show the class and its engine."""
+        return f"{type(self).__name__}({type(self.engine).__name__}, device={str(self.device)!r})"
+
+    def _report(self, row: int, answers: Sequence[Answer], problem: str | None) -> None:
+        """Raise where the caller asked for it."""
+        if problem is not None and self.on_parse_error == "raise":
+            text = "\n".join(answer.text for answer in answers)
+            raise AnswerError(f"the answer to pair {row} cannot be read: {problem}", text)
+
+
+@cache
+def load_prompts(name: str) -> dict[str, Any]:
+    """Return the texts of ``judges/prompts/<name>.json``; do not change them."""
+    file = resources.files("diffsynth_metrics") / "judges" / "prompts" / f"{name}.json"
+    prompts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return prompts
+
+
+def rgb_images(images: CheckedImages) -> list[PIL.Image.Image]:
+    """Return images as RGB bytes, as a judge is given them; floats are rounded to 0..255."""
+    pictures = []
+    for index, image in enumerate(images):
+        if isinstance(image, Tensor):
+            pixels = image.detach()
+            if pixels.is_floating_point():
+                pixels = (pixels.float() * 255).round().to(torch.uint8)
+            array = pixels.permute(1, 2, 0).cpu().numpy()
+            pictures.append(PIL.Image.fromarray(np.ascontiguousarray(array)))
+        else:
+            pictures.append(open_image(image, f"image {index}").convert("RGB"))
+    return pictures
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, or None where a value is None or there is none."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None

@@ -1,0 +1,242 @@
+"""Qwen-Image-Bench: a judge that goes through checklists of up to five dimensions per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import PIL.Image
+from transformers import Qwen3_5Config
+from typing_extensions import Self, Unpack
+
+from diffsynth_metrics.base import MetricCard
+from diffsynth_metrics.inputs import ImagesInput, pair
+from diffsynth_metrics.judges.answers import Reading, read_checklist
+from diffsynth_metrics.judges.architectures import qwen3_5_config
+from diffsynth_metrics.judges.engine import Answer, Engine, Question
+from diffsynth_metrics.judges.metric import JudgeMetric, Loading, load_prompts, mean, rgb_images
+from diffsynth_metrics.model_config import ModelConfig
+
+__all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
+
+Dimensions: TypeAlias = "str | Iterable[str] | Mapping[str, Any] | None"
+
+_REPETITION_PENALTY = 1.05
+
+
+def qwen_image_bench_config() -> Qwen3_5Config:
+    """Return the architecture of the published checkpoint, Qwen3.6-27B."""
+    return qwen3_5_config(
+        hidden_size=5120, layers=64, heads=24, intermediate_size=17408, linear_value_heads=48
+    )
+
+
+class QwenImageBenchMetric(JudgeMetric):
+    """Qwen-Image-Bench: facets scored 0, 1 or 2 by a judge that thinks first, worth 0, 60 or 100.
+
+    A level-2 score is the mean of its facets, a dimension the mean of its level-2 scores, the total the
+    mean of the dimensions; what does not apply (N/A) is left out. See ``QwenImageBenchMetric.card``.
+    """
+
+    card: ClassVar[MetricCard] = MetricCard(
+        name="Qwen-Image-Bench",
+        inputs="prompt and image",
+        range="0 to 100; published models have about 50 to 65",
+        higher_is_better=True,
+        definition="mean over dimensions, their level-2 groups and facets of 0, 60 or 100",
+        paper="https://arxiv.org/abs/2605.28091",
+        repository="https://github.com/QwenLM/Qwen-Image-Bench",
+        code_license="Apache-2.0",
+        weights_license="Apache-2.0",
+        notes="The benchmark asks only the dimensions that its metadata lists: pass dims_en.",
+    )
+    default_model: ClassVar[ModelConfig] = ModelConfig(
+        model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"
+    )
+    default_processor: ClassVar[ModelConfig] = ModelConfig(
+        model_id="Qwen/Qwen-Image-Bench", origin_file_pattern=""
+    )
+    published = staticmethod(qwen_image_bench_config)
+
+    def __init__(
+        self, engine: Engine, *, resize_long_edge: int = 1024, on_parse_error: str = "nan"
+    ) -> None:
+        """Ask an engine; :meth:`from_pretrained` loads one.
+
+        Args:
+            engine: What answers the questions.
+            resize_long_edge: See :meth:`from_pretrained`.
+            on_parse_error: See :class:`JudgeMetric`.
+        """
+        super().__init__(engine, on_parse_error=on_parse_error)
+        self.resize_long_edge = resize_long_edge
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_config: ModelConfig | None = None,
+        processor_config: ModelConfig | None = None,
+        *,
+        resize_long_edge: int = 1024,
+        **loading: Unpack[Loading],
+    ) -> Self:
+        """Load the judge, see :meth:`JudgeMetric.from_pretrained`.
+
+        Args:
+            model_config: See there.
+            processor_config: See there.
+            resize_long_edge: An image with a longer side is made a **square** of this side, whatever
+                its shape, as the benchmark does it; 0 leaves all as they are. The name is upstream's.
+            **loading: See :class:`Loading`.
+        """
+        metric = super().from_pretrained(model_config, processor_config, **loading)
+        metric.resize_long_edge = resize_long_edge
+        return metric
+
+    def evaluate(
+        self,
+        prompt: str | Sequence[str],
+        images: ImagesInput,
+        *,
+        dimensions: Dimensions | Sequence[Dimensions] = None,
+    ) -> list[dict[str, Any]]:
+        """Ask about pairs of prompts and images, one question per dimension.
+
+        Args:
+            prompt: One prompt for all images, or as many prompts as images.
+            images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
+                ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
+            dimensions: None for all five, a name, names separated by commas, a list of names, or the
+                benchmark's ``dims_en`` string, of which the dimensions count; or a list of these, one
+                for each pair.
+
+        Returns:
+            One dict per pair: ``"total_score"`` (None where the answer about a dimension cannot be
+            read, or nothing applies), ``"level1_scores"``, ``"level2_scores"``, ``"level3_scores"``
+            (by dimension; None where it cannot be read or does not apply), ``"raw_scores"`` (0, 1, 2
+            or None), ``"raw_outputs"``, ``"parse_failures"`` (dimensions), ``"errors"`` (dimension to
+            reason), ``"error"`` (all reasons or None), ``"dimensions"`` (which were asked).
+
+        Raises:
+            TypeError: An argument is not a prompt or an image.
+            ValueError: A dimension is unknown, the numbers of prompts and images differ, or there are
+                none.
+            ImageError: An image cannot be read, or its values or channels are wrong.
+            FileNotFoundError: A path does not exist.
+            AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
+        """
+        prompts, checked, count = pair(prompt, images)
+        pictures = [self._resized(picture) for picture in rgb_images(checked)]
+        asked = _dimensions_of_pairs(dimensions, count)
+        questions = [
+            _question(
+                prompts[index if len(prompts) > 1 else 0],
+                pictures[index if len(pictures) > 1 else 0],
+                dimension,
+            )
+            for index in range(count)
+            for dimension in asked[index]
+        ]
+        answers = iter(self._ask(questions))
+        return [
+            self._row(index, {dimension: next(answers) for dimension in asked[index]})
+            for index in range(count)
+        ]
+
+    def _score(self, row: dict[str, Any]) -> float:
+        return math.nan if row["total_score"] is None else float(row["total_score"])
+
+    def _resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        side = self.resize_long_edge
+        if side and max(image.size) > side:
+            return image.resize((side, side), PIL.Image.Resampling.LANCZOS)
+        return image
+
+    def _row(self, index: int, answers: dict[str, Answer]) -> dict[str, Any]:
+        readings = {dimension: _read(answer, dimension) for dimension, answer in answers.items()}
+        errors = {d: reading.problem for d, reading in readings.items() if reading.problem is not None}
+        error = "; ".join(f"{dimension}: {problem}" for dimension, problem in errors.items()) or None
+        self._report(index, list(answers.values()), error)
+        level3 = {dimension: reading.values["scores"] for dimension, reading in readings.items()}
+        level2 = {
+            dimension: groups
+            and {name: _mean_of_known(facets.values()) for name, facets in groups.items()}
+            for dimension, groups in level3.items()
+        }
+        level1: dict[str, float | None] = {
+            dimension: _mean_of_known(groups.values()) if groups else None
+            for dimension, groups in level2.items()
+        }
+        return {
+            "total_score": None if errors else _mean_of_known(level1.values()),
+            "level1_scores": level1,
+            "level2_scores": level2,
+            "level3_scores": level3,
+            "raw_scores": {dimension: reading.values["raw"] for dimension, reading in readings.items()},
+            "raw_outputs": {dimension: answer.text for dimension, answer in answers.items()},
+            "parse_failures": list(errors),
+            "errors": errors,
+            "error": error,
+            "dimensions": list(answers),
+        }
+
+
+def _question(prompt: str, picture: PIL.Image.Image, dimension: str) -> Question:
+    texts = load_prompts("qwen_image_bench")
+    header = texts["user_header"].format(prompt=prompt)
+    body = texts["user_body"].format(
+        level1_dim=dimension, format_checklist=texts["checklists"][dimension]
+    )
+    return Question(
+        content=(header, picture, body),
+        system=texts["system"],
+        thinking=texts["enable_thinking"],
+        repetition_penalty=_REPETITION_PENALTY,
+    )
+
+
+def _read(answer: Answer, dimension: str) -> Reading:
+    texts = load_prompts("qwen_image_bench")
+    return read_checklist(
+        answer,
+        level2_of=texts["level3_to_level2"][dimension],
+        rename=texts["level3_rename"].get(dimension, {}),
+        score_map={int(score): worth for score, worth in texts["score_map"].items()},
+    )
+
+
+def _mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of what applies, or None where nothing does."""
+    return mean([value for value in values if value is not None])
+
+
+def _dimensions_of_pairs(dimensions: Dimensions | Sequence[Dimensions], count: int) -> list[list[str]]:
+    """Return the dimensions to ask for each pair."""
+    if isinstance(dimensions, (list, tuple)) and any(_is_a_set(entry) for entry in dimensions):
+        if len(dimensions) != count:
+            raise ValueError(f"got {len(dimensions)} sets of dimensions for {count} pairs")
+        return [_names(entry) for entry in dimensions]
+    return [_names(dimensions)] * count
+
+
+def _is_a_set(entry: Any) -> bool:
+    return not isinstance(entry, str) or "/" in entry or ";" in entry
+
+
+def _names(dimensions: Any) -> list[str]:
+    """Return the dimensions that one pair is asked about, each once, by their official names."""
+    known = {name.casefold(): name for name in load_prompts("qwen_image_bench")["checklists"]}
+    if dimensions is None:
+        return list(known.values())
+    if isinstance(dimensions, str):
+        separator = ";" if "/" in dimensions or ";" in dimensions else ","
+        parts = [part.partition("/")[0].strip() for part in dimensions.split(separator)]
+        dimensions = [part for part in parts if part]
+    names = list(dimensions)
+    if not names:
+        return list(known.values())
+    for name in names:
+        if not isinstance(name, str) or name.casefold() not in known:
+            raise ValueError(f"there is no dimension {name!r}; there are {', '.join(known.values())}")
+    return list(dict.fromkeys(known[name.casefold()] for name in names))

@@ -1,0 +1,128 @@
+"""UnifiedReward 2.0: a judge of alignment, coherence and style of a generated image."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import Qwen3_5Config
+
+from diffsynth_metrics.base import MetricCard
+from diffsynth_metrics.inputs import ImagesInput, pair
+from diffsynth_metrics.judges.answers import read_labelled_scores
+from diffsynth_metrics.judges.architectures import qwen3_5_config
+from diffsynth_metrics.judges.engine import Question
+from diffsynth_metrics.judges.metric import JudgeMetric, load_prompts, mean, rgb_images
+from diffsynth_metrics.model_config import ModelConfig
+
+__all__ = ["UnifiedReward2Metric", "draft_scores", "unified_reward_2_config"]
+
+_LABELS = {
+    "alignment": "Alignment Score",
+    "coherence": "Coherence Score",
+    "style": "Style Score",
+}
+_LINES = [f"{label} (1-5): " for label in _LABELS.values()]
+
+
+def unified_reward_2_config() -> Qwen3_5Config:
+    """Return the architecture of the published checkpoint, Qwen3.5-9B."""
+    return qwen3_5_config(
+        hidden_size=4096, layers=32, heads=16, intermediate_size=12288, linear_value_heads=32
+    )
+
+
+def draft_scores(answer: str) -> str:
+    """Guess how an answer goes on: its labels, and the ends of its numbers.
+
+    The model prints numbers of four decimals as their float32 neighbours, such as 2.694700002670288 for
+    2.6947, so that five decimals tell the others.
+    """
+    lines = answer.split("\n")
+    if len(lines) > len(_LINES):
+        return ""
+    line, label = lines[-1], _LINES[len(lines) - 1]
+    if label.startswith(line):
+        return label[len(line) :]
+    number = line.removeprefix(label)
+    if not re.fullmatch(r"[0-9]\.[0-9]{5,}", number):
+        return ""
+    whole = repr(struct.unpack("f", struct.pack("f", round(float(number), 4)))[0])
+    if not whole.startswith(number):
+        return ""
+    return whole[len(number) :] + ("\n" + _LINES[len(lines)] if len(lines) < len(_LINES) else "")
+
+
+class UnifiedReward2Metric(JudgeMetric):
+    """UnifiedReward 2.0: alignment, coherence and style, each from 1 to 5, and their mean.
+
+    The texts are greedy, so that scores can be repeated; the authors' own client samples. See
+    ``UnifiedReward2Metric.card``.
+    """
+
+    card: ClassVar[MetricCard] = MetricCard(
+        name="UnifiedReward 2.0",
+        inputs="prompt and image",
+        range="1 to 5",
+        higher_is_better=True,
+        definition="mean of the alignment, coherence and style that Qwen3.5-9B writes",
+        paper="https://arxiv.org/abs/2503.05236",
+        repository="https://github.com/CodeGoat24/UnifiedReward",
+        code_license="MIT",
+        weights_license="MIT (base Qwen3.5-9B: Apache-2.0)",
+        notes="The mean is a convention; the authors give three rewards and let the user weigh them.",
+    )
+    default_model: ClassVar[ModelConfig] = ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics",
+        origin_file_pattern="UnifiedReward-2.0-qwen35-9b/model-*.safetensors",
+    )
+    default_processor: ClassVar[ModelConfig] = ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="UnifiedReward-2.0-qwen35-9b/"
+    )
+    published = staticmethod(unified_reward_2_config)
+
+    def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
+        """Ask about pairs of prompts and images.
+
+        Args:
+            prompt: One prompt for all images, or as many prompts as images.
+            images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
+                ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
+
+        Returns:
+            One dict per pair: ``"alignment"``, ``"coherence"``, ``"style"`` (1 to 5, None where the
+            answer does not say it), ``"score"`` (their mean, None where one is missing), ``"error"``
+            (why one is missing, or None) and ``"raw_text"``.
+
+        Raises:
+            TypeError: An argument is not a prompt or an image.
+            ValueError: The numbers of prompts and images differ, or there are none.
+            ImageError: An image cannot be read, or its values or channels are wrong.
+            FileNotFoundError: A path does not exist.
+            AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
+        """
+        prompts, checked, count = pair(prompt, images)
+        pictures = rgb_images(checked)
+        text = load_prompts("unified_reward_2")["user"]
+        questions = [
+            Question(
+                content=(
+                    pictures[index if len(pictures) > 1 else 0],
+                    text.replace("{prompt}", prompts[index if len(prompts) > 1 else 0]),
+                ),
+                thinking=False,
+                draft=draft_scores,
+            )
+            for index in range(count)
+        ]
+        rows = []
+        for index, answer in enumerate(self._ask(questions)):
+            reading = read_labelled_scores(answer, _LABELS, low=1, high=5)
+            self._report(index, [answer], reading.problem)
+            score = mean([reading.values[name] for name in _LABELS])
+            rows.append(
+                {**reading.values, "score": score, "error": reading.problem, "raw_text": answer.text}
+            )
+        return rows

@@ -1,0 +1,252 @@
+"""UnifiedReward-Edit: a judge of edited images, one by one or two against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import PIL.Image
+from typing_extensions import Self, Unpack
+
+from diffsynth_metrics.base import MetricCard
+from diffsynth_metrics.inputs import ImageInput, as_images, as_prompts
+from diffsynth_metrics.judges.answers import Reading, read_pair_scores, read_score_list, read_winner
+from diffsynth_metrics.judges.architectures import qwen3_vl_config
+from diffsynth_metrics.judges.engine import Answer, Engine, Question
+from diffsynth_metrics.judges.metric import JudgeMetric, Loading, load_prompts, mean, rgb_images
+from diffsynth_metrics.model_config import ModelConfig
+
+__all__ = ["UnifiedRewardEditMetric"]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a task asks about, and what its answers say.
+
+    Attributes:
+        images: What each image of a sample is, in order.
+        values: Names of what the answer says.
+        pointwise: Whether its score is the mean of the values.
+    """
+
+    images: tuple[str, ...]
+    values: tuple[str, ...]
+    pointwise: bool
+
+    def read(self, answer: Answer) -> Reading:
+        if self.pointwise:
+            return read_score_list(answer, self.values, low=0, high=25)
+        return read_winner(answer) if self.values == ("winner",) else read_pair_scores(answer)
+
+
+_PAIR = ("source", "edited 1", "edited 2")
+_TASKS = {
+    "edit_pointwise_score": _Task(("source", "edited"), ("editing_success", "overediting"), True),
+    "edit_pointwise_quality": _Task(("image",), ("naturalness", "artifacts"), True),
+    "edit_pairwise_rank": _Task(_PAIR, ("winner",), False),
+    "edit_pairwise_score": _Task(_PAIR, ("image_1_score", "image_2_score"), False),
+}
+_DEFAULT_TASK = "edit_pointwise_score"
+
+
+class UnifiedRewardEditMetric(JudgeMetric):
+    """UnifiedReward-Edit: how well an instruction was carried out on a picture.
+
+    ==========================  ===========================  =====================================
+    task                        images of a sample           answer
+    ==========================  ===========================  =====================================
+    ``edit_pointwise_score``    source, edited               ``editing_success``, ``overediting``
+                                                             (0 to 25), ``score``: their mean
+    ``edit_pairwise_rank``      source, edited 1, edited 2   ``winner``: 1, 2, or 0 for a tie
+    ``edit_pairwise_score``     source, edited 1, edited 2   ``image_1_score``, ``image_2_score``
+    ``edit_pointwise_quality``  one image                    ``naturalness``, ``artifacts``
+                                                             (0 to 25), ``score``: their mean
+    ==========================  ===========================  =====================================
+
+    See ``UnifiedRewardEditMetric.card``.
+    """
+
+    card: ClassVar[MetricCard] = MetricCard(
+        name="UnifiedReward-Edit",
+        inputs="instruction, source image and edited images",
+        range="0 to 25 pointwise; 0, 1 or 2 for a ranking; any real number for pairwise scores",
+        higher_is_better=True,
+        definition="what Qwen3-VL-8B writes about one or two edits",
+        paper="https://arxiv.org/abs/2503.05236",
+        repository="https://github.com/CodeGoat24/UnifiedReward",
+        code_license="MIT",
+        weights_license="MIT (base Qwen3-VL-8B: Apache-2.0)",
+        notes="A high overediting score is good: nothing else was changed.",
+    )
+    default_model: ClassVar[ModelConfig] = ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics",
+        origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/model-*.safetensors",
+    )
+    default_processor: ClassVar[ModelConfig] = ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/"
+    )
+    published = staticmethod(qwen3_vl_config)
+
+    def __init__(
+        self, engine: Engine, *, task: str = _DEFAULT_TASK, on_parse_error: str = "nan"
+    ) -> None:
+        """Ask an engine; :meth:`from_pretrained` loads one.
+
+        Args:
+            engine: What answers the questions.
+            task: What is asked where a call does not say it.
+            on_parse_error: See :class:`JudgeMetric`.
+        """
+        super().__init__(engine, on_parse_error=on_parse_error)
+        self.task = _checked_task(task)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_config: ModelConfig | None = None,
+        processor_config: ModelConfig | None = None,
+        *,
+        task: str = _DEFAULT_TASK,
+        **loading: Unpack[Loading],
+    ) -> Self:
+        """Load the judge, see :meth:`JudgeMetric.from_pretrained`; calls ask `task` by default."""
+        _checked_task(task)
+        metric = super().from_pretrained(model_config, processor_config, **loading)
+        metric.task = task
+        return metric
+
+    def evaluate(
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
+        *,
+        task: str | None = None,
+        both_orders: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Ask about edits.
+
+        Args:
+            prompt: The instruction: one for all samples, or as many as samples.
+            images: One sample, such as ``[source, edited]``, or a list of samples. Images are what
+                other metrics take too: PIL, paths, arrays, tensors.
+            task: See the class; by default the metric's own.
+            both_orders: For pairwise tasks: ask a second time with the edited images swapped.
+
+        Returns:
+            One dict per sample: the values of the task (None where the answer does not say it),
+            ``"score"`` or ``"reasoning"`` where the task has them, ``"error"`` (why a value is None)
+            and ``"raw_text"``. With `both_orders` also ``"swapped"``, the same of the second answer
+            with the images numbered as you passed them, and ``"agreement"``: whether both answers say
+            the same (the same winner, or the same order of scores), None where one cannot be read.
+
+        Raises:
+            ValueError: The task is unknown, a sample has the wrong number of images, or prompts and
+                samples differ in number.
+            AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
+        """
+        name = _checked_task(self.task if task is None else task)
+        asked = _TASKS[name]
+        if both_orders and asked.images != _PAIR:
+            raise ValueError(f"both_orders belongs to the pairwise tasks, and the task is {name}")
+        prompts = as_prompts(prompt)
+        samples = [self._sample(sample, name) for sample in _samples(images)]
+        if len(prompts) != len(samples) and not isinstance(prompt, str):
+            raise ValueError(
+                f"got {len(prompts)} prompts and {len(samples)} samples; pass one prompt (a str) for "
+                "all samples, or as many prompts as samples"
+            )
+        prompts = prompts * len(samples) if len(prompts) == 1 else prompts
+        questions = [
+            _question(name, text, pictures) for text, pictures in zip(prompts, samples, strict=True)
+        ]
+        if both_orders:
+            questions += [
+                _question(name, text, [pictures[0], pictures[2], pictures[1]])
+                for text, pictures in zip(prompts, samples, strict=True)
+            ]
+        answers = self._ask(questions)
+        rows = [self._row(asked, i % len(samples), answer) for i, answer in enumerate(answers)]
+        if not both_orders:
+            return rows
+        pairs = zip(rows[: len(samples)], rows[len(samples) :], strict=True)
+        return [_with_swapped(row, _numbered_as_passed(swapped)) for row, swapped in pairs]
+
+    def _score(self, row: dict[str, Any]) -> float | list[float]:
+        number = partial(_number_or_nan, row)
+        if "score" in row:
+            return number("score")
+        if "winner" in row:
+            return number("winner")
+        return [number("image_1_score"), number("image_2_score")]
+
+    def _sample(self, images: Any, task: str) -> list[PIL.Image.Image]:
+        pictures = rgb_images(as_images(images))
+        wanted = _TASKS[task].images
+        if len(pictures) != len(wanted):
+            raise ValueError(
+                f"{task} takes samples of {len(wanted)} images ({', '.join(wanted)}), and one has "
+                f"{len(pictures)}"
+            )
+        return pictures
+
+    def _row(self, task: _Task, sample: int, answer: Answer) -> dict[str, Any]:
+        reading = task.read(answer)
+        self._report(sample, [answer], reading.problem)
+        row = dict(reading.values)
+        if task.pointwise:
+            row["score"] = mean([row[name] for name in task.values])
+        return {**row, "error": reading.problem, "raw_text": answer.text}
+
+
+def _checked_task(task: str) -> str:
+    if task not in _TASKS:
+        raise ValueError(f"there is no task {task!r}; there are {', '.join(_TASKS)}")
+    return task
+
+
+def _samples(images: Any) -> list[Any]:
+    """Return samples: `images` holds samples where its first element holds images."""
+    if isinstance(images, Sequence) and not isinstance(images, str) and len(images):
+        first = images[0]
+        if (isinstance(first, Sequence) and not isinstance(first, str)) or getattr(
+            first, "ndim", 3
+        ) == 4:
+            return list(images)
+    return [images]
+
+
+def _question(task: str, instruction: str, pictures: list[PIL.Image.Image]) -> Question:
+    prompts = load_prompts("unified_reward_edit")
+    text = prompts[task]["user"] if task not in prompts["user"] else prompts["user"][task]
+    return Question(content=(*pictures, text.replace("{instruction}", instruction)))
+
+
+def _numbered_as_passed(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row about swapped images with the numbers of the caller's order."""
+    if "winner" in row:
+        return {**row, "winner": {1: 2, 2: 1}.get(row["winner"], row["winner"])}
+    return {**row, "image_1_score": row["image_2_score"], "image_2_score": row["image_1_score"]}
+
+
+def _with_swapped(row: dict[str, Any], swapped: dict[str, Any]) -> dict[str, Any]:
+    first, second = _preferred(row), _preferred(swapped)
+    agreement = None if first is None or second is None else first == second
+    return {**row, "swapped": swapped, "agreement": agreement}
+
+
+def _preferred(row: dict[str, Any]) -> int | None:
+    """Return which image a row prefers, 1, 2 or 0 for neither; None where it does not say it."""
+    if row["error"] is not None:
+        return None
+    if "winner" in row:
+        winner: int = row["winner"]
+        return winner
+    difference = row["image_1_score"] - row["image_2_score"]
+    return 0 if difference == 0 else 1 if difference > 0 else 2
+
+
+def _number_or_nan(row: dict[str, Any], name: str) -> float:
+    return math.nan if row[name] is None else float(row[name])

@@ -1,0 +1,76 @@
+"""The judges' networks: the published layouts, and transformers' own rotary frequencies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    PreTrainedConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from diffsynth_metrics.checkpoint import KNOWN_LAYOUTS, fingerprint
+from diffsynth_metrics.judges.architectures import build_judge, judge_config, qwen3_vl_config
+from diffsynth_metrics.metrics.qwen_image_bench import qwen_image_bench_config
+from diffsynth_metrics.metrics.unified_reward_2 import unified_reward_2_config
+
+LAYOUTS = Path(__file__).parent.parent / "data" / "layouts"
+PUBLISHED: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
+    "unified_reward_2": ("UnifiedReward2Metric", unified_reward_2_config),
+    "unified_reward_edit": ("UnifiedRewardEditMetric", qwen3_vl_config),
+    "qwen_image_bench": ("QwenImageBenchMetric", qwen_image_bench_config),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_full_size_network_has_exactly_the_published_layout(name: str) -> None:
+    metric, config = PUBLISHED[name]
+    model = build_judge(config())
+    layout = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    published = json.loads((LAYOUTS / f"{name}.json").read_text())
+    assert layout == {key: tuple(shape) for key, shape in published.items()}
+    assert KNOWN_LAYOUTS[fingerprint(layout)] == (metric,)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_saved_config_describes_the_same_network(name: str) -> None:
+    config = PUBLISHED[name][1]()
+    again = judge_config(json.loads(config.to_json_string(use_diff=False)), config)
+    layout = {key: tensor.shape for key, tensor in build_judge(again).state_dict().items()}
+    assert layout == {key: tensor.shape for key, tensor in build_judge(config).state_dict().items()}
+
+
+SIGHT: dict[str, Any] = {"depth": 1, "hidden_size": 96, "num_heads": 2, "out_hidden_size": 64}
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
+def test_rotary_frequencies_are_those_of_transformers(family: str, head_dim: int) -> None:
+    published = unified_reward_2_config() if family == "qwen3_5" else qwen3_vl_config()
+    text = SMALL | {
+        "head_dim": head_dim,
+        "num_hidden_layers": 4,
+        "rope_parameters": dict(published.text_config.rope_parameters),
+    }
+    config: PreTrainedConfig
+    if family == "qwen3_5":
+        config = Qwen3_5Config(text_config=text, vision_config=SIGHT)
+        official = Qwen3_5ForConditionalGeneration(config)
+    else:
+        config = Qwen3VLConfig(text_config=text, vision_config=SIGHT | {"deepstack_visual_indexes": [0]})
+        official = Qwen3VLForConditionalGeneration(config)
+    ours, theirs = dict(build_judge(config).named_buffers()), dict(official.named_buffers())
+    assert ours.keys() == theirs.keys() and len(ours) >= 2
+    for name, buffer in theirs.items():
+        assert torch.equal(ours[name], buffer), name
+        assert ours[name].dtype == torch.float32
