@@ -332,6 +332,8 @@ def _write_qwen2_vl_tokenizer(folder: Path) -> dict[str, int]:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}, indent=2))
+    tokens: dict[str, int] = tokenizer.get_vocab()
+    return tokens
 
 
 def _tiny_unified_reward_2(folder: Path, seed: int) -> None:
@@ -538,13 +540,15 @@ def _hidden_states(engine: LocalEngine, question: Question, answer: str) -> tupl
 def _logistic_regression(features: Tensor, classes: Tensor, count: int) -> Tensor:
     """Return weights ``[count, D]`` that tell classes apart, and from logits of zero."""
     weight = torch.zeros(count, features.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=150, history_size=20, line_search_fn="strong_wolfe")
+    optimizer: Any = torch.optim.LBFGS(
+        [weight], max_iter=150, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = torch.cat([features @ weight.T, torch.zeros(len(features), 1)], dim=1)
         value = cross_entropy(logits, classes) + 1e-4 * weight.square().sum()
-        value.backward()
+        torch.autograd.backward(value)
         return value
 
     with torch.enable_grad():
@@ -562,7 +566,7 @@ def _write_judge(folder: Path, model: PreTrainedModel) -> None:
     state = model.state_dict()
     names = sorted(state)
     half = len(names) // 2
-    places = {}
+    places: dict[str, str] = {}
     for part, chosen in enumerate((names[:half], names[half:]), start=1):
         file = f"model-{part:05}-of-00002.safetensors"
         shard = {name: state[name].contiguous() for name in chosen}

@@ -9,8 +9,7 @@ from typing import Any
 
 import PIL.Image
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, PreTrainedConfig
 from typing_extensions import Self
 
@@ -18,6 +17,8 @@ from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
+from diffsynth_metrics.placement import DeviceMap, execution_device, place
+from diffsynth_metrics.plain_text import without_added_tokens
 
 __all__ = ["LocalEngine"]
 
@@ -48,7 +49,7 @@ class LocalEngine(Engine):
         added = tokenizer.get_added_vocab()
         self._added_ids: dict[str, int] = added
         self._added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
-        self._plain = _without_added_tokens(tokenizer.backend_tokenizer)
+        self._plain = without_added_tokens(tokenizer.backend_tokenizer)
         self._image_id = model.config.image_token_id
         eos = model.config.get_text_config().eos_token_id
         stops = {
@@ -69,7 +70,7 @@ class LocalEngine(Engine):
         *,
         metric: str,
         device: torch.device,
-        device_map: str | Mapping[str, int | str | torch.device] | None,
+        device_map: DeviceMap | None,
         dtype: torch.dtype,
         batch_size: int,
         max_new_tokens: int,
@@ -85,7 +86,7 @@ class LocalEngine(Engine):
         first = device if device_map is None else torch.device("cpu")
         load_weights(model, files, metric=metric, device=first, dtype=dtype)
         if device_map is not None:
-            model = _dispatch(model, device_map, dtype)
+            model = place(model, device_map, dtype)
         processor = AutoProcessor.from_pretrained(
             processor_folder, local_files_only=True, **processor_kwargs
         )
@@ -94,9 +95,7 @@ class LocalEngine(Engine):
     @property
     def device(self) -> torch.device:
         """Where the network takes its inputs."""
-        hook = getattr(self.model, "_hf_hook", None)
-        where = getattr(hook, "execution_device", None)
-        return next(self.model.parameters()).device if where is None else torch.device(where)
+        return execution_device(self.model)
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer in batches; neither the batches nor their order change an answer in float32."""
@@ -232,37 +231,3 @@ def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:
 
 def _image_key(question: Question) -> tuple[int, ...]:
     return tuple(id(part) for part in question.content if isinstance(part, PIL.Image.Image))
-
-
-def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a tokenizer for which ``<|im_end|>`` and ``<think>`` are text like any other."""
-    plain = Tokenizer(tokenizer.model)
-    if tokenizer.normalizer is not None:
-        plain.normalizer = tokenizer.normalizer
-    if tokenizer.pre_tokenizer is not None:
-        plain.pre_tokenizer = tokenizer.pre_tokenizer
-    return plain
-
-
-def _dispatch(
-    model: Any, device_map: str | Mapping[str, int | str | torch.device], dtype: torch.dtype
-) -> nn.Module:
-    """Place the parts of a network on devices, as transformers' ``from_pretrained`` does."""
-    from accelerate import dispatch_model, infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    if not isinstance(device_map, str):
-        places = dict(device_map)
-    elif device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        whole = list(model._no_split_modules)
-        limits = None
-        if device_map != "sequential":
-            low = device_map == "balanced_low_0"
-            limits = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole, low_zero=low)
-        places = infer_auto_device_map(
-            model, max_memory=limits, dtype=dtype, no_split_module_classes=whole
-        )
-    else:
-        places = {"": device_map}
-    placed: nn.Module = dispatch_model(model, device_map=places)
-    return placed

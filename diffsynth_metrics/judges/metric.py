@@ -25,6 +25,7 @@ from diffsynth_metrics.judges.architectures import judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.local import LocalEngine
 from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.placement import DeviceMap
 
 __all__ = ["JudgeMetric", "Loading", "load_prompts", "mean", "rgb_images"]
 
@@ -48,7 +49,7 @@ class Loading(TypedDict, total=False):
     """
 
     device: str | torch.device | None
-    device_map: str | Mapping[str, int | str | torch.device] | None
+    device_map: DeviceMap | None
     torch_dtype: torch.dtype | None
     batch_size: int
     max_new_tokens: int

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
 from typing_extensions import Self
@@ -22,6 +21,7 @@ from diffsynth_metrics.inputs import ImagesInput, pair
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.hpsv3 import HPSv3Network, build_hpsv3, qwen2_vl_7b_config
 from diffsynth_metrics.placement import DeviceMap, execution_device, place
+from diffsynth_metrics.plain_text import without_added_tokens
 from diffsynth_metrics.transforms import SmartResize, pixel_lists
 
 __all__ = ["HPSv3Metric", "preference_probability"]
@@ -255,7 +255,7 @@ class _Frame:
         texts = _texts()
         self._texts = texts
         # Everything that a user writes is text: this tokenizer knows no special tokens.
-        self._plain = _without_added_tokens(tokenizer.backend_tokenizer)
+        self._plain = without_added_tokens(tokenizer.backend_tokenizer)
         vocabulary = tokenizer.get_vocab()
         # The published tokenizer is Qwen2-VL's; the authors append their token to it.
         self.reward_id: int = vocabulary.get(texts["reward_token"], len(tokenizer))
@@ -288,16 +288,6 @@ def _texts() -> dict[str, str]:
     path = Path(__file__).parents[1] / "judges" / "prompts" / "hpsv3.json"
     texts: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     return texts
-
-
-def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a tokenizer for which ``<|im_end|>`` is text like any other."""
-    plain = Tokenizer(tokenizer.model)
-    if tokenizer.normalizer is not None:
-        plain.normalizer = tokenizer.normalizer
-    if tokenizer.pre_tokenizer is not None:
-        plain.pre_tokenizer = tokenizer.pre_tokenizer
-    return plain
 
 
 def _positions(before: int, height: int, width: int, length: int) -> Tensor:
