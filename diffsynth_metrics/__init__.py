@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         DiffSynthMetricsError,
         DownloadError,
         ImageError,
+        RewardError,
     )
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
@@ -38,6 +39,7 @@ _HOME = {
     "MetricCard": "base",
     "ModelConfig": "model_config",
     "PickScoreMetric": "metrics.pickscore",
+    "RewardError": "errors",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "MetricCard",
     "ModelConfig",
     "PickScoreMetric",
+    "RewardError",
 ]
 
 

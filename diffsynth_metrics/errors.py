@@ -3,12 +3,13 @@
 DiffSynthMetricsError
 ├── CheckpointError (ValueError)   a weight file is truncated, incomplete or belongs elsewhere
 ├── DownloadError (OSError)        files could not be had
-└── ImageError (ValueError)        an image cannot be read, or is not what a metric accepts
+├── ImageError (ValueError)        an image cannot be read, or is not what a metric accepts
+└── RewardError (RuntimeError)     a sample has no reward, and the caller did not say what it gets then
 
 Where Python has the word (TypeError, ValueError, FileNotFoundError), that is raised instead.
 """
 
-__all__ = ["CheckpointError", "DiffSynthMetricsError", "DownloadError", "ImageError"]
+__all__ = ["CheckpointError", "DiffSynthMetricsError", "DownloadError", "ImageError", "RewardError"]
 
 
 class DiffSynthMetricsError(Exception):
@@ -25,3 +26,7 @@ class DownloadError(DiffSynthMetricsError, OSError):
 
 class ImageError(DiffSynthMetricsError, ValueError):
     """An image cannot be read, or is not what a metric accepts."""
+
+
+class RewardError(DiffSynthMetricsError, RuntimeError):
+    """A sample has no reward, and the caller did not say what it gets then."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from diffsynth_metrics.inputs import CheckedImages, open_image
+from diffsynth_metrics.inputs import CheckedImages, SharedImages, open_image
 
 __all__ = [
     "CLIP_MEAN",
@@ -194,6 +194,11 @@ def pixel_batches(
     Raises:
         ImageError: An image cannot be read; the message names it.
     """
+    if isinstance(images, SharedImages):
+        batches = pixel_batches(images.checked, transform, batch_size=batch_size, device=device)
+        pixels = images.prepared((transform, device), lambda: torch.cat(list(batches)))
+        yield from pixels.split(batch_size)
+        return
     starts = range(0, len(images), batch_size)
     if isinstance(images, Tensor):
         for start in starts:
