@@ -197,7 +197,7 @@ def pixel_batches(
     if isinstance(images, SharedImages):
         batches = pixel_batches(images.checked, transform, batch_size=batch_size, device=device)
         pixels = images.prepared((transform, device), lambda: torch.cat(list(batches)))
-        yield from pixels.split(batch_size)
+        yield from torch.split(pixels, batch_size)
         return
     starts = range(0, len(images), batch_size)
     if isinstance(images, Tensor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,7 @@ def as_loss(
     def loss_function(
         pixels: Tensor, prompts: str | Sequence[str] | None = None, *ignored: Any
     ) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(False), torch.autocast(pixels.device.type, enabled=False):
+        with _in_float32(pixels.device):
             reward = settle(
                 scorer.scored(_one_per_image(prompts, len(pixels)), _unit_range(pixels, input_range)),
                 "raise",
@@ -128,7 +129,7 @@ def to_srpo(metric: DualEncoderMetric, *, scale: ScaleInput = "srpo") -> Callabl
     def srp_cfg(
         prompt: str | Sequence[str], neg_prompt: str | Sequence[str], images: Tensor, k: float
     ) -> Tensor:
-        with torch.inference_mode(False), torch.autocast(metric.device.type, enabled=False):
+        with _in_float32(metric.device):
             text = (1 + k) * metric.encode_text(prompt) - metric.encode_text(neg_prompt)
             features = metric.encode_image(images)
             if found.component == "cosine":
@@ -159,6 +160,18 @@ def to_refl(metric: ImageRewardMetric) -> Callable[[Tensor, Tensor, Tensor], Ten
             return standardize(metric.model.read(ids, mask, tokens))[:, None]
 
     return named(score_gard, "score_gard")
+
+
+@contextmanager
+def _in_float32(device: torch.device) -> Iterator[None]:
+    """Leave the caller's autocast and inference mode, and keep its grad mode."""
+    gradients = torch.is_grad_enabled()  # leaving the inference mode would switch it on
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
 
 def _unit_range(pixels: Tensor, input_range: tuple[float, float]) -> Tensor:

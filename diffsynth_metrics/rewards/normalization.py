@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -237,7 +237,12 @@ class Rank(Normalization):
         return result
 
 
-_BY_NAME = {"none": Raw, "zscore": RunningZScore, "group": GroupRelative, "rank": Rank}
+_BY_NAME: dict[str, Callable[[], Normalization]] = {
+    "none": Raw,
+    "zscore": RunningZScore,
+    "group": GroupRelative,
+    "rank": Rank,
+}
 
 
 def find_normalization(normalize: str | Normalization) -> Normalization:
@@ -256,8 +261,7 @@ def find_normalization(normalize: str | Normalization) -> Normalization:
             f"normalize must be one of {', '.join(_BY_NAME)}, or FixedScale(mean, std); "
             f"got {normalize!r}"
         )
-    made: Normalization = _BY_NAME[normalize]()
-    return made
+    return _BY_NAME[normalize]()
 
 
 def spread(scores: Tensor, groups: Tensor) -> list[tuple[int, bool]]:
@@ -277,7 +281,7 @@ def spread(scores: Tensor, groups: Tensor) -> list[tuple[int, bool]]:
 
 def _members(groups: Tensor) -> list[Tensor]:
     """Return the positions of each group's samples."""
-    return [(groups == group).nonzero().squeeze(1) for group in groups.unique().tolist()]
+    return [(groups == group).nonzero().squeeze(1) for group in sorted(set(groups.tolist()))]
 
 
 def _collapsed(values: Tensor) -> bool:

@@ -75,8 +75,12 @@ class MetricScorer:
             TypeError: It is neither.
             ValueError: The metric has no such scale.
         """
-        if not callable(metric):
-            raise TypeError(f"a reward must be a metric or a callable, got {type(metric).__name__}")
+        rewards = hasattr(metric, "reward") if isinstance(metric, BaseMetric) else callable(metric)
+        if not rewards:
+            raise TypeError(
+                "a reward must be a metric that scores images one by one, or a callable; "
+                f"got {type(metric).__name__}"
+            )
         self.metric = metric
         self.scale = find_scale(metric, scale)
         self.name = name or _name(metric)
@@ -118,12 +122,13 @@ class MetricScorer:
         metric, scale = self.metric, self.scale
         if scale.prefix:
             prompts = [scale.prefix + prompt for prompt in prompts]
+        errors: list[Exception | None] = [None] * len(prompts)
         if isinstance(metric, (PromptMetric, ImageMetric)):
-            values, errors = self._component(metric, prompts, images), None
+            values = self._component(metric, prompts, images)
         elif isinstance(metric, BaseMetric):
             values, errors = _judged(metric, prompts, images)
         else:
-            values, errors = _numbers(metric(prompts, images)), None
+            values = _numbers(metric(prompts, images))
         if values.shape != (len(prompts),):
             raise RewardError(
                 f"{self.name} gave scores of shape {list(values.shape)} for {len(prompts)} samples"
@@ -131,8 +136,7 @@ class MetricScorer:
         finite = torch.isfinite(values.detach()).tolist()
         values = scale.apply(values)
         if all(finite):
-            return Scored(values, [None] * len(prompts))
-        errors = errors or [None] * len(prompts)
+            return Scored(values, errors)
         for index, is_finite in enumerate(finite):
             if not is_finite and errors[index] is None:
                 errors[index] = RewardError("the score is not a finite number")
