@@ -31,6 +31,8 @@ class Normalization(ABC):
     """
 
     differentiable = True
+    within_groups = False
+    """Whether a sample's value depends on the other samples of its call."""
 
     @abstractmethod
     def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
@@ -200,6 +202,7 @@ class GroupRelative(Normalization):
     """
 
     epsilon: float = 1e-4
+    within_groups = True
 
     def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
@@ -222,6 +225,7 @@ class Rank(Normalization):
     """
 
     differentiable = False
+    within_groups = True
 
     def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
         """Return ranks."""

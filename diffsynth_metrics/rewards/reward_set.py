@@ -219,6 +219,11 @@ class RewardSet:
                 errors[index] = RewardError("; ".join(reasons) or "the sum is not a number")
         return Scored(result.reward, errors)
 
+    @property
+    def within_groups(self) -> bool:
+        """Whether a sample's reward depends on the other samples of its call."""
+        return any(normalize.within_groups for normalize in self._normalizations.values())
+
     def to(self, device: str | torch.device) -> RewardSet:
         """Move every metric to a device and return the set."""
         for scorer in (*self._scorers.values(), *self._held_out.values()):

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffsynth_metrics.rewards.batcher import DynamicBatcher
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, as_bytes, named, scorer_of
+from diffsynth_metrics.rewards.reward_set import RewardSet
 from diffsynth_metrics.rewards.scoring import FailurePolicy, check_policy
 
 __all__ = ["to_verl", "to_verl_omni"]
@@ -108,6 +109,10 @@ def _one_at_a_time(
     check_policy(on_failure)
     if on_failure == "mean":
         raise ValueError("on_failure='mean' needs a batch, and verl asks for one sample per call")
+    if isinstance(source, RewardSet) and source.within_groups:
+        raise ValueError(
+            "a RewardSet with 'group' or 'rank' needs whole groups, and here batches form by chance"
+        )
     batcher = DynamicBatcher(scorer_of(source, scale), max_batch=max_batch, max_wait_ms=max_wait_ms)
     substitute = math.nan if isinstance(on_failure, str) else float(on_failure)
 

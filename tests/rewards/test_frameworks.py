@@ -421,6 +421,12 @@ class TestVerl:
         with pytest.raises(ValueError, match="needs a batch"):
             to_verl_omni(pickscore, on_failure="mean")
 
+    def test_a_set_that_needs_groups_is_refused(self, pickscore: PickScoreMetric) -> None:
+        for normalize in ("group", "rank"):
+            with pytest.raises(ValueError, match="batches form by chance"):
+                to_verl_omni(RewardSet({"a": Component(pickscore, normalize=normalize)}))
+        to_verl_omni(RewardSet({"a": Component(pickscore, normalize="zscore")}))
+
 
 class TestLosses:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
