@@ -26,6 +26,7 @@ from diffsynth_metrics.transforms import normalize
 
 IMAGES = 16
 PROMPTS = [f"prompt {number}" for number in range(IMAGES)]
+GROUPS = [number // 4 for number in range(IMAGES)]
 RESULTS = Path(__file__).parent / "RESULTS_REWARDS.md"
 
 
@@ -75,6 +76,7 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
     flow_grpo = to_flow_grpo(pickscore, scale=None)("cpu")
     dance_grpo = to_dance_grpo(pickscore, scale=None)
     one = RewardSet({"pickscore": Component(pickscore, 1.0, "zscore")})
+    grouped = RewardSet({"pickscore": Component(pickscore, 1.0, "group")})
     two = RewardSet(
         {
             "pickscore": Component(pickscore, 1.0, "zscore"),
@@ -87,6 +89,9 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
         "`to_flow_grpo`": lambda: flow_grpo(images, PROMPTS, None),
         "`to_dance_grpo`": lambda: dance_grpo(images, PROMPTS).tolist(),
         "`RewardSet` of PickScore": lambda: one.score(PROMPTS, images).reward.tolist(),
+        "`RewardSet` of PickScore, 4 groups of 4": lambda: grouped.score(
+            PROMPTS, images, groups=GROUPS
+        ).reward.tolist(),
         "bare PickScore and Aesthetic": lambda: (
             bare_pickscore(pickscore, texts, images) + bare_aesthetic(aesthetic, images)
         ).tolist(),

@@ -196,7 +196,7 @@ def pixel_batches(
     """
     if isinstance(images, SharedImages):
         batches = pixel_batches(images.checked, transform, batch_size=batch_size, device=device)
-        pixels = images.prepared((transform, device), lambda: torch.cat(list(batches)))
+        pixels = images.prepared((transform, device), lambda: _joined(list(batches)))
         yield from torch.split(pixels, batch_size)
         return
     starts = range(0, len(images), batch_size)
@@ -228,6 +228,11 @@ def pixel_batches(
             yield _collect(pending.popleft(), transform, device)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    # cat would copy a single batch.
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
 def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device: torch.device) -> Tensor:

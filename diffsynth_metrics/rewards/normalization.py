@@ -274,13 +274,15 @@ def spread(scores: Tensor, groups: Tensor) -> list[tuple[int, bool]]:
     Returns:
         Pairs of the group's number and whether it has collapsed.
     """
-    found = []
-    for members in _members(groups):
-        values = scores[members].detach()
-        values = values[~values.isnan()]
-        if len(values) > 1:
-            found.append((int(groups[members[0]]), _collapsed(values)))
-    return found
+    # In Python, because many small groups would be many small operations on the device.
+    ranges: dict[int, tuple[int, float, float]] = {}
+    for group, score in zip(groups.tolist(), scores.detach().tolist(), strict=True):
+        if not math.isnan(score):
+            count, low, high = ranges.get(group, (0, score, score))
+            ranges[group] = (count + 1, min(low, score), max(high, score))
+    return [
+        (group, _equal(low, high)) for group, (count, low, high) in sorted(ranges.items()) if count > 1
+    ]
 
 
 def _members(groups: Tensor) -> list[Tensor]:
@@ -289,6 +291,10 @@ def _members(groups: Tensor) -> list[Tensor]:
 
 
 def _collapsed(values: Tensor) -> bool:
-    """Tell whether scores are equal up to the noise of float32 arithmetic."""
     low, high = values.detach().aminmax()
-    return bool(high - low <= 1e-6 * max(1.0, float(high.abs())))
+    return _equal(float(low), float(high))
+
+
+def _equal(low: float, high: float) -> bool:
+    """Tell whether scores are equal up to the noise of float32 arithmetic."""
+    return high - low <= 1e-6 * max(1.0, abs(high))
