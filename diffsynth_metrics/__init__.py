@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DiffSynthMetricsError,
         DownloadError,
         ImageError,
+        RewardError,
     )
     from diffsynth_metrics.fid.statistics import FIDStatistics
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
@@ -50,6 +51,7 @@ _HOME = {
     "ModelConfig": "model_config",
     "PickScoreMetric": "metrics.pickscore",
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
+    "RewardError": "errors",
     "UnifiedReward2Metric": "metrics.unified_reward_2",
     "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "ModelConfig",
     "PickScoreMetric",
     "QwenImageBenchMetric",
+    "RewardError",
     "UnifiedReward2Metric",
     "UnifiedRewardEditMetric",
 ]

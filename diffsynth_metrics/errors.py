@@ -4,12 +4,20 @@ DiffSynthMetricsError
 ├── AnswerError (ValueError)       a judge's answer cannot be read
 ├── CheckpointError (ValueError)   a weight file is truncated, incomplete or belongs elsewhere
 ├── DownloadError (OSError)        files could not be had
-└── ImageError (ValueError)        an image cannot be read, or is not what a metric accepts
+├── ImageError (ValueError)        an image cannot be read, or is not what a metric accepts
+└── RewardError (RuntimeError)     a sample has no reward, and the caller did not say what it gets then
 
 Where Python has the word (TypeError, ValueError, FileNotFoundError), that is raised instead.
 """
 
-__all__ = ["AnswerError", "CheckpointError", "DiffSynthMetricsError", "DownloadError", "ImageError"]
+__all__ = [
+    "AnswerError",
+    "CheckpointError",
+    "DiffSynthMetricsError",
+    "DownloadError",
+    "ImageError",
+    "RewardError",
+]
 
 
 class DiffSynthMetricsError(Exception):
@@ -39,3 +47,7 @@ class AnswerError(DiffSynthMetricsError, ValueError):
         """Keep the judge's text next to the message."""
         super().__init__(message)
         self.text = text
+
+
+class RewardError(DiffSynthMetricsError, RuntimeError):
+    """A sample has no reward, and the caller did not say what it gets then."""

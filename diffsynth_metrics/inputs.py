@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -22,6 +22,7 @@ __all__ = [
     "CheckedImages",
     "ImageInput",
     "ImagesInput",
+    "SharedImages",
     "as_images",
     "as_prompts",
     "open_image",
@@ -34,8 +35,8 @@ ImageInput: TypeAlias = "PIL.Image.Image | str | os.PathLike[str] | np.ndarray |
 ImagesInput: TypeAlias = "ImageInput | Sequence[ImageInput]"
 """One image or several; a tensor ``[N, 3, H, W]`` or an array ``[N, H, W, 3]`` is several."""
 
-CheckedImages: TypeAlias = "list[PIL.Image.Image | Path | torch.Tensor] | torch.Tensor"
-"""Several images after checking: a list, or one tensor ``[N, 3, H, W]``. Both can be sliced."""
+CheckedImages: TypeAlias = "list[PIL.Image.Image | Path | torch.Tensor] | torch.Tensor | SharedImages"
+"""Several images after checking: a list, one tensor ``[N, 3, H, W]``, or either of them shared."""
 
 _EXPECTED = (
     "a PIL image, a path, a uint8 array [H, W, 3], "
@@ -45,6 +46,36 @@ _EXPECTED = (
 # Pillow decodes a lazily opened image on first use, and two threads that do so at once with the same
 # object corrupt it. A fixed set of locks keeps different images parallel.
 _DECODE_LOCKS = [threading.Lock() for _ in range(64)]
+
+
+class SharedImages(Sequence[Any]):
+    """Images that several metrics score in turn: checked once, prepared once for each transform.
+
+    It keeps the prepared pixels until it is dropped, so it is made for one call, by one thread.
+
+    Attributes:
+        checked: What :func:`as_images` made of the images.
+    """
+
+    def __init__(self, images: ImagesInput) -> None:
+        """Check the images, see :func:`as_images`."""
+        checked = as_images(images)
+        self.checked: list[PIL.Image.Image | Path | torch.Tensor] | torch.Tensor = (
+            checked.checked if isinstance(checked, SharedImages) else checked
+        )
+        self._prepared: dict[Hashable, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.checked)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.checked[index]
+
+    def prepared(self, key: Hashable, prepare: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what was prepared under this key, and prepare it the first time."""
+        if key not in self._prepared:
+            self._prepared[key] = prepare()
+        return self._prepared[key]
 
 
 def as_prompts(prompt: str | Sequence[str]) -> list[str]:
@@ -91,6 +122,8 @@ def as_images(images: ImagesInput) -> CheckedImages:
         ImageError: Wrong number of channels, a float outside 0..1, NaN.
         FileNotFoundError: A path does not exist.
     """
+    if isinstance(images, SharedImages):
+        return images
     if isinstance(images, torch.Tensor) and images.ndim == 4:
         _check_tensor(images, "images")
         return images

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.inputs import CheckedImages, open_image
+from diffsynth_metrics.inputs import CheckedImages, SharedImages, open_image
 
 __all__ = [
     "CLIP_MEAN",
@@ -268,6 +268,11 @@ def pixel_batches(
     Raises:
         ImageError: An image cannot be read; the message names it.
     """
+    if isinstance(images, SharedImages):
+        batches = pixel_batches(images.checked, transform, batch_size=batch_size, device=device)
+        pixels = images.prepared((transform, device), lambda: _joined(list(batches)))
+        yield from torch.split(pixels, batch_size)
+        return
     if isinstance(images, Tensor):
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size].to(device)
@@ -281,6 +286,8 @@ def pixel_lists(
     images: CheckedImages, transform: Transform, *, batch_size: int, device: torch.device
 ) -> Iterator[list[Tensor]]:
     """Yield what :func:`pixel_batches` does, as lists of images ``[3, H, W]`` of different sizes."""
+    if isinstance(images, SharedImages):
+        images = images.checked
     if isinstance(images, Tensor):
         for batched in pixel_batches(images, transform, batch_size=batch_size, device=device):
             yield list(batched)
@@ -334,6 +341,11 @@ def _ahead(
         pool.shutdown(wait=False, cancel_futures=True)
         if resizer is not None:
             resizer.shutdown(wait=False)
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    # cat would copy a single batch.
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
 def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device: torch.device) -> Tensor:

@@ -1,0 +1,144 @@
+"""What an adapter and a RewardSet cost on top of the network: 16 images on the tiny tower.
+
+    python benchmarks/rewards.py
+
+"Bare" is the shortest code that gives the same numbers from the same images: transform, tower, cosine,
+formula, under no_grad; no checks of the input, no names, no failure policy. Every figure is the median
+of many rounds in which all variants take turns, so that a slow moment of the machine hits all of them.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import normalize as l2_normalize
+
+from diffsynth_metrics import AestheticMetric, ModelConfig, PickScoreMetric
+from diffsynth_metrics.metrics.aesthetic import aesthetic_score
+from diffsynth_metrics.rewards import Component, RewardSet, to_dance_grpo, to_flow_grpo
+from diffsynth_metrics.testing import tiny_checkpoint
+from diffsynth_metrics.transforms import normalize
+
+IMAGES = 16
+PROMPTS = [f"prompt {number}" for number in range(IMAGES)]
+GROUPS = [number // 4 for number in range(IMAGES)]
+RESULTS = Path(__file__).parent / "RESULTS_REWARDS.md"
+
+
+def bare_pickscore(metric: PickScoreMetric, texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    model = metric.model
+    with torch.no_grad():
+        rows = []
+        for pixels in normalize(metric.transform.from_tensor(images), metric.transform).split(4):
+            pooled = model.vision_model(pixel_values=pixels).pooler_output
+            rows.append(l2_normalize(model.visual_projection(pooled), dim=-1))
+        return model.logit_scale.exp() * (texts * torch.cat(rows)).sum(dim=-1)
+
+
+def bare_aesthetic(metric: AestheticMetric, images: torch.Tensor) -> torch.Tensor:
+    model = metric.model
+    with torch.no_grad():
+        rows = []
+        for pixels in normalize(metric.transform.from_tensor(images), metric.transform).split(4):
+            rows.append(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
+        return aesthetic_score(torch.cat(rows), model.layers)
+
+
+def medians(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each variant."""
+    for call in variants.values():
+        for _ in range(5):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, float]]:
+    """Return (what, seconds, overhead) for images of one size."""
+    pickscore = PickScoreMetric.from_pretrained(
+        ModelConfig(path=tiny_checkpoint("pickscore", folder / "pickscore")), device="cpu"
+    )
+    aesthetic = AestheticMetric.from_pretrained(
+        ModelConfig(path=tiny_checkpoint("aesthetic", folder / "aesthetic")), device="cpu"
+    )
+    images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
+    texts = pickscore.encode_text(PROMPTS)
+    flow_grpo = to_flow_grpo(pickscore, scale=None)("cpu")
+    dance_grpo = to_dance_grpo(pickscore, scale=None)
+    one = RewardSet({"pickscore": Component(pickscore, 1.0, "zscore")})
+    grouped = RewardSet({"pickscore": Component(pickscore, 1.0, "group")})
+    two = RewardSet(
+        {
+            "pickscore": Component(pickscore, 1.0, "zscore"),
+            "aesthetic": Component(aesthetic, 1.0, "zscore"),
+        }
+    )
+    variants: dict[str, Callable[[], object]] = {
+        "bare PickScore": lambda: bare_pickscore(pickscore, texts, images).tolist(),
+        "`metric.reward`": lambda: pickscore.reward(PROMPTS, images).tolist(),
+        "`to_flow_grpo`": lambda: flow_grpo(images, PROMPTS, None),
+        "`to_dance_grpo`": lambda: dance_grpo(images, PROMPTS).tolist(),
+        "`RewardSet` of PickScore": lambda: one.score(PROMPTS, images).reward.tolist(),
+        "`RewardSet` of PickScore, 4 groups of 4": lambda: grouped.score(
+            PROMPTS, images, groups=GROUPS
+        ).reward.tolist(),
+        "bare PickScore and Aesthetic": lambda: (
+            bare_pickscore(pickscore, texts, images) + bare_aesthetic(aesthetic, images)
+        ).tolist(),
+        "`RewardSet` of both": lambda: two.score(PROMPTS, images).reward.tolist(),
+    }
+    assert flow_grpo(images, PROMPTS, None)[0] == variants["`metric.reward`"]()
+    seconds = medians(variants, rounds)
+    rows, bare = [], 0.0
+    for name, value in seconds.items():
+        bare = value if name.startswith("bare") else bare
+        rows.append((name, value, value / bare - 1))
+    return rows
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    lines = [
+        "# What an adapter and a RewardSet cost",
+        "",
+        f"`python benchmarks/rewards.py --rounds {arguments.rounds}` on {platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}.",
+        f"{IMAGES} uint8 images, tiny tower (2 layers of width 32), medians. The overhead is over the "
+        '"bare" line above it.',
+        "",
+        "| images | what | ms | overhead |",
+        "|---|---|---|---|",
+    ]
+    for size in (224, 512):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, seconds, overhead in measure(size, arguments.rounds, Path(folder)):
+                share = "" if name.startswith("bare") else f"{100 * overhead:+.1f} %"
+                lines.append(f"| {size}×{size} | {name} | {1000 * seconds:.2f} | {share} |")
+    lines += [
+        "",
+        "Target: below 5 %. These two metrics share no transform, so a set of both saves nothing here.",
+        "",
+    ]
+    arguments.output.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

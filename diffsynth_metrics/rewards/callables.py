@@ -1,0 +1,75 @@
+"""What the adapters share: what they accept, and the plain functions they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsynth_metrics.base import BaseMetric
+from diffsynth_metrics.inputs import as_images
+from diffsynth_metrics.rewards.reward_set import RewardSet
+from diffsynth_metrics.rewards.scales import Scale
+from diffsynth_metrics.rewards.scoring import (
+    FailurePolicy,
+    MetricScorer,
+    Scored,
+    Scorer,
+    check_policy,
+    settle,
+)
+
+__all__ = ["RewardSource", "as_bytes", "named", "scorer_of", "settled_floats"]
+
+RewardSource: TypeAlias = "BaseMetric | RewardSet | Callable[[list[str], Any], Any]"
+"""What becomes a reward: a metric, a :class:`RewardSet`, or a callable of (prompts, images)."""
+
+ScaleInput: TypeAlias = "str | float | Scale | None"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def scorer_of(source: RewardSource, scale: ScaleInput, name: str | None = None) -> Scorer:
+    """Return the scorer of a source; the components of a set have their own scales."""
+    return source if isinstance(source, RewardSet) else MetricScorer(source, scale, name)
+
+
+def named(function: _Function, name: str) -> _Function:
+    """Give a function the name that trainers log."""
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+def settled_floats(
+    scorer: Scorer, prompts: Sequence[str], images: Any, policy: FailurePolicy
+) -> tuple[list[float], Scored]:
+    """Score without gradients, and give failed samples what the policy says."""
+    check_policy(policy)
+    with torch.no_grad():
+        scored = scorer.scored(prompts, images)
+        values: list[float] = settle(scored, policy, scorer.name).tolist()
+    return values, scored
+
+
+def as_bytes(images: Any) -> Any:
+    """Round float pictures to the bytes that are saved, as the scorers of flow_grpo do.
+
+    A tensor stays on its device. Anything that is not a float picture is returned as it is, and the
+    metric says what is wrong with it.
+    """
+    if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
+        images = torch.from_numpy(images).movedim(-1, -3)
+    if isinstance(images, Tensor) and images.is_floating_point():
+        with torch.no_grad():
+            try:
+                as_images(images)
+            except ValueError:
+                return images
+            # float32 holds every product exactly enough; half precision would round it twice.
+            return images.float().mul(255).round_().to(torch.uint8)
+    if isinstance(images, (list, tuple)):
+        return [as_bytes(image) for image in images]
+    return images

@@ -1,0 +1,87 @@
+"""Rewards for DanceGRPO and Pref-GRPO, which save every image and pass its path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth_metrics.rewards.callables import (
+    RewardSource,
+    ScaleInput,
+    as_bytes,
+    named,
+    scorer_of,
+)
+from diffsynth_metrics.rewards.scoring import FailurePolicy, check_policy, settle
+
+__all__ = ["to_dance_grpo", "to_pref_grpo"]
+
+
+def to_dance_grpo(
+    source: RewardSource,
+    *,
+    scale: ScaleInput = "dance_grpo",
+    on_failure: FailurePolicy = "raise",
+    name: str | None = None,
+) -> Callable[[Any, str | Sequence[str]], Tensor]:
+    """Make a function ``(image_paths, prompts) -> rewards`` for DanceGRPO's inline reward code.
+
+    Args:
+        source: A metric, a :class:`RewardSet`, or a callable of (prompts, images).
+        scale: The scale of a metric's score; DanceGRPO takes PickScore's cosine.
+        on_failure: What a sample gets that has no score, see ``FailurePolicy``.
+        name: ``__name__``; by default the metric's.
+
+    Returns:
+        A function of one path (or image) and one prompt, or of lists, that returns a float32 tensor
+        ``[N]`` on the metric's device, without a graph.
+    """
+    scorer = scorer_of(source, scale, name)
+    check_policy(on_failure)
+
+    def reward_function(images: Any, prompts: str | Sequence[str]) -> Tensor:
+        if isinstance(images, (str, os.PathLike)) or not hasattr(images, "__len__"):
+            images = [images]
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        with torch.no_grad():
+            return settle(scorer.scored(prompts, as_bytes(images)), on_failure, scorer.name).float()
+
+    return named(reward_function, name or scorer.name)
+
+
+def to_pref_grpo(
+    source: RewardSource,
+    *,
+    sample: Callable[[Mapping[str, Any]], tuple[str, Any]] | None = None,
+    scale: ScaleInput = "pref_grpo",
+    on_failure: FailurePolicy = "raise",
+    name: str | None = None,
+) -> Callable[[Sequence[Mapping[str, Any]]], tuple[Tensor, dict[str, list[float]]]]:
+    """Make a reward of Pref-GRPO's dispatcher.
+
+    Args:
+        source: A metric, a :class:`RewardSet`, or a callable of (prompts, images).
+        sample: Returns prompt and image of an item; by default its ``"prompt"`` and ``"path"``. A judge
+            of edits takes ``lambda item: (item["instruction"], [item["source_path"],
+            item["edited_path"]])``.
+        scale: The scale of a metric's score; Pref-GRPO takes PickScore's cosine.
+        on_failure: What a sample gets that has no score, see ``FailurePolicy``.
+        name: ``__name__``; by default the metric's.
+
+    Returns:
+        A function of N items that returns ``(rewards [N] float32, {name: N floats})``.
+    """
+    reward = to_dance_grpo(source, scale=scale, on_failure=on_failure, name=name)
+
+    def reward_function(
+        items: Sequence[Mapping[str, Any]],
+    ) -> tuple[Tensor, dict[str, list[float]]]:
+        pairs = [sample(item) if sample else (item["prompt"], item["path"]) for item in items]
+        rewards = reward([image for _, image in pairs], [prompt for prompt, _ in pairs])
+        return rewards, {reward.__name__: rewards.tolist()}
+
+    return named(reward_function, reward.__name__)

@@ -1,0 +1,132 @@
+"""The scales on which papers and frameworks print the same score, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["FRAMEWORKS", "SCALES", "Scale", "find_scale"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A dialect of a score: max((component - subtract) * multiply / divide, at_least).
+
+    Attributes:
+        component: What it starts from, a key of the metric's ``evaluate``.
+        subtract: Taken from the component first.
+        multiply: What the difference is multiplied with.
+        divide: What the product is divided by.
+        at_least: The smallest value, or None.
+        prefix: Put in front of every prompt.
+    """
+
+    component: str = "score"
+    subtract: float = 0.0
+    multiply: float = 1.0
+    divide: float = 1.0
+    at_least: float | None = None
+    prefix: str = ""
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Map values of the component to this scale, with gradients."""
+        if self.subtract:
+            values = values - self.subtract
+        if self.multiply != 1:
+            values = values * self.multiply
+        if self.divide != 1:
+            values = values / self.divide
+        return values if self.at_least is None else values.clamp_min(self.at_least)
+
+
+OWN_SCORE = Scale()
+
+FRAMEWORKS = (
+    "dance_grpo",
+    "ddpo",
+    "diffusion_nft",
+    "flow_factory",
+    "flow_grpo",
+    "pref_grpo",
+    "srpo",
+    "unirl",
+    "verl_omni",
+)
+"""Scales that are named after a framework. Metrics that the table does not list under one are used
+there as their authors define them."""
+
+_OFFICIAL = {"official": Scale(), "paper": Scale()}
+_BY_26 = dict.fromkeys(
+    ("diffusion_nft", "flow_factory", "flow_grpo", "unirl", "verl_omni"), Scale(divide=26)
+)
+_COSINE = Scale(component="cosine")
+
+SCALES: dict[str, dict[str, Scale]] = {
+    "AestheticMetric": _OFFICIAL,
+    "CLIPMetric": {
+        "official": Scale(),
+        "diffsynth": Scale(),
+        "diffusion_nft": Scale(divide=100),
+        "flow_grpo": Scale(divide=100),
+        "pyiqa": Scale(component="cosine", multiply=2.5, at_least=0.0, prefix="A photo depicts "),
+        "torchmetrics": Scale(component="cosine", multiply=100, at_least=0.0),
+    },
+    "HPSv2Metric": {
+        "official": _COSINE,
+        "paper": Scale(component="cosine", multiply=100),
+        **dict.fromkeys(FRAMEWORKS, _COSINE),
+    },
+    "HPSv3Metric": _OFFICIAL,
+    "ImageRewardMetric": _OFFICIAL,
+    "PickScoreMetric": {
+        **_OFFICIAL,
+        **_BY_26,
+        "dance_grpo": _COSINE,
+        "diffsynth": Scale(),
+        "pref_grpo": _COSINE,
+        "srpo": Scale(divide=20),
+    },
+    "QwenImageBenchMetric": _OFFICIAL,
+    "UnifiedReward2Metric": {
+        **_OFFICIAL,
+        "flow_grpo": Scale(divide=5),
+        "verl_omni": Scale(subtract=1, divide=4),
+    },
+    "UnifiedRewardEditMetric": _OFFICIAL,
+}
+"""Class of a metric to its scales by name."""
+
+
+def find_scale(metric: Any, scale: str | float | Scale | None) -> Scale:
+    """Return how a metric's score is scaled.
+
+    Args:
+        metric: A metric, or any callable that gives scores.
+        scale: A name of :data:`SCALES` or :data:`FRAMEWORKS`, a factor, a scale of your own, or None
+            for the score that the metric's ``compute`` returns.
+
+    Raises:
+        ValueError: The name is unknown, or the metric has no such scale.
+        TypeError: It is none of these.
+    """
+    if scale is None:
+        return OWN_SCORE
+    if isinstance(scale, Scale):
+        return scale
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+        return Scale(multiply=float(scale))
+    if not isinstance(scale, str):
+        raise TypeError(f"scale must be a name, a number, a Scale or None, got {scale!r}")
+    own: dict[str, Scale] = {}
+    for base in type(metric).__mro__:
+        own = own or SCALES.get(base.__name__, {})
+    if scale in own:
+        return own[scale]
+    if scale in FRAMEWORKS:
+        return own.get("official", OWN_SCORE)
+    raise ValueError(
+        f"{type(metric).__name__} has no scale {scale!r}; it has "
+        f"{', '.join(sorted({*own, *FRAMEWORKS}))}, or pass a factor"
+    )

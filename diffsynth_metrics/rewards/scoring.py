@@ -1,0 +1,237 @@
+"""The rewards of a batch, with the failures of single samples kept apart from the rest."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_gradients
+from diffsynth_metrics.errors import RewardError
+from diffsynth_metrics.rewards.scales import Scale, find_scale
+
+__all__ = ["FailurePolicy", "MetricScorer", "Scored", "Scorer", "check_policy", "settle"]
+
+logger = logging.getLogger(__name__)
+
+FailurePolicy: TypeAlias = "Literal['raise', 'nan', 'mean'] | float"
+"""What a sample gets that has no score, because the metric raised, its image cannot be read, or the
+score is not finite: ``"raise"`` is an error, ``"nan"`` is NaN, ``"mean"`` is the mean of the readable
+samples of the call (NaN where there is none), and a number is that number."""
+
+# What a single bad sample causes; anything else, such as a lack of memory, concerns the whole call.
+_ERRORS_OF_A_SAMPLE = (OSError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of a batch.
+
+    Attributes:
+        values: ``[N]``, float32 or wider; NaN where a sample has no score.
+        errors: N entries, why a sample has no score; None where it has one.
+    """
+
+    values: Tensor
+    errors: list[Exception | None]
+
+    @property
+    def reasons(self) -> list[str | None]:
+        """N entries: the errors as text."""
+        return [None if error is None else _reason(error) for error in self.errors]
+
+
+class Scorer(Protocol):
+    """What an adapter needs of a metric or of a set of them."""
+
+    @property
+    def name(self) -> str:
+        """A short name."""
+
+    def scored(self, prompts: Sequence[str], images: Any) -> Scored:
+        """Score N prompts with N images; errors of samples are in the result, not raised."""
+
+    def to(self, device: str | torch.device) -> Any:
+        """Move what can be moved."""
+
+
+class MetricScorer:
+    """A metric on a scale. It may be called from several threads."""
+
+    def __init__(
+        self,
+        metric: BaseMetric | Callable[[list[str], Any], Any],
+        scale: str | float | Scale | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Take a metric, or a callable of (prompts, images) that returns one number per sample.
+
+        Raises:
+            TypeError: It is neither.
+            ValueError: The metric has no such scale.
+        """
+        rewards = hasattr(metric, "reward") if isinstance(metric, BaseMetric) else callable(metric)
+        if not rewards:
+            raise TypeError(
+                "a reward must be a metric that scores images one by one, or a callable; "
+                f"got {type(metric).__name__}"
+            )
+        self.metric = metric
+        self.scale = find_scale(metric, scale)
+        self.name = name or _name(metric)
+
+    def to(self, device: str | torch.device) -> MetricScorer:
+        """Move the metric to a device; a plain callable is left alone."""
+        if isinstance(self.metric, BaseMetric):
+            self.metric.to(device)
+        return self
+
+    def scored(self, prompts: Sequence[str], images: Any) -> Scored:
+        """Score pairs; gradients flow as in the metric's ``reward``."""
+        prompts = list(prompts)
+        if not hasattr(images, "__len__") or len(images) != len(prompts):
+            count = len(images) if hasattr(images, "__len__") else type(images).__name__
+            raise ValueError(f"got {len(prompts)} prompts and {count} images")
+        try:
+            return self._score(prompts, images)
+        except _ERRORS_OF_A_SAMPLE as error:
+            if len(prompts) == 1:
+                return _failed(1, error, self._device())
+        except Exception as error:
+            return _failed(len(prompts), error, self._device())
+        alone = [self.scored(prompts[i : i + 1], images[i : i + 1]) for i in range(len(prompts))]
+        return Scored(
+            torch.cat([one.values for one in alone]), [error for one in alone for error in one.errors]
+        )
+
+    def reward(self, prompts: Sequence[str], images: Any) -> Tensor:
+        """Score pairs like :meth:`scored`, where any failure is an error.
+
+        Raises:
+            Exception: What the metric raised.
+            RewardError: A score is not finite.
+        """
+        return settle(self._score(list(prompts), images), "raise", self.name)
+
+    def _score(self, prompts: list[str], images: Any) -> Scored:
+        metric, scale = self.metric, self.scale
+        if scale.prefix:
+            prompts = [scale.prefix + prompt for prompt in prompts]
+        errors: list[Exception | None] = [None] * len(prompts)
+        if isinstance(metric, (PromptMetric, ImageMetric)):
+            values = self._component(metric, prompts, images)
+        elif isinstance(metric, BaseMetric):
+            values, errors = _judged(metric, prompts, images)
+        else:
+            values = _numbers(metric(prompts, images))
+        if values.shape != (len(prompts),):
+            raise RewardError(
+                f"{self.name} gave scores of shape {list(values.shape)} for {len(prompts)} samples"
+            )
+        finite = torch.isfinite(values.detach()).tolist()
+        values = scale.apply(values)
+        if all(finite):
+            return Scored(values, errors)
+        for index, is_finite in enumerate(finite):
+            if not is_finite and errors[index] is None:
+                errors[index] = RewardError("the score is not a finite number")
+        readable = torch.tensor(finite, device=values.device)
+        return Scored(torch.where(readable, values, math.nan), errors)
+
+    def _component(self, metric: PromptMetric | ImageMetric, prompts: list[str], images: Any) -> Tensor:
+        if self.scale.component == "score":
+            if isinstance(metric, ImageMetric):
+                return metric.reward(images)
+            return metric.reward(prompts, images)
+        with metric._scoring(gradients=wants_gradients(images)):
+            if isinstance(metric, ImageMetric):
+                return metric._components(images)[self.scale.component]
+            return metric._components(prompts, images)[self.scale.component]
+
+    def _device(self) -> torch.device:
+        return self.metric.device if isinstance(self.metric, BaseMetric) else torch.device("cpu")
+
+
+def check_policy(policy: FailurePolicy) -> FailurePolicy:
+    """Return a failure policy.
+
+    Raises:
+        ValueError: It is none.
+    """
+    number = isinstance(policy, (int, float)) and not isinstance(policy, bool)
+    if not number and policy not in ("raise", "nan", "mean"):
+        raise ValueError(f"on_failure must be 'raise', 'nan', 'mean' or a number, got {policy!r}")
+    return policy
+
+
+def settle(scored: Scored, policy: FailurePolicy, name: str) -> Tensor:
+    """Give the failed samples what the policy says.
+
+    Raises:
+        Exception: With ``"raise"``: the metric's own error, or a :class:`RewardError`, which names
+            the metric and the sample.
+    """
+    failed = [index for index, error in enumerate(scored.errors) if error is not None]
+    if not failed:
+        return scored.values
+    first, count = failed[0], len(scored.errors)
+    reason = scored.reasons[first]
+    if policy == "raise":
+        raise RewardError(f"{name}: sample {first} of {count} has no reward: {reason}") from (
+            scored.errors[first]
+        )
+    logger.warning(
+        "%s: %d of %d samples have no reward; sample %d: %s", name, len(failed), count, first, reason
+    )
+    if policy == "nan":
+        return scored.values
+    wrong = torch.tensor([error is not None for error in scored.errors], device=scored.values.device)
+    substitute = scored.values.detach().nanmean() if policy == "mean" else float(policy)
+    return torch.where(wrong, substitute, scored.values)
+
+
+def _judged(
+    metric: BaseMetric, prompts: list[str], images: Any
+) -> tuple[Tensor, list[Exception | None]]:
+    """Ask a judge, whose rows say why a score is missing."""
+    rows = metric.evaluate(prompts, images)  # type: ignore[attr-defined]
+    if any("score" not in row for row in rows):
+        raise RewardError(f"{_name(metric)} gives no single score per sample with these settings")
+    scores = [math.nan if row["score"] is None else float(row["score"]) for row in rows]
+    errors: list[Exception | None] = [
+        RewardError(str(row.get("error") or "the answer cannot be read"))
+        if row["score"] is None
+        else None
+        for row in rows
+    ]
+    return torch.tensor(scores, dtype=torch.float32, device=metric.device), errors
+
+
+def _numbers(scores: Any) -> Tensor:
+    """Read what a callable returned: a tensor, an array, or numbers and None."""
+    if isinstance(scores, Tensor):
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return torch.tensor(
+        [math.nan if score is None else float(score) for score in scores], dtype=torch.float32
+    )
+
+
+def _failed(count: int, error: Exception, device: torch.device) -> Scored:
+    return Scored(torch.full((count,), math.nan, device=device), [error] * count)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    return text if isinstance(error, RewardError) and text else f"{type(error).__name__}: {text}"
+
+
+def _name(metric: Any) -> str:
+    """Return the name as flow_grpo spells it: ``PickScoreMetric`` is ``pickscore``."""
+    if isinstance(metric, BaseMetric):
+        return type(metric).__name__.removesuffix("Metric").lower()
+    return getattr(metric, "__name__", type(metric).__name__)

@@ -1,0 +1,133 @@
+"""Rewards for TRL's GRPOTrainer and RLOOTrainer."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from diffsynth_metrics.errors import RewardError
+from diffsynth_metrics.rewards.callables import (
+    RewardSource,
+    ScaleInput,
+    as_bytes,
+    named,
+    scorer_of,
+)
+from diffsynth_metrics.rewards.scoring import FailurePolicy, Scored, Scorer, check_policy, settle
+
+__all__ = ["to_trl", "to_trl_async"]
+
+Column: TypeAlias = "str | Callable[..., Any]"
+"""A column of the data set, or a function of the sample's completion (or prompt) and columns."""
+
+
+def to_trl(
+    source: RewardSource,
+    image: Column,
+    *,
+    prompt: Column | None = None,
+    scale: ScaleInput = None,
+    on_failure: FailurePolicy = "nan",
+    name: str | None = None,
+) -> Callable[..., list[float | None]]:
+    """Make a reward function for ``GRPOTrainer(reward_funcs=...)``.
+
+    Args:
+        source: A metric, a :class:`RewardSet`, or a callable of (prompts, images).
+        image: Where the image of a completion comes from: a column, or a function
+            ``image(completion, **row)``. A function that returns None, or raises ValueError or OSError,
+            says that this completion has no image.
+        prompt: Where its prompt comes from: a column, or a function ``prompt(prompt, **row)``; by
+            default the prompt itself, of a conversation its last message.
+        scale: The scale of a metric's score.
+        on_failure: What a completion without an image or a score gets; with ``"nan"`` it is None,
+            which excludes this function for this completion.
+        name: ``__name__``, under which TRL logs; by default the metric's.
+
+    Returns:
+        A plain function (TRL takes a Module for a reward model). It tells why a completion failed in
+        the column ``<name>_error`` of TRL's table of completions.
+    """
+    scorer = scorer_of(source, scale, name)
+    check_policy(on_failure)
+
+    def reward_function(
+        prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any
+    ) -> list[float | None]:
+        rows = _rows(kwargs, len(completions))
+        texts = [_prompt_of(prompt, text, row) for text, row in zip(prompts, rows, strict=True)]
+        images = [_image_of(image, one, row) for one, row in zip(completions, rows, strict=True)]
+        with torch.no_grad():
+            scored = _score_present(scorer, texts, images)
+            values: list[float] = settle(scored, on_failure, scorer.name).tolist()
+        if log_extra := kwargs.get("log_extra"):
+            log_extra(f"{reward_function.__name__}_error", [reason or "" for reason in scored.reasons])
+        return [None if math.isnan(value) else value for value in values]
+
+    return named(reward_function, name or scorer.name)
+
+
+def to_trl_async(
+    source: RewardSource, image: Column, **options: Any
+) -> Callable[..., Awaitable[list[float | None]]]:
+    """Make the coroutine function of :func:`to_trl`, which TRL runs along with its other ones."""
+    function = to_trl(source, image, **options)
+
+    async def reward_function(**kwargs: Any) -> list[float | None]:
+        return await asyncio.to_thread(function, **kwargs)
+
+    return named(reward_function, function.__name__)
+
+
+def _rows(kwargs: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Turn the columns among TRL's keyword arguments into one dict per completion."""
+    columns = {
+        name: values
+        for name, values in kwargs.items()
+        if isinstance(values, (list, tuple)) and len(values) == count
+    }
+    return [{name: values[index] for name, values in columns.items()} for index in range(count)]
+
+
+def _prompt_of(prompt: Column | None, text: Any, row: dict[str, Any]) -> str:
+    if isinstance(prompt, str):
+        return str(row[prompt])
+    if prompt is not None:
+        return str(prompt(text, **row))
+    content = text if isinstance(text, str) else text[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def _image_of(image: Column, completion: Any, row: dict[str, Any]) -> Any:
+    """Return the image of a completion, or the error that says why there is none."""
+    if isinstance(image, str):
+        if image not in row:
+            raise ValueError(f"the data set has no column {image!r}; it has {', '.join(row)}")
+        made = row[image]
+    else:
+        try:
+            made = image(completion, **row)
+        except (OSError, ValueError) as error:
+            return error
+    return RewardError("there is no image") if made is None else as_bytes(made)
+
+
+def _score_present(scorer: Scorer, prompts: list[str], images: list[Any]) -> Scored:
+    """Score the completions that have an image, in one batch."""
+    errors: list[Exception | None] = [
+        image if isinstance(image, Exception) else None for image in images
+    ]
+    present = [index for index, error in enumerate(errors) if error is None]
+    values = torch.full((len(images),), math.nan)
+    if present:
+        scored = scorer.scored([prompts[i] for i in present], [images[i] for i in present])
+        values[present] = scored.values.to(values)
+        for index, error in zip(present, scored.errors, strict=True):
+            errors[index] = error
+    return Scored(values, errors)

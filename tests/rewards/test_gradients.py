@@ -1,0 +1,117 @@
+"""Every differentiable metric: gradients are right at every size, and nothing else receives one."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffsynth_metrics import (
+    AestheticMetric,
+    CLIPMetric,
+    HPSv2Metric,
+    ImageRewardMetric,
+    ModelConfig,
+    PickScoreMetric,
+)
+from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_flow_grpo
+from diffsynth_metrics.testing import tiny_checkpoint
+
+CLASSES: dict[str, Any] = {
+    "aesthetic": AestheticMetric,
+    "clip": CLIPMetric,
+    "hpsv2": HPSv2Metric,
+    "image_reward": ImageRewardMetric,
+    "pickscore": PickScoreMetric,
+}
+SIZES = [(64, 64), (224, 224), (512, 512), (64, 512), (300, 170), (225, 331), (512, 384)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("gradients")
+    return {name: tiny_checkpoint(name, root / name) for name in CLASSES}
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def double(request: Any, folders: dict[str, Path]) -> Any:
+    return CLASSES[request.param].from_pretrained(
+        ModelConfig(path=folders[request.param]), device="cpu", torch_dtype=torch.float64
+    )
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def single(request: Any, folders: dict[str, Path]) -> Any:
+    return CLASSES[request.param].from_pretrained(ModelConfig(path=folders[request.param]), device="cpu")
+
+
+def reward(metric: Any, pixels: torch.Tensor) -> torch.Tensor:
+    value: torch.Tensor = (
+        metric.reward(pixels)
+        if isinstance(metric, AestheticMetric)
+        else metric.reward("an astronaut in orange", pixels)
+    )
+    return value
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_autograd_agrees_with_finite_differences(double: Any, size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(sum(size))
+    # Away from 0 and 1, where the bicubic filter overshoots and the clamping has a corner.
+    pixels = 0.35 + 0.3 * torch.rand(1, 3, *size, generator=generator, dtype=torch.float64)
+    leaf = pixels.clone().requires_grad_()
+    reward(double, leaf).sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+    step = 1e-5
+    for _ in range(2):
+        direction = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+        difference = reward(double, pixels + step * direction) - reward(
+            double, pixels - step * direction
+        )
+        measured = (difference / (2 * step)).item()
+        assert (leaf.grad * direction).sum().item() == pytest.approx(measured, rel=1e-5, abs=1e-7)
+    assert all(parameter.grad is None for parameter in double.model.parameters())
+
+
+def test_no_parameter_ever_receives_a_gradient(single: Any) -> None:
+    prompts = ["a cat", "a dog"]
+    pixels = torch.rand(2, 3, 90, 120).requires_grad_()
+    rewards = RewardSet({"one": Component(single, 1.0, "zscore")})
+    for value in (
+        reward(single, pixels),
+        as_loss(single)(pixels, prompts)[0],
+        rewards.reward(prompts, pixels),
+    ):
+        assert value.requires_grad
+        value.sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+    for parameter in single.model.parameters():
+        assert parameter.grad is None and not parameter.requires_grad
+
+
+def test_memory_after_a_hundred_calls_is_that_after_five(single: Any) -> None:
+    rewards = RewardSet(
+        {"one": Component(single, 1.0, "zscore"), "two": Component(single, 1.0, "group")}
+    )
+    reward_fn, loss_fn = to_flow_grpo(rewards)("cpu"), as_loss(single)
+
+    def call() -> None:
+        pixels = torch.rand(2, 3, 40, 40)
+        reward_fn(pixels, ["a cat", "a dog"], None)
+        loss_fn(pixels.requires_grad_(), ["a cat", "a dog"])  # a graph that nobody walks
+        rewards.score(["a cat", "a dog"], pixels)
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        return len(tensors), sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+    for _ in range(5):
+        call()
+    after_five = held()
+    for _ in range(95):
+        call()
+    assert held() == after_five

@@ -1,0 +1,120 @@
+"""Normalisations against hand-computed values, and what they do with NaN and equal scores."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from diffsynth_metrics.rewards import FixedScale, GroupRelative, Rank, Raw, RunningZScore
+from diffsynth_metrics.rewards.normalization import Moments, find_normalization
+
+NAN = math.nan
+SCORES = torch.tensor([1.0, 3.0, 5.0, 10.0, 20.0, 20.0])
+GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def test_none_changes_nothing() -> None:
+    assert torch.equal(Raw()(SCORES, GROUPS, update=True), SCORES)
+
+
+def test_a_fixed_scale_subtracts_and_divides() -> None:
+    assert FixedScale(2, 4)(SCORES, GROUPS, update=True).tolist() == [-0.25, 0.25, 0.75, 2, 4.5, 4.5]
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0, 0), (0, -1), (NAN, 1), (0, math.inf)])
+def test_a_fixed_scale_must_be_one(mean: float, std: float) -> None:
+    with pytest.raises(ValueError, match="mean must be finite and std positive"):
+        FixedScale(mean, std)
+
+
+def test_group_relative_is_the_advantage_of_each_group() -> None:
+    result = GroupRelative(epsilon=0.0)(SCORES, GROUPS, update=True).tolist()
+    assert result[:3] == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
+    assert result[3:] == pytest.approx([-math.sqrt(2), math.sqrt(0.5), math.sqrt(0.5)])
+
+
+def test_epsilon_is_added_to_the_spread() -> None:
+    result = GroupRelative(epsilon=1.0)(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), update=True)
+    assert result.tolist() == [-0.5, 0.5]
+
+
+def test_equal_scores_of_a_group_are_zero_and_not_amplified_noise() -> None:
+    scores = torch.tensor([20.0, 20.000002, 20.0, 7.0])
+    groups = torch.tensor([0, 0, 0, 1])
+    assert GroupRelative()(scores, groups, update=True).tolist() == [0, 0, 0, 0]
+
+
+def test_ranks_are_shares_and_ties_share() -> None:
+    assert Rank()(SCORES, GROUPS, update=True).tolist() == [0, 0.5, 1, 0, 0.75, 0.75]
+    assert Rank()(torch.tensor([3.0]), torch.tensor([0]), update=True).tolist() == [0.5]
+
+
+def test_a_running_z_score_is_over_everything_seen() -> None:
+    normalize = RunningZScore()
+    seen: list[float] = []
+    for batch in ([1.0, 2.0, 6.0], [4.0], [5.0, -3.0]):
+        seen += batch
+        scores = torch.tensor(batch)
+        result = normalize(scores, torch.zeros(len(batch)), update=True)
+        mean, std = statistics.fmean(seen), statistics.pstdev(seen)
+        assert result.tolist() == pytest.approx([(x - mean) / std for x in batch], rel=1e-6)
+
+
+def test_an_evaluation_does_not_teach_a_running_z_score() -> None:
+    normalize = RunningZScore()
+    normalize(SCORES, GROUPS, update=True)
+    before = normalize.state_dict()
+    normalize(SCORES * 100, GROUPS, update=False)
+    assert normalize.state_dict() == before
+
+
+def test_a_running_z_score_of_equal_scores_is_zero() -> None:
+    for _ in range(2):
+        assert RunningZScore()(torch.full((3,), 20.0), GROUPS[:3], update=True).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("normalize", [Raw, FixedScale, RunningZScore, GroupRelative, Rank])
+def test_nan_stays_nan_and_changes_no_other_sample(normalize: Any) -> None:
+    holes = torch.tensor([1.0, NAN, 3.0, 5.0, 10.0, 20.0, 20.0, NAN])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])
+    result = normalize()(holes, groups, update=True)
+    assert result.isnan().tolist() == holes.isnan().tolist()
+    kept = ~holes.isnan()
+    assert torch.equal(result[kept], normalize()(SCORES, GROUPS, update=True))
+
+
+@pytest.mark.parametrize("normalize", [Raw, FixedScale, RunningZScore, GroupRelative])
+def test_gradients_flow_through_what_is_differentiable(normalize: Any) -> None:
+    scores = SCORES.clone().requires_grad_()
+    (normalize()(scores, GROUPS, update=True) * torch.arange(6.0)).sum().backward()
+    assert scores.grad is not None and scores.grad.isfinite().all() and scores.grad.abs().sum() > 0
+
+
+def test_moments_of_parts_are_the_moments_of_the_whole() -> None:
+    values = 20 + torch.randn(1000, generator=torch.Generator().manual_seed(0)).double() / 100
+    merged = Moments()
+    for part in values.split([1, 0, 400, 99, 500]):
+        merged = merged.merge(Moments.of(part))
+    assert merged.count == 1000
+    assert merged.mean == pytest.approx(float(values.mean()), rel=1e-12)
+    assert merged.std == pytest.approx(float(values.std(correction=0)), rel=1e-9)
+
+
+def test_names_are_short_forms() -> None:
+    for name, kind in {
+        "none": Raw,
+        "zscore": RunningZScore,
+        "group": GroupRelative,
+        "rank": Rank,
+    }.items():
+        assert isinstance(find_normalization(name), kind)
+    with pytest.raises(
+        ValueError, match=r"normalize must be one of none, zscore, group, rank.*'softmax'"
+    ):
+        find_normalization("softmax")
+    with pytest.raises(TypeError, match="normalize must be a name"):
+        find_normalization(3)  # type: ignore[arg-type]

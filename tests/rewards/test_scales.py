@@ -1,0 +1,125 @@
+"""Every scale is the arithmetic that its paper or framework does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffsynth_metrics
+from diffsynth_metrics import CLIPMetric, HPSv2Metric, ModelConfig, PickScoreMetric
+from diffsynth_metrics.base import BaseMetric
+from diffsynth_metrics.rewards.scales import FRAMEWORKS, SCALES, Scale, find_scale
+from diffsynth_metrics.rewards.scoring import MetricScorer
+from diffsynth_metrics.testing import tiny_checkpoint
+
+PROMPTS = ["a cat", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseMetric]:
+    folder: Path = tmp_path_factory.mktemp("scales")
+    classes: dict[str, Any] = {"clip": CLIPMetric, "pickscore": PickScoreMetric, "hpsv2": HPSv2Metric}
+    return {
+        name: metric.from_pretrained(
+            ModelConfig(path=tiny_checkpoint(name, folder / name)), device="cpu"
+        )
+        for name, metric in classes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "component", "expected"),
+    [
+        ("pickscore", None, "score", lambda x: x),
+        ("pickscore", "official", "score", lambda x: x),
+        ("pickscore", "paper", "score", lambda x: x),
+        ("pickscore", "flow_grpo", "score", lambda x: x / 26),
+        ("pickscore", "diffusion_nft", "score", lambda x: x / 26),
+        ("pickscore", "flow_factory", "score", lambda x: x / 26),
+        ("pickscore", "verl_omni", "score", lambda x: x / 26),
+        ("pickscore", "unirl", "score", lambda x: x / 26),
+        ("pickscore", "dance_grpo", "cosine", lambda x: x),
+        ("pickscore", "pref_grpo", "cosine", lambda x: x),
+        ("pickscore", "srpo", "score", lambda x: x / 20),
+        ("pickscore", 0.5, "score", lambda x: x * 0.5),
+        ("hpsv2", "official", "cosine", lambda x: x),
+        ("hpsv2", "paper", "cosine", lambda x: 100 * x),
+        ("hpsv2", "flow_grpo", "cosine", lambda x: x),
+        ("hpsv2", "dance_grpo", "cosine", lambda x: x),
+        ("clip", "flow_grpo", "score", lambda x: x / 100),
+        ("clip", "torchmetrics", "cosine", lambda x: max(100 * x, 0)),
+    ],
+)
+def test_a_scale_is_what_its_framework_computes(
+    name: str,
+    scale: Any,
+    component: str,
+    expected: Any,
+    metrics: dict[str, Any],
+    images: torch.Tensor,
+) -> None:
+    rows = metrics[name].evaluate(PROMPTS, images)
+    assert abs(rows[0]["cosine"]) > 0.01
+    values = MetricScorer(metrics[name], scale).scored(PROMPTS, images).values
+    assert values.dtype == torch.float32
+    assert values.tolist() == pytest.approx([expected(row[component]) for row in rows], rel=1e-6)
+
+
+def test_pyiqa_has_a_prefix_a_weight_and_a_floor(metrics: dict[str, Any], images: torch.Tensor) -> None:
+    rows = metrics["clip"].evaluate([f"A photo depicts {prompt}" for prompt in PROMPTS], images)
+    values = MetricScorer(metrics["clip"], "pyiqa").scored(PROMPTS, images).values
+    assert values.tolist() == pytest.approx([2.5 * max(row["cosine"], 0) for row in rows], rel=1e-6)
+
+
+def test_unified_reward_has_the_scales_of_its_users() -> None:
+    scores = torch.tensor([1.0, 3.5, 5.0])
+    scales = SCALES["UnifiedReward2Metric"]
+    assert scales["official"].apply(scores).tolist() == [1.0, 3.5, 5.0]
+    assert scales["flow_grpo"].apply(scores).tolist() == pytest.approx([0.2, 0.7, 1.0])
+    assert scales["verl_omni"].apply(scores).tolist() == pytest.approx([0.0, 0.625, 1.0])
+
+
+def test_hpsv2_has_its_official_scale_even_when_loaded_with_upstreams(
+    tmp_path: Path, images: torch.Tensor
+) -> None:
+    folder = ModelConfig(path=tiny_checkpoint("hpsv2", tmp_path))
+    metric = HPSv2Metric.from_pretrained(folder, device="cpu", scale="diffsynth")
+    official = HPSv2Metric.from_pretrained(folder, device="cpu")
+    values = MetricScorer(metric, "flow_grpo").scored(PROMPTS, images).values
+    assert values.tolist() == official.compute(PROMPTS, images)
+
+
+def test_a_framework_without_a_scale_of_its_own_uses_the_official_score() -> None:
+    metric = PickScoreMetric.__new__(PickScoreMetric)
+    assert find_scale(metric, "ddpo") == Scale()
+    assert find_scale(lambda prompts, images: [], "flow_grpo") == Scale()
+
+
+def test_a_subclass_has_the_scales_of_its_metric() -> None:
+    class Mine(PickScoreMetric):
+        pass
+
+    assert find_scale(Mine.__new__(Mine), "flow_grpo") == Scale(divide=26)
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
+    metric = PickScoreMetric.__new__(PickScoreMetric)
+    with pytest.raises(ValueError, match=r"PickScoreMetric has no scale 'torchmetrics'; it has .*srpo"):
+        find_scale(metric, "torchmetrics")
+    with pytest.raises(TypeError, match="scale must be a name"):
+        find_scale(metric, [26])  # type: ignore[arg-type]
+
+
+def test_the_table_names_metrics_and_frameworks_that_exist() -> None:
+    later = {"HPSv3Metric", "QwenImageBenchMetric", "UnifiedReward2Metric", "UnifiedRewardEditMetric"}
+    assert {*SCALES} <= {*diffsynth_metrics.__all__} | later
+    others = {"official", "paper", "diffsynth", "pyiqa", "torchmetrics"}
+    assert {name for scales in SCALES.values() for name in scales} <= {*FRAMEWORKS} | others

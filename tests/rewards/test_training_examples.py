@@ -1,0 +1,73 @@
+"""The training examples learn: their reward rises, on a fixed seed and in a short run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+
+import PIL.Image
+import pytest
+
+from diffsynth_metrics import CLIPMetric, ModelConfig
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "examples" / "training"
+
+
+def load(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shapes() -> CLIPMetric:
+    return CLIPMetric.from_pretrained(ModelConfig.embedded("shapes"), device="cpu", batch_size=64)
+
+
+def test_the_score_rises_when_pixels_follow_its_gradient(shapes: CLIPMetric) -> None:
+    before, after, rewards = load("pixel_ascent").climb(shapes, "a red circle", steps=40, seed=0)
+    assert len(rewards) == 41
+    assert rewards[-1] > rewards[0] + 10
+    assert shapes.reward("a red circle", after).item() == pytest.approx(rewards[-1], abs=1e-3)
+    assert before.shape == after.shape and 0 <= after.min() and after.max() <= 1
+    others = shapes.compute(["a blue square", "a green star"], after)
+    assert rewards[-1] > max(others), "it has become the one thing and not everything"
+
+
+def test_a_policy_learns_to_draw_what_the_prompt_says(shapes: CLIPMetric) -> None:
+    scores, images = load("policy_gradient").train(shapes, steps=25, seed=0)
+    assert fmean(scores[-5:]) > fmean(scores[:5]) + 5
+    assert images.shape == (48, 96, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("script", "pictures"),
+    [
+        ("pixel_ascent.py", ["before.png", "after.png"]),
+        ("policy_gradient.py", ["curve.png", "samples.png"]),
+    ],
+)
+def test_an_example_prints_and_saves_what_it_says(
+    script: str, pictures: list[str], tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        [sys.executable, str(FOLDER / script), "--steps", "3", "--output", "here"],
+        cwd=tmp_path,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Saved here/" in result.stdout
+    for name in pictures:
+        with PIL.Image.open(tmp_path / "here" / name) as picture:
+            assert picture.width > 90 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 1
