@@ -26,7 +26,7 @@ PACKAGES = ("ours", "upstream")
 COUNT = 8
 SIZES = {
     "tiny": {},
-    # The proportions of Qwen2-VL at a fraction of its size: 110 million parameters.
+    # The proportions of Qwen2-VL at a fraction of its size: about 100 million parameters.
     "middle": {
         "hidden_size": 768,
         "intermediate_size": 4096,
@@ -246,8 +246,8 @@ def main() -> None:
 ({platform.machine()}, {torch.get_num_threads()} threads), {libraries}.
 Random weights in float32, the same for both; {COUNT} PIL images in memory, as many prompts. Medians of
 rounds in which the packages take turns; the extremes of the ratio are of single rounds. "tiny" is the
-checkpoint of the tests, where most time goes into preparing pictures and text; "middle" has 110 million
-parameters and hidden size 768, where the network decides.
+checkpoint of the tests, where most time goes into preparing pictures and text; "middle" has about 100
+million parameters and hidden size 768, where the network decides.
 
 The last column is the largest difference of scores when our metric is loaded with
 `positions="diffsynth"`: the pixels are resized by Pillow in both, and the rest is rounding. With the
