@@ -331,6 +331,12 @@ def test_a_checkpoint_of_another_architecture_is_an_error(name: str, folders: di
         CLASSES[name].from_pretrained(ModelConfig(path=folders[other]), device="cpu")
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_misspelt_argument_is_an_error_and_not_ignored(name: str) -> None:
+    with pytest.raises(TypeError, match="unexpected argument 'batchsize'"):
+        CLASSES[name].from_pretrained(batchsize=4)  # type: ignore[call-arg]
+
+
 def test_a_missing_shard_is_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
     for file in folders["unified_reward_2"].iterdir():
         if "00002-of-00002" not in file.name:

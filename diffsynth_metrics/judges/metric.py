@@ -100,7 +100,10 @@ class JudgeMetric(BaseMetric):
         Raises:
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
+            TypeError: There is no such argument.
         """
+        if unknown := sorted(loading.keys() - Loading.__annotations__.keys()):
+            raise TypeError(f"from_pretrained got an unexpected argument {unknown[0]!r}")
         device, device_map = loading.get("device"), loading.get("device_map")
         if device is not None and device_map is not None:
             raise ValueError("pass either device or device_map")
