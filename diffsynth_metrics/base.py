@@ -109,7 +109,7 @@ class BaseMetric(ABC):
         """Yield normalised pixels ``[B, 3, S, S]`` as the network gets them, B at most `batch_size`."""
         at_once = _IMAGES_AT_ONCE_ON_CPU if self.device.type == "cpu" else self.batch_size
         for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=self.device):
-            yield from batch.split(at_once)
+            yield from torch.split(batch, at_once)
 
     def __repr__(self) -> str:
         """Show the class and where it runs."""
