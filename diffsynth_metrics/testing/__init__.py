@@ -1,0 +1,68 @@
+"""Tiny random checkpoints of every metric, for our tests and for users' own CI.
+
+A tiny checkpoint has every file of the real one and loads through the ordinary path in well under a
+second; its scores mean nothing. A tiny judge answers in the form that its metric reads.
+
+Example:
+    >>> folder = tiny_checkpoint("pickscore", tmp_path)
+    >>> metric = PickScoreMetric.from_pretrained(ModelConfig(path=folder))
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from diffsynth_metrics.testing.encoders import (
+    clip_vocabulary,
+    write_aesthetic,
+    write_clip,
+    write_fid,
+    write_hpsv2,
+    write_image_reward,
+)
+from diffsynth_metrics.testing.hpsv3 import write_hpsv3
+from diffsynth_metrics.testing.judges import (
+    write_qwen_image_bench,
+    write_unified_reward_2,
+    write_unified_reward_edit,
+)
+from diffsynth_metrics.testing.random_weights import randomize
+
+__all__ = ["TINY_CHECKPOINTS", "clip_vocabulary", "randomize", "tiny_checkpoint"]
+
+TINY_CHECKPOINTS = {
+    "aesthetic": write_aesthetic,
+    "clip": write_clip,
+    "fid": write_fid,
+    "hpsv2": write_hpsv2,
+    "hpsv3": write_hpsv3,
+    "image_reward": write_image_reward,
+    "pickscore": write_clip,
+    "qwen_image_bench": write_qwen_image_bench,
+    "unified_reward_2": write_unified_reward_2,
+    "unified_reward_edit": write_unified_reward_edit,
+}
+"""Name of a metric to what writes its tiny checkpoint."""
+
+
+def tiny_checkpoint(name: str, folder: str | os.PathLike[str], *, seed: int = 0) -> Path:
+    """Write a complete tiny random checkpoint.
+
+    Args:
+        name: A metric, one of :data:`TINY_CHECKPOINTS`.
+        folder: Where the files go; it is made if needed.
+        seed: The same seed gives the same weights.
+
+    Returns:
+        The folder, for ``ModelConfig(path=...)``.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name not in TINY_CHECKPOINTS:
+        raise ValueError(f"there is no tiny checkpoint {name!r}; known: {', '.join(TINY_CHECKPOINTS)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    TINY_CHECKPOINTS[name](folder, seed)
+    return folder
