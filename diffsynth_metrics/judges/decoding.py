@@ -14,6 +14,8 @@ Three ways to need fewer passes through the network, none of which changes an an
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -275,9 +277,9 @@ def _read_heads(model: Any, rows: list[_Row], pad_id: int, device: torch.device)
         input_ids=ids.to(device),
         attention_mask=mask,
         position_ids=positions.to(device),
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{_cache_name(type(model).forward): cache},
         **vision,
     )
     return _Batch(rows, cache, mask, output.logits[:, -1])
@@ -307,9 +309,9 @@ def _feed(model: Any, batch: _Batch, tokens: list[list[int]], *, logits_to_keep:
         input_ids=ids,
         attention_mask=batch.mask,
         position_ids=torch.stack([places, rotary, rotary, rotary]),
-        past_key_values=batch.cache,
         use_cache=True,
         logits_to_keep=logits_to_keep,
+        **{_cache_name(type(model).forward): batch.cache},
     ).logits
     return logits
 
@@ -325,10 +327,17 @@ def _seen(batch: _Batch) -> tuple[Tensor, Tensor] | None:
     return seen, torch.tensor(penalties, device=seen.device)[:, None]
 
 
-# The cache of transformers: a layer has keys and values, or convolution and recurrent states. The
-# states are tensors in 5.8 and dicts of tensors in 5.23.
+# The cache of transformers: a network takes it as `past_key_values`, and from 5.24 on as `cache`. A
+# layer has keys and values, or convolution and recurrent states; the states are tensors in 5.8 and dicts
+# of tensors in 5.23.
 
 _STATES = ("conv_states", "recurrent_states")
+
+
+@functools.cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    parameters = inspect.signature(forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _select(cache: Cache, index: Tensor) -> Cache:
