@@ -10,7 +10,7 @@ from torch.nn.functional import normalize as l2_normalize
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from typing_extensions import Self
 
-from diffsynth_metrics.base import ImageMetric, MetricCard, choose_device, choose_dtype, wants_gradients
+from diffsynth_metrics.base import ImageMetric, MetricCard, check_loading, wants_gradients
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput, as_images
@@ -106,14 +106,17 @@ class AestheticMetric(ImageMetric):
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
         """
+        place, dtype = check_loading(
+            model_config, processor_config, device=device, torch_dtype=torch_dtype, batch_size=batch_size
+        )
         files = weight_files((model_config or cls.default_model).resolve())
         model = build_aesthetic(_vision_config(cls._architecture(model_config, files)))
         load_weights(
             model,
             files,
             metric=cls.__name__,
-            device=choose_device(device),
-            dtype=choose_dtype(torch_dtype, torch.float32),
+            device=place,
+            dtype=dtype,
             float32=("visual_projection", "layers"),
         )
         return cls(model, batch_size=batch_size)

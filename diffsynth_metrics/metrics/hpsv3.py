@@ -76,7 +76,7 @@ class HPSv3Metric(PromptMetric):
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv3/model.safetensors"
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv3/"
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv3/*.[jt]*"
     )
     processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
     model: HPSv3Network
