@@ -15,6 +15,7 @@ from diffsynth_metrics.base import MetricCard, check_loading, check_max_length
 from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.transforms import ShortestEdgeCrop
@@ -113,6 +114,7 @@ class CLIPMetric(DualEncoderMetric):
         batch_size: int = 16,
         max_length: int = 77,
         processor_kwargs: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -129,6 +131,8 @@ class CLIPMetric(DualEncoderMetric):
             max_length: Prompts are cut to this number of tokens, begin and end included: at least 3,
                 at most the network's 77.
             processor_kwargs: Passed to the tokenizer's ``from_pretrained``.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights.
@@ -151,6 +155,8 @@ class CLIPMetric(DualEncoderMetric):
             dtype=dtype,
             float32=("logit_scale", "text_projection", "visual_projection"),
         )
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         folder = cls._processor_folder(processor)
         tokenizer = CLIPTokenizer.from_pretrained(
             folder, local_files_only=True, **(processor_kwargs or {})

@@ -14,6 +14,7 @@ from diffsynth_metrics.base import MetricCard, check_loading
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.transforms import Letterbox
@@ -91,6 +92,7 @@ class HPSv2Metric(DualEncoderMetric):
         batch_size: int = 16,
         scale: Literal["official", "diffsynth"] = "official",
         antialias: bool = True,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -106,6 +108,8 @@ class HPSv2Metric(DualEncoderMetric):
             batch_size: The largest number of images or prompts in the network at once. It bounds
                 memory and does not change scores.
             scale: ``"official"`` for the cosine, ``"diffsynth"`` for exp(logit_scale) * cosine.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
             antialias: Whether shrinking filters the image. True is what the authors' code does under
                 torchvision 0.17 and later; False is what it did before, when v2.0 was published.
 
@@ -132,6 +136,8 @@ class HPSv2Metric(DualEncoderMetric):
             float32=("logit_scale", "text_projection", "visual.proj"),
         )
         _detach_heads(model)
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         return cls(model, scale=scale, antialias=antialias, batch_size=batch_size)
 
     def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:

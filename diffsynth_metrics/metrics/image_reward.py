@@ -13,6 +13,7 @@ from typing_extensions import Self
 from diffsynth_metrics.base import MetricCard, PromptMetric, check_loading, check_max_length
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
 from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.model_config import ModelConfig
@@ -86,6 +87,7 @@ class ImageRewardMetric(PromptMetric):
         torch_dtype: torch.dtype | None = None,
         batch_size: int = 16,
         max_length: int = _MAX_LENGTH,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -102,6 +104,8 @@ class ImageRewardMetric(PromptMetric):
                 not change scores.
             max_length: Prompts are cut and padded to this number of tokens, at least 3 and at most the
                 network's 512.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights.
@@ -129,6 +133,8 @@ class ImageRewardMetric(PromptMetric):
             dtype=dtype,
             float32=("mlp",),
         )
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         tokenizer = BertTokenizer.from_pretrained(
             cls._processor_folder(processor), local_files_only=True
         )
