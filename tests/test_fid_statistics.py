@@ -442,15 +442,17 @@ def test_features_that_are_kept_are_held_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the process from /proc")
 def test_memory_stays_flat_for_20000_features_of_the_networks_width() -> None:
     script = (
-        "import numpy, psutil\nfrom diffsynth_metrics import FIDStatistics\n"
+        "import numpy, re\nfrom diffsynth_metrics import FIDStatistics\n"
         "block = numpy.random.default_rng(0).random((100, 2048), dtype=numpy.float32)\n"
         "statistics, memory = FIDStatistics(), []\n"
         "for index in range(1, 201):\n"
         "    statistics.update(numpy.roll(block, index, axis=1))\n"
         "    if index % 40 == 0:\n"
-        "        memory.append(psutil.Process().memory_info().rss)\n"
+        "        status = open('/proc/self/status').read()\n"
+        "        memory.append(int(re.search(r'VmHWM:\\s*(\\d+)', status)[1]) * 1024)\n"
         "print(statistics.count, *memory)"
     )
     output = subprocess.run(
@@ -458,7 +460,8 @@ def test_memory_stays_flat_for_20000_features_of_the_networks_width() -> None:
     )
     count, *memory = map(int, output.stdout.split())
     assert count == 20_000 and len(memory) == 5
-    assert max(memory) - memory[0] < 20e6, [f"{size / 1e6:.0f} MB" for size in memory]
+    print("peak after each 4,000:", *(f"{size / 1e6:.0f} MB" for size in memory))
+    assert memory[-1] - memory[0] < 20e6
 
 
 def test_statistics_need_no_torch() -> None:

@@ -249,7 +249,7 @@ class FIDMetric(BaseMetric):
         """Compute FID like :meth:`compute`, with its parts and with what else the features say.
 
         The images are read once. The three further measures need the features of both sides at the end
-        (``infinity``: of the generated images): 8 kB per image, and some 100 MB for all of them at most.
+        (``infinity``: of the generated images): 8 kB per image, and some 220 MB for any number of them.
 
         Args:
             reference_images: See :meth:`compute`.
