@@ -570,7 +570,7 @@ def test_positional_arguments_are_those_of_diffsynth(checkpoint: Path) -> None:
         ({"preprocessing": "none"}, "preprocessing must be one of"),
         ({"batch_size": 0}, "batch_size must be a positive int"),
         ({"num_workers": -1}, "num_workers must be an int"),
-        ({"torch_dtype": torch.int64}, "must be a floating"),
+        ({"torch_dtype": torch.int64}, "torch_dtype must be one of"),
         ({"device": "nowhere"}, "device"),
     ],
 )

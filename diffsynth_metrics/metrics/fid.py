@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models.inception import Inception3
 from typing_extensions import Self
 
-from diffsynth_metrics.base import BaseMetric, MetricCard, choose_device, choose_dtype
+from diffsynth_metrics.base import BaseMetric, MetricCard, check_batch_size, check_loading
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.fid.distances import (
     factor_of_features,
@@ -159,16 +159,21 @@ class FIDMetric(BaseMetric):
         """
         # Whatever is wrong with these is said before the files are fetched.
         find_preprocessing(preprocessing)
-        _positive(batch_size)
         choose_workers(num_workers)
-        device, dtype = choose_device(device), choose_dtype(torch_dtype, torch.float32)
+        place, dtype = check_loading(
+            model_config,
+            processor_config,
+            device=device,
+            torch_dtype=torch_dtype,
+            batch_size=batch_size,
+        )
         files = weight_files((model_config or cls.default_model).resolve())
         model = build_inception()
         load_weights(
             model,
             files,
             metric=cls.__name__,
-            device=device,
+            device=place,
             dtype=torch.promote_types(dtype, torch.float32),
         )
         return cls(
@@ -397,7 +402,7 @@ class FIDMetric(BaseMetric):
     ) -> FIDStatistics | ImageReader:
         """Check a side and its options; nothing goes through the network yet."""
         prepare = find_preprocessing(self.preprocessing if preprocessing is None else preprocessing)
-        batch_size = _positive(self.batch_size if batch_size is None else batch_size)
+        batch_size = check_batch_size(self.batch_size if batch_size is None else batch_size)
         num_workers = choose_workers(self.num_workers if num_workers is None else num_workers)
         given = _given_statistics(images)
         if given is None:
@@ -490,12 +495,6 @@ def _size(statistics: FIDStatistics) -> int:
 
 def _count(count: int | None) -> str:
     return "an unknown number of" if count is None else f"{count:,}"
-
-
-def _positive(batch_size: int) -> int:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
-    return batch_size
 
 
 def _sha256(files: Sequence[Path]) -> str:
