@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,20 @@ from skimage import data
 from diffsynth_metrics import ModelConfig, PickScoreMetric
 from diffsynth_metrics.testing import tiny_checkpoint
 
+# On a busy machine, threads of a tiny network that wait for each other cost 100x. Set here, so that it
+# holds for fixtures of modules too; processes that the tests start inherit the variable.
+ALL_THREADS = torch.get_num_threads()
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(autouse=True)
-def one_torch_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run tiny networks on one thread: on a busy machine, threads that wait for each other cost 100x."""
-    before = torch.get_num_threads()
-    if request.node.get_closest_marker("slow") is None:
-        torch.set_num_threads(1)
+def all_torch_threads_for_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run full-size networks on all cores."""
+    if request.node.get_closest_marker("slow") is not None:
+        torch.set_num_threads(ALL_THREADS)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -120,5 +120,5 @@ def test_quickstart_scores_the_users_pictures_with_a_published_metric(
         *("--metric", metric, "--prompt", "a red wall", "--images", "a.png", "b.jpg"),
     )
     assert title in output
-    assert output.count("*") == 2  # in the heading, and the best picture
+    assert output.count("*") >= 2  # in the heading, and the best picture, or both where they are equal
     assert (tmp_path / "results" / "quickstart.png").is_file()
