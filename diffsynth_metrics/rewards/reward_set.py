@@ -246,7 +246,7 @@ class RewardSet:
         world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
         # One row per rank, summed over ranks: everybody gets all rows and merges them in one order.
         rows = torch.zeros(world, len(running), 3, dtype=torch.float64, device=device)
-        rows[rank] = torch.tensor([n.take_local().as_list() for n in running], dtype=torch.float64)
+        rows[rank] = torch.tensor([n.offer_local().as_list() for n in running], dtype=torch.float64)
         torch.distributed.all_reduce(rows, group=group)
         for index, normalization in enumerate(running):
             normalization.add_shared([Moments(*row) for row in rows[:, index].tolist()])
