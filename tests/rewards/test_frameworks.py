@@ -401,8 +401,10 @@ class TestTRL:
             return "gone.png" if completion == "gone" else arrays[int(completion)]
 
         expected = self.call(to_trl(pickscore, draw), ["0", "gone", "2"])
+        tenth = float(torch.tensor(0.1, dtype=torch.float32))
         with default_dtype(dtype):
             assert self.call(to_trl(pickscore, draw), ["0", "gone", "2"]) == expected
+            assert self.call(to_trl(pickscore, draw, on_failure=0.1), ["gone"] * 2) == [tenth] * 2
 
     def test_the_caller_tells_when_statistics_learn(
         self, pickscore: PickScoreMetric, arrays: np.ndarray
