@@ -171,8 +171,9 @@ class JudgeMetric(BaseMetric):
         return self.engine.device
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the network to a device and return the metric."""
-        self.model.to(torch.device(device))
+        """Move the network to a device and return the metric; an engine may have none to move."""
+        if isinstance(model := getattr(self.engine, "model", None), nn.Module):
+            model.to(torch.device(device))
         return self
 
     def __repr__(self) -> str:

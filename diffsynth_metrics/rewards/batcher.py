@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeAlias
 
 import torch
 
-from diffsynth_metrics.rewards.scoring import Scorer
+from diffsynth_metrics.rewards.scoring import ERRORS_OF_A_SAMPLE, Scorer, Update, learns
 
 __all__ = ["DynamicBatcher"]
+
+_LONGEST_WAIT_MS = 60_000
+
+_Sample: TypeAlias = "tuple[float, str, Any, Future[float]]"
+"""When it came, its prompt, its image, and its score in the future."""
 
 
 class DynamicBatcher:
@@ -22,25 +30,36 @@ class DynamicBatcher:
     arrive while the network works make the next batch. There is one batch in the network at a time.
     """
 
-    def __init__(self, scorer: Scorer, *, max_batch: int = 16, max_wait_ms: float = 5.0) -> None:
+    def __init__(
+        self, scorer: Scorer, *, max_batch: int = 16, max_wait_ms: float = 5.0, update: Update = True
+    ) -> None:
         """Serve a scorer.
 
         Args:
             scorer: What scores a batch.
             max_batch: The largest batch.
-            max_wait_ms: How long a sample waits for company, in milliseconds.
+            max_wait_ms: How long a sample waits for company, in milliseconds, at most a minute.
+            update: Whether running statistics of a set learn from a batch.
 
         Raises:
             ValueError: A number is out of range.
         """
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch must be a positive int, got {max_batch!r}")
-        if not max_wait_ms >= 0:
-            raise ValueError(f"max_wait_ms must not be negative, got {max_wait_ms!r}")
+        if not 0 <= max_wait_ms <= _LONGEST_WAIT_MS:
+            raise ValueError(
+                f"max_wait_ms must be between 0 and {_LONGEST_WAIT_MS} milliseconds, got {max_wait_ms!r}"
+            )
         self.scorer = scorer
         self.max_batch = max_batch
         self.max_wait_ms = max_wait_ms
-        self._waiting: deque[tuple[float, str, Any, Future[float]]] = deque()
+        self.update = update
+        self._start_afresh()
+        _batchers.add(self)
+
+    def _start_afresh(self) -> None:
+        """Begin without samples, in a thread that is started on first use."""
+        self._waiting: deque[_Sample] = deque()
         self._changed = threading.Condition()
         self._thread = ThreadPoolExecutor(1, "diffsynth_metrics_batcher")
         self._busy = False
@@ -54,21 +73,30 @@ class DynamicBatcher:
         """
         future: Future[float] = Future()
         with self._changed:
+            if not self._busy:
+                self._thread.submit(
+                    self._work
+                )  # it waits for the lock; if it cannot start, nobody waits
+                self._busy = True
             self._waiting.append((time.monotonic(), prompt, image, future))
             self._changed.notify()
-            if not self._busy:
-                self._busy = True
-                self._thread.submit(self._work)
         return future
 
     def _work(self) -> None:
         """Score batches until nobody waits."""
-        while batch := self._next_batch():
-            batch = [sample for sample in batch if sample[3].set_running_or_notify_cancel()]
-            if batch:
-                self._score(batch)
+        batch: list[_Sample] = []
+        try:
+            while batch := self._next_batch():
+                if running := [sample for sample in batch if sample[3].set_running_or_notify_cancel()]:
+                    self._score(running)
+        except BaseException as error:  # whatever it is, nobody may wait for ever
+            with self._changed:
+                batch += self._waiting
+                self._waiting.clear()
+                self._busy = False
+            _fail([sample for sample in batch if not sample[3].done()], error)
 
-    def _next_batch(self) -> list[tuple[float, str, Any, Future[float]]]:
+    def _next_batch(self) -> list[_Sample]:
         with self._changed:
             if not self._waiting:
                 self._busy = False
@@ -78,18 +106,44 @@ class DynamicBatcher:
                 self._changed.wait(left)
             return [self._waiting.popleft() for _ in range(min(self.max_batch, len(self._waiting)))]
 
-    def _score(self, batch: list[tuple[float, str, Any, Future[float]]]) -> None:
-        futures = [future for *_, future in batch]
+    def _score(self, batch: list[_Sample]) -> None:
+        prompts, images = [sample[1] for sample in batch], [sample[2] for sample in batch]
         try:
             with torch.no_grad():
-                scored = self.scorer.scored([prompt for _, prompt, *_ in batch], [b[2] for b in batch])
-            values: list[float] = scored.values.tolist()
-        except BaseException as error:  # whatever it is, nobody may wait for ever
-            for future in futures:
-                future.set_exception(error)
-            return
-        for future, value, problem in zip(futures, values, scored.errors, strict=True):
-            if problem is None:
-                future.set_result(value)
+                scored = self.scorer.scored(prompts, images, update=learns(self.update))
+            outcomes = list(zip(batch, scored.values.tolist(), scored.errors, strict=True))
+        except BaseException as error:
+            if isinstance(error, ERRORS_OF_A_SAMPLE) and len(batch) > 1:
+                for sample in batch:  # the fault of one, such as a prompt that is no text
+                    self._score([sample])
             else:
-                future.set_exception(problem)
+                _fail(batch, error)
+            return
+        for sample, value, problem in outcomes:
+            if problem is None:
+                sample[3].set_result(value)
+            else:
+                _fail([sample], problem)
+
+
+def _fail(batch: list[_Sample], error: BaseException) -> None:
+    """Give samples an error."""
+    if isinstance(error, StopIteration):
+        # A coroutine that awaits this one would wait for ever: asyncio cannot raise it there.
+        error = RuntimeError(f"the reward raised {error!r}").with_traceback(error.__traceback__)
+    for *_, future in batch:
+        with suppress(InvalidStateError):  # cancelled in the meantime
+            future.set_exception(error)
+
+
+_batchers: weakref.WeakSet[DynamicBatcher] = weakref.WeakSet()
+
+
+def _forget_the_parent() -> None:
+    """Start every batcher afresh: a forked child has no other threads, and locks as they just were."""
+    for batcher in list(_batchers):
+        batcher._start_afresh()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parent)

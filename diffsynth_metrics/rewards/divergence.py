@@ -70,7 +70,19 @@ class DivergenceMonitor:
         with self._lock:
             return {name: list(values) for name, values in self._history.items()}
 
+    def check_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        """Check that :meth:`load_state_dict` can take a state.
+
+        Raises:
+            ValueError: It is not a history.
+        """
+        for name, values in state.items():
+            numbers = isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)
+            if not numbers:
+                raise ValueError(f"the history of {name!r} must be a list of numbers, got {values!r}")
+
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Take what :meth:`state_dict` returned."""
+        self.check_state_dict(state)
         with self._lock:
             self._history = {name: deque(values, maxlen=self.window) for name, values in state.items()}

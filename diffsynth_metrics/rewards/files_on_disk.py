@@ -16,7 +16,8 @@ from diffsynth_metrics.rewards.callables import (
     named,
     scorer_of,
 )
-from diffsynth_metrics.rewards.scoring import FailurePolicy, check_policy, settle
+from diffsynth_metrics.rewards.reward_set import RewardSet
+from diffsynth_metrics.rewards.scoring import FailurePolicy, Update, check_policy, learns, settle
 
 __all__ = ["to_dance_grpo", "to_pref_grpo"]
 
@@ -27,30 +28,29 @@ def to_dance_grpo(
     scale: ScaleInput = "dance_grpo",
     on_failure: FailurePolicy = "raise",
     name: str | None = None,
+    update: Update = True,
 ) -> Callable[[Any, str | Sequence[str]], Tensor]:
     """Make a function ``(image_paths, prompts) -> rewards`` for DanceGRPO's inline reward code.
 
     Args:
-        source: A metric, a :class:`RewardSet`, or a callable of (prompts, images).
+        source: A metric, a :class:`RewardSet` without normalisation over groups (DanceGRPO passes one
+            image per call), or a callable of (prompts, images).
         scale: The scale of a metric's score; DanceGRPO takes PickScore's cosine.
         on_failure: What a sample gets that has no score, see ``FailurePolicy``.
         name: ``__name__``; by default the metric's.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells; ``update=False`` makes a reward for evaluation.
 
     Returns:
         A function of one path (or image) and one prompt, or of lists, that returns a float32 tensor
         ``[N]`` on the metric's device, without a graph.
     """
-    scorer = scorer_of(source, scale, name)
-    check_policy(on_failure)
-
-    def reward_function(images: Any, prompts: str | Sequence[str]) -> Tensor:
-        if isinstance(images, (str, os.PathLike)) or not hasattr(images, "__len__"):
-            images = [images]
-        prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-        with torch.no_grad():
-            return settle(scorer.scored(prompts, as_bytes(images)), on_failure, scorer.name).float()
-
-    return named(reward_function, name or scorer.name)
+    if isinstance(source, RewardSet) and source.within_groups:
+        raise ValueError(
+            "a RewardSet with 'group' or 'rank' needs whole groups, and DanceGRPO passes one image per "
+            "call; normalise its rewards afterwards"
+        )
+    return _reward_of_paths(source, scale, on_failure, name, update)
 
 
 def to_pref_grpo(
@@ -60,22 +60,26 @@ def to_pref_grpo(
     scale: ScaleInput = "pref_grpo",
     on_failure: FailurePolicy = "raise",
     name: str | None = None,
+    update: Update = True,
 ) -> Callable[[Sequence[Mapping[str, Any]]], tuple[Tensor, dict[str, list[float]]]]:
     """Make a reward of Pref-GRPO's dispatcher.
 
     Args:
-        source: A metric, a :class:`RewardSet`, or a callable of (prompts, images).
+        source: A metric, a :class:`RewardSet` (with normalisation over groups, if every call has whole
+            groups), or a callable of (prompts, images).
         sample: Returns prompt and image of an item; by default its ``"prompt"`` and ``"path"``. A judge
             of edits takes ``lambda item: (item["instruction"], [item["source_path"],
             item["edited_path"]])``.
         scale: The scale of a metric's score; Pref-GRPO takes PickScore's cosine.
         on_failure: What a sample gets that has no score, see ``FailurePolicy``.
         name: ``__name__``; by default the metric's.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells; ``update=False`` makes a reward for evaluation.
 
     Returns:
         A function of N items that returns ``(rewards [N] float32, {name: N floats})``.
     """
-    reward = to_dance_grpo(source, scale=scale, on_failure=on_failure, name=name)
+    reward = _reward_of_paths(source, scale, on_failure, name, update)
 
     def reward_function(
         items: Sequence[Mapping[str, Any]],
@@ -85,3 +89,25 @@ def to_pref_grpo(
         return rewards, {reward.__name__: rewards.tolist()}
 
     return named(reward_function, reward.__name__)
+
+
+def _reward_of_paths(
+    source: RewardSource,
+    scale: ScaleInput,
+    on_failure: FailurePolicy,
+    name: str | None,
+    update: Update,
+) -> Callable[[Any, str | Sequence[str]], Tensor]:
+    scorer = scorer_of(source, scale, name)
+    check_policy(on_failure)
+
+    def reward_function(images: Any, prompts: str | Sequence[str]) -> Tensor:
+        one = isinstance(images, (str, os.PathLike)) or not hasattr(images, "__len__")
+        if one or getattr(images, "ndim", 4) == 3:
+            images = [images]
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        with torch.no_grad():
+            scored = scorer.scored(prompts, as_bytes(images), update=learns(update))
+            return settle(scored, on_failure, scorer.name).float()
+
+    return named(reward_function, name or scorer.name)

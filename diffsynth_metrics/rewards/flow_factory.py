@@ -12,7 +12,7 @@ from diffsynth_metrics.rewards.callables import (
     scorer_of,
     settled_floats,
 )
-from diffsynth_metrics.rewards.scoring import FailurePolicy, Scorer, check_policy
+from diffsynth_metrics.rewards.scoring import FailurePolicy, Scorer, Update, check_policy
 
 __all__ = ["to_flow_factory"]
 
@@ -25,6 +25,7 @@ def to_flow_factory(
     scale: ScaleInput = "flow_factory",
     on_failure: FailurePolicy = "raise",
     name: str | None = None,
+    update: Update = True,
 ) -> type:
     """Make a reward model class for Flow-Factory.
 
@@ -36,6 +37,8 @@ def to_flow_factory(
         scale: The scale of a metric's score.
         on_failure: What a sample gets that has no score, see ``FailurePolicy``.
         name: Of the class; by default ``MetricReward``.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells; ``update=False`` makes a reward for evaluation.
 
     Returns:
         A subclass of `base`. Called with ``prompt`` (N strings) and ``image`` (N PIL images or float
@@ -68,7 +71,7 @@ def to_flow_factory(
             if image is None:
                 raise ValueError("this reward scores images, and Flow-Factory passed none")
             rewards, scored = settled_floats(
-                self._scorer[0], list(prompt), as_bytes(list(image)), on_failure
+                self._scorer[0], prompt, as_bytes(image), on_failure, update
             )
             failures = {i: reason for i, reason in enumerate(scored.reasons) if reason is not None}
             return output(rewards=rewards, extra_info={"failures": failures})

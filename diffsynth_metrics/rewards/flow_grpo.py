@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffsynth_metrics.base import BaseMetric
 from diffsynth_metrics.rewards.callables import (
@@ -21,11 +20,22 @@ from diffsynth_metrics.rewards.callables import (
     settled_floats,
 )
 from diffsynth_metrics.rewards.reward_set import Component, RewardSet
-from diffsynth_metrics.rewards.scoring import FailurePolicy, check_policy, settle
+from diffsynth_metrics.rewards.scoring import (
+    FailurePolicy,
+    Update,
+    check_policy,
+    learns,
+    settle,
+    stand_in,
+)
 
 __all__ = ["to_ddpo", "to_flow_grpo", "to_multi_score"]
 
 RewardFunction = Callable[..., tuple[Any, dict[str, Any]]]
+
+DROPPED = -10.0
+"""flow_grpo's evaluation leaves out scores that are exactly this, in every column for itself; a sum into
+which it went would not be left out."""
 
 
 def to_flow_grpo(
@@ -34,13 +44,15 @@ def to_flow_grpo(
     scale: ScaleInput = "flow_grpo",
     on_failure: FailurePolicy = "raise",
     name: str | None = None,
+    update: Update = True,
 ) -> Callable[..., RewardFunction]:
     """Make a scorer factory as in ``flow_grpo/rewards.py``.
 
     It is used as ``factory(device)(images, prompts, metadata)``.
 
     Images are float tensors ``[N, 3, H, W]`` in 0..1 of any precision, or uint8 arrays
-    ``[N, H, W, 3]``; floats are rounded to bytes first, as flow_grpo does.
+    ``[N, H, W, 3]``; floats are rounded to bytes first, in float32. flow_grpo rounds half-precision
+    images in half precision, where up to 8 % of the bytes differ by 1.
 
     Args:
         source: A metric or a callable gives ``(list of N floats, {})``. A :class:`RewardSet` gives the
@@ -48,6 +60,8 @@ def to_flow_grpo(
         scale: The scale of a metric's score; those of a set have their own.
         on_failure: What a sample gets that has no score, see ``FailurePolicy``.
         name: ``__name__`` of the function; by default as flow_grpo spells the metric.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells. They never do in flow_grpo's evaluation, which passes ``only_strict=False``.
 
     Returns:
         The factory. Called with a device it moves the metric there; its function accepts the keyword
@@ -68,10 +82,10 @@ def to_flow_grpo(
             only_strict: bool = True,
             **ignored: Any,
         ) -> tuple[Any, dict[str, Any]]:
-            images = as_bytes(images)
+            images, learn = as_bytes(images), only_strict and learns(update)
             if isinstance(scorer, RewardSet):
-                return _details(scorer, prompts, images, on_failure), {}
-            return settled_floats(scorer, prompts, images, on_failure)[0], {}
+                return _details(scorer, prompts, images, on_failure, learn), {}
+            return settled_floats(scorer, prompts, images, on_failure, learn)[0], {}
 
         return named(reward_function, name or scorer.name)
 
@@ -84,12 +98,13 @@ def to_ddpo(
     scale: ScaleInput = "ddpo",
     on_failure: FailurePolicy = "raise",
     name: str | None = None,
+    update: Update = True,
 ) -> Callable[..., RewardFunction]:
     """Make a scorer factory as in ``ddpo_pytorch/rewards.py``: ``factory()(images, prompts, metadata)``.
 
     Like :func:`to_flow_grpo`, on the scales of ddpo-pytorch, which are the official ones.
     """
-    return to_flow_grpo(source, scale=scale, on_failure=on_failure, name=name)
+    return to_flow_grpo(source, scale=scale, on_failure=on_failure, name=name, update=update)
 
 
 def to_multi_score(
@@ -97,13 +112,17 @@ def to_multi_score(
     *,
     scale: ScaleInput = "flow_grpo",
     on_failure: FailurePolicy = "raise",
+    update: Update = True,
 ) -> Callable[..., RewardFunction]:
     """Make a replacement for flow_grpo's ``multi_score``.
 
     Args:
         metrics: Name to metric, the names as in the configuration's ``reward_fn``.
         scale: The scale of every metric that is not a :class:`Component` with its own.
-        on_failure: What a sample gets from a metric that fails; of a component its own policy.
+        on_failure: What a sample gets in the column of a metric that fails and, unless it is
+            ``"mean"``, in ``"avg"``. A component's own policy comes first; where it says ``"raise"`` or
+            ``"nan"``, this one decides.
+        update: As in :func:`to_flow_grpo`.
 
     Returns:
         ``multi_score(device, score_dict)``, where ``score_dict`` maps names to weights, as flow_grpo
@@ -118,7 +137,8 @@ def to_multi_score(
             name: _weighted(metrics[name], weight, scale, on_failure)
             for name, weight in score_dict.items()
         }
-        return to_flow_grpo(RewardSet(components), name="multi_score")(device)
+        rewards = RewardSet(components)
+        return to_flow_grpo(rewards, on_failure=on_failure, name="multi_score", update=update)(device)
 
     return multi_score
 
@@ -128,15 +148,22 @@ def _weighted(
 ) -> Component:
     if isinstance(metric, Component):
         return Component(metric.metric, weight, metric.normalize, metric.scale, metric.on_failure)
-    return Component(metric, weight, scale=scale, on_failure=on_failure)
+    # The mean of the group is neutral in the sum; any other policy is about the sample as a whole.
+    own: FailurePolicy = "mean" if on_failure == "mean" else "raise"
+    return Component(metric, weight, scale=scale, on_failure=own)
 
 
 def _details(
-    rewards: RewardSet, prompts: Sequence[str], images: Any, policy: FailurePolicy
+    rewards: RewardSet, prompts: Sequence[str], images: Any, policy: FailurePolicy, update: bool
 ) -> dict[str, list[float]]:
     """Score with a set, in the form of multi_score."""
     with torch.no_grad():
-        result = rewards.score(list(prompts), images)
-        total: Tensor = settle(rewards.settled(result), policy, rewards.name)
-    details: dict[str, list[float]] = {name: values.tolist() for name, values in result.raw.items()}
-    return {**details, "avg": total.tolist()}
+        parts = rewards.parts(prompts, images, update=update)
+        total: list[float] = settle(parts.scored, policy, rewards.name).tolist()
+    columns = {**parts.result.raw, **parts.settled}
+    details = {name: stand_in(values, policy).tolist() for name, values in columns.items()}
+    for name, component in rewards.components.items():
+        if component.on_failure == DROPPED:
+            for index in parts.result.failures.get(name, {}):
+                total[index] = DROPPED
+    return {**details, "avg": total}

@@ -15,7 +15,7 @@ from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, named, scorer_of
 from diffsynth_metrics.rewards.scales import find_scale
-from diffsynth_metrics.rewards.scoring import settle
+from diffsynth_metrics.rewards.scoring import Update, learns, settle
 
 __all__ = ["as_loss", "to_alignprop", "to_refl", "to_srpo"]
 
@@ -31,6 +31,7 @@ def as_loss(
     grad_scale: float = 1.0,
     scale: ScaleInput = None,
     name: str | None = None,
+    update: Update = True,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Make a loss function ``(pixels, prompts) -> (loss, reward)``.
 
@@ -44,15 +45,18 @@ def as_loss(
         grad_scale: What the loss is multiplied with.
         scale: The scale of the reward.
         name: ``__name__``; by default that of the metric with ``_loss``.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells; ``update=False`` makes a reward for evaluation.
 
     Returns:
-        A function of pixels ``[N, 3, H, W]`` (float of any precision) and N prompts, which a metric
-        that needs none may be called without. It returns loss and reward, both float32 ``[N]`` (float64
-        for metrics in float64) with a graph to the pixels where these require a gradient and the
-        caller has gradients enabled. The caller's autocast is left for the call.
+        A function of pixels ``[N, 3, H, W]`` (float of any precision) and N prompts or one, without
+        which metrics of images alone may be called. It returns loss and reward, both float32 ``[N]``
+        (float64 for metrics in float64) with a graph to the pixels where these require a gradient and
+        the caller has gradients enabled. The caller's autocast is left for the call.
 
     Raises:
-        ValueError: A setting is unknown, or there is a margin too many or too few.
+        ValueError: A setting is unknown, or there is a margin too many or too few. When called: the
+            pixels are not a batch, or prompts are missing.
         RewardError: (when called) A sample has no reward.
     """
     if tuple(input_range) not in ((0, 1), (-1, 1)):
@@ -66,12 +70,13 @@ def as_loss(
     def loss_function(
         pixels: Tensor, prompts: str | Sequence[str] | None = None, *ignored: Any
     ) -> tuple[Tensor, Tensor]:
+        _check_pixels(pixels)
+        if prompts is None and scorer.needs_prompts:
+            raise ValueError(f"{scorer.name} needs prompts, one for each of the {len(pixels)} images")
+        texts = _one_per_image(prompts, len(pixels))
         with _in_float32(pixels.device):
-            reward = settle(
-                scorer.scored(_one_per_image(prompts, len(pixels)), _unit_range(pixels, input_range)),
-                "raise",
-                scorer.name,
-            )
+            scored = scorer.scored(texts, _unit_range(pixels, input_range), update=learns(update))
+            reward = settle(scored, "raise", scorer.name)
             if loss == "one_minus":
                 values = 1 - reward
             elif loss == "relu_margin":
@@ -90,12 +95,13 @@ def to_alignprop(
     input_range: tuple[float, float] = (0, 1),
     scale: ScaleInput = None,
     name: str | None = None,
+    update: Update = True,
 ) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """Make the ``reward_fn(images, prompts, metadata) -> (reward, {})`` of TRL's AlignPropTrainer.
 
     TRL had it until 0.23, and forks keep it. The reward has a graph to the images.
     """
-    loss = as_loss(source, input_range=input_range, scale=scale, name=name)
+    loss = as_loss(source, input_range=input_range, scale=scale, name=name, update=update)
 
     def reward_function(
         images: Tensor, prompts: str | Sequence[str] | None = None, metadata: Any = None
@@ -174,9 +180,17 @@ def _in_float32(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _unit_range(pixels: Tensor, input_range: tuple[float, float]) -> Tensor:
+def _check_pixels(pixels: Tensor) -> None:
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
         raise TypeError("a loss needs pixels as a float tensor [N, 3, H, W]")
+    if pixels.ndim != 4:
+        raise ValueError(
+            f"a loss needs pixels as a batch [N, 3, H, W], got shape {list(pixels.shape)}; "
+            "a single picture is pixels[None]"
+        )
+
+
+def _unit_range(pixels: Tensor, input_range: tuple[float, float]) -> Tensor:
     wide = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
     if tuple(input_range) == (-1, 1):
         wide = wide / 2 + 0.5

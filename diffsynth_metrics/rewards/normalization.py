@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,21 +35,25 @@ class Normalization(ABC):
     """Whether a sample's value depends on the other samples of its call."""
 
     @abstractmethod
-    def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
-        """Normalise scores.
+    def __call__(
+        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+    ) -> Tensor:
+        """Normalise scores; gradients flow to the scores, and none through statistics of them.
 
         Args:
             scores: ``[N]``, NaN where there is none.
             groups: ``[N]`` int64, equal for samples of one group.
             update: Whether running statistics learn from these scores.
+            counted: ``[N]`` bool, which scores statistics are of; by default all of them. The others
+                are normalised with what is known without them.
         """
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return the running statistics as plain numbers; most normalisations have none."""
         return {}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Take what :meth:`state_dict` returned.
+    def check_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Check that :meth:`load_state_dict` can take a state.
 
         Raises:
             ValueError: It belongs to another normalisation.
@@ -60,11 +64,17 @@ class Normalization(ABC):
                 f"got {sorted(state)}"
             )
 
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Take what :meth:`state_dict` returned, see :meth:`check_state_dict`."""
+        self.check_state_dict(state)
+
 
 class Raw(Normalization):
     """Leaves scores as they are."""
 
-    def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
+    def __call__(
+        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+    ) -> Tensor:
         """Return the scores."""
         return scores
 
@@ -86,7 +96,9 @@ class FixedScale(Normalization):
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(f"mean must be finite and std positive, got {self.mean!r} and {self.std!r}")
 
-    def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
+    def __call__(
+        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+    ) -> Tensor:
         """Return (scores - mean) / std."""
         return (scores - self.mean) / self.std
 
@@ -148,32 +160,45 @@ class RunningZScore(Normalization):
         """Start without statistics."""
         self._lock = threading.Lock()
         self.shared = Moments()
-        self.since_synchronization = Moments()
+        self._offered = Moments()  # what a synchronisation that has not succeeded yet tells the others
+        self._local = Moments()
+
+    @property
+    def since_synchronization(self) -> Moments:
+        """What this process learned since the last synchronisation."""
+        return self._offered.merge(self._local)
 
     @property
     def moments(self) -> Moments:
         """Everything that this process knows."""
         return self.shared.merge(self.since_synchronization)
 
-    def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
+    def __call__(
+        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+    ) -> Tensor:
         """Learn if wanted, and return z-scores; 0 while all scores seen are equal."""
         with self._lock:
             if update:
-                self.since_synchronization = self.since_synchronization.merge(Moments.of(scores))
+                new = Moments.of(scores if counted is None else scores[counted])
+                self._local = self._local.merge(new)
             moments = self.moments
         if moments.std <= 1e-6 * max(1.0, abs(moments.mean)):
             return (scores - moments.mean) * 0
         return (scores - moments.mean) / moments.std
 
-    def take_local(self) -> Moments:
-        """Return what was learned since the last synchronisation, and forget it."""
+    def offer_local(self) -> Moments:
+        """Return what was learned since the last synchronisation, to be told to all processes.
+
+        It is kept until :meth:`add_shared`, so that a synchronisation that fails loses nothing.
+        """
         with self._lock:
-            local, self.since_synchronization = self.since_synchronization, Moments()
-            return local
+            self._offered, self._local = self.since_synchronization, Moments()
+            return self._offered
 
     def add_shared(self, others: Sequence[Moments]) -> None:
-        """Learn what all processes learned, in the order of their ranks."""
+        """Learn what all processes offered, this one included, in the order of their ranks."""
         with self._lock:
+            self._offered = Moments()
             for moments in others:
                 self.shared = self.shared.merge(moments)
 
@@ -185,12 +210,22 @@ class RunningZScore(Normalization):
                 "since_synchronization": self.since_synchronization.as_list(),
             }
 
+    def check_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Check that the state has three sound numbers for each of the two moments."""
+        super().check_state_dict(state)
+        for name, numbers in state.items():
+            if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or min(numbers[::2]) < 0:
+                raise ValueError(f"{name!r} must be a count, a mean and squares, got {numbers!r}")
+
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Take what :meth:`state_dict` returned."""
+        """Take what :meth:`state_dict` returned, all of it as shared.
+
+        Every rank loads the same file: told to the others again, it would count once per rank.
+        """
         super().load_state_dict(state)
         with self._lock:
-            self.shared = Moments(*state["shared"])
-            self.since_synchronization = Moments(*state["since_synchronization"])
+            self.shared = Moments(*state["shared"]).merge(Moments(*state["since_synchronization"]))
+            self._offered = self._local = Moments()
 
 
 @dataclass
@@ -199,22 +234,30 @@ class GroupRelative(Normalization):
 
     Attributes:
         epsilon: Keeps small spreads small; 1e-4 as in flow_grpo and TRL.
+        correction: 0 divides the squares by N, as flow_grpo does; 1 by N - 1, as TRL does.
     """
 
     epsilon: float = 1e-4
+    correction: int = 0
     within_groups = True
 
-    def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
+    def __post_init__(self) -> None:
+        """Check the correction."""
+        if self.correction not in (0, 1):
+            raise ValueError(f"correction must be 0 or 1, got {self.correction!r}")
+
+    def __call__(
+        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+    ) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
         result = torch.full_like(scores, math.nan)
-        for members in _members(groups):
-            known = members[~scores[members].isnan()]
-            values = scores[known]
-            if len(known) and not _collapsed(values):
-                values = (values - values.mean()) / (values.std(correction=0) + self.epsilon)
+        for members, counting in _members(scores, groups, counted):
+            values, known = scores[members], scores[counting].detach()
+            if len(known) and not _collapsed(known):
+                values = (values - known.mean()) / (known.std(correction=self.correction) + self.epsilon)
             else:
                 values = values * 0
-            result = result.index_put((known,), values)
+            result = result.index_put((members,), values)
         return result
 
 
@@ -227,17 +270,21 @@ class Rank(Normalization):
     differentiable = False
     within_groups = True
 
-    def __call__(self, scores: Tensor, groups: Tensor, *, update: bool) -> Tensor:
+    def __call__(
+        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+    ) -> Tensor:
         """Return ranks."""
         scores = scores.detach()
         result = torch.full_like(scores, math.nan)
-        for members in _members(groups):
-            known = members[~scores[members].isnan()]
-            values = scores[known]
-            below = (values[None] < values[:, None]).sum(dim=1)
-            equal = (values[None] == values[:, None]).sum(dim=1) - 1
-            ranks = (below + equal / 2) / max(1, len(known) - 1)
-            result[known] = ranks.to(scores.dtype) if len(known) > 1 else 0.5
+        for members, counting in _members(scores, groups, counted):
+            values, known = scores[members, None], scores[None, counting]
+            others = members[:, None] != counting[None]
+            below = ((known < values) & others).sum(dim=1)
+            equal = ((known == values) & others).sum(dim=1)
+            count = others.sum(dim=1)
+            # In whole numbers as long as possible: a quotient of them has the caller's default dtype.
+            ranks = (2 * below + equal).to(scores.dtype) / (2 * count.clamp_min(1))
+            result[members] = torch.where(count > 0, ranks, 0.5)
         return result
 
 
@@ -285,9 +332,12 @@ def spread(scores: Tensor, groups: Tensor) -> list[tuple[int, bool]]:
     ]
 
 
-def _members(groups: Tensor) -> list[Tensor]:
-    """Return the positions of each group's samples."""
-    return [(groups == group).nonzero().squeeze(1) for group in sorted(set(groups.tolist()))]
+def _members(scores: Tensor, groups: Tensor, counted: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the positions of each group's scores, and of those that its statistics are of."""
+    given = ~scores.isnan()
+    for group in sorted(set(groups.tolist())):
+        members = (given & (groups == group)).nonzero().squeeze(1)
+        yield members, members if counted is None else members[counted[members]]
 
 
 def _collapsed(values: Tensor) -> bool:

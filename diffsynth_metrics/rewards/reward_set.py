@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
@@ -24,9 +25,16 @@ from diffsynth_metrics.rewards.normalization import (
     spread,
 )
 from diffsynth_metrics.rewards.scales import Scale
-from diffsynth_metrics.rewards.scoring import FailurePolicy, MetricScorer, Scored, check_policy, settle
+from diffsynth_metrics.rewards.scoring import (
+    FailurePolicy,
+    MetricScorer,
+    Scored,
+    as_batch,
+    check_policy,
+    settle,
+)
 
-__all__ = ["Component", "RewardResult", "RewardSet"]
+__all__ = ["Component", "Parts", "RewardResult", "RewardSet"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +50,9 @@ class Component:
             ``FixedScale(mean, std)``.
         scale: The scale of the score before it is normalised, see ``rewards.SCALES``.
         on_failure: What a sample gets, on that scale, that has no score; see ``FailurePolicy``.
-            ``"mean"`` is the mean of the readable samples of its group, or of the call.
+            ``"mean"`` is the mean of the readable samples of its group, or of the call; it counts in
+            no statistic. ``"raise"`` is an error of the set's ``score`` and ``reward``; in an adapter
+            such a sample has no reward, and the adapter's own `on_failure` decides.
     """
 
     metric: BaseMetric | Callable[[list[str], Any], Any]
@@ -73,6 +83,22 @@ class RewardResult:
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
     collapsed: dict[str, list[Hashable]] = field(default_factory=dict)
     diverging: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter gets of a batch of N samples.
+
+    Attributes:
+        result: As of :meth:`RewardSet.score`.
+        scored: The reward, with the reason where it is NaN.
+        settled: Name of a component to its scores ``[N]`` with what its policy put in place of missing
+            ones; NaN where it says ``"raise"`` or ``"nan"``.
+    """
+
+    result: RewardResult
+    scored: Scored
+    settled: dict[str, Tensor]
 
 
 class RewardSet:
@@ -136,7 +162,7 @@ class RewardSet:
         prompt: str | Sequence[str],
         images: Any,
         *,
-        groups: Sequence[Hashable] | None = None,
+        groups: Sequence[Hashable] | Tensor | None = None,
         update: bool = True,
     ) -> RewardResult:
         """Score N samples with every metric.
@@ -144,7 +170,8 @@ class RewardSet:
         Args:
             prompt: One prompt for all images, or as many prompts as images.
             images: One image or several, see ``PromptMetric.compute``.
-            groups: What group each sample belongs to; by default samples of one prompt are a group.
+            groups: What group each sample belongs to, anything hashable or a tensor ``[N]``; by default
+                samples of one prompt are a group. All samples of a group must be in this call.
             update: Whether running statistics and the watch learn from this call; False for
                 evaluation.
 
@@ -155,69 +182,90 @@ class RewardSet:
         Raises:
             ValueError: The numbers of prompts, images and groups differ; or gradients are wanted
                 through ranks, which have none.
-            RewardError: A sample has no score, and its component says ``"raise"``.
+            RewardError: A sample has no score, and its component says ``"raise"``. Nothing has learned
+                from the call then.
+            TypeError: A group is not hashable.
         """
         prompts, images = _aligned(prompt, images)
-        numbers, keys = _numbered(list(groups) if groups is not None else list(prompts), len(prompts))
-        self._check_gradients(images)
-        shared = _shared(images)
-        raw: dict[str, Tensor] = {}
-        normalized: dict[str, Tensor] = {}
-        failures: dict[str, dict[int, str]] = {}
-        collapsed: dict[str, list[Hashable]] = {}
-
-        def run(name: str, scorer: MetricScorer) -> Scored:
-            takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
-            scored = scorer.scored(prompts, shared if takes_shared and shared is not None else images)
-            raw[name] = scored.values
-            if failed := {i: reason for i, reason in enumerate(scored.reasons) if reason is not None}:
-                failures[name] = failed
-            return scored
-
-        def note_collapse(name: str, values: Tensor, groups: Tensor) -> None:
-            if flat := [keys[number] for number, is_flat in spread(values, groups) if is_flat]:
-                collapsed[name] = flat
-
-        total: Tensor | None = None
-        for name, component in self.components.items():
-            scored = run(name, self._scorers[name])
-            group_numbers = numbers.to(scored.values.device)
-            note_collapse(name, scored.values, group_numbers)
-            normalized[name] = self._normalized(name, scored, group_numbers, update)
-            part = component.weight * normalized[name]
-            total = part if total is None else total + part.to(total.device)
-        assert total is not None
-        note_collapse("reward", total, numbers.to(total.device))
-        with torch.no_grad():
-            for name, scorer in self._held_out.items():
-                run(name, scorer)
-        if update:
-            self._monitor.add({name: self._improving_mean(name, values) for name, values in raw.items()})
-        diverging = self._monitor.diverging(self._optimized(), list(self._held_out))
-        for name, rising in diverging.items():
-            logger.warning("%s falls while %s rises: look at the images", name, ", ".join(rising))
-        return RewardResult(total, raw, normalized, failures, collapsed, diverging)
+        keys = _keys(prompts if groups is None else groups)
+        return self._parts(prompts, images, keys, update=update, may_raise=True).result
 
     def reward(self, prompt: str | Sequence[str], images: Any) -> Tensor:
         """Score like :meth:`score`, and return the reward alone."""
         return self.score(prompt, images).reward
 
-    def scored(self, prompts: Sequence[str], images: Any) -> Scored:
-        """Score like :meth:`score`, for the adapters: a NaN comes with its reason."""
-        return self.settled(self.score(prompts, images))
+    def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
+        """Score a batch for an adapter: a sample that fails is NaN with its reason, and not raised."""
+        return self.parts(prompts, images, update=update).scored
 
-    def settled(self, result: RewardResult) -> Scored:
-        """Return the rewards of a result, a NaN with the reasons of its components."""
-        errors: list[Exception | None] = [None] * len(result.reward)
-        for index, missing in enumerate(result.reward.detach().isnan().tolist()):
-            if missing:
-                reasons = [
-                    f"{name}: {failed[index]}"
-                    for name, failed in result.failures.items()
-                    if index in failed and name in self.components
-                ]
-                errors[index] = RewardError("; ".join(reasons) or "the sum is not a number")
-        return Scored(result.reward, errors)
+    def parts(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Parts:
+        """Score like :meth:`scored`, and return everything that the reward is made of."""
+        texts = as_prompts(as_batch(prompts, images))
+        return self._parts(texts, images, list(texts), update=update, may_raise=False)
+
+    def _parts(
+        self, prompts: list[str], images: Any, groups: list[Hashable], *, update: bool, may_raise: bool
+    ) -> Parts:
+        numbers, keys = _numbered(groups, len(prompts))
+        self._check_gradients(images)
+        scores = self._scores(prompts, images, may_raise)
+        collapsed: dict[str, list[Hashable]] = {}
+
+        def note_collapse(name: str, values: Tensor) -> None:
+            if flat := [keys[number] for number, is_flat in spread(values, numbers) if is_flat]:
+                collapsed[name] = flat
+
+        settled: dict[str, Tensor] = {}
+        normalized: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        for name, component in self.components.items():
+            scored = scores[name]
+            note_collapse(name, scored.values)
+            group_numbers = numbers.to(scored.values.device)
+            settled[name] = self._settled(name, scored, group_numbers)
+            normalized[name] = self._normalized(name, scored, settled[name], group_numbers, update)
+            part = component.weight * normalized[name]
+            total = part if total is None else total + part.to(total.device)
+        assert total is not None
+        note_collapse("reward", total)
+        raw = {name: scored.values for name, scored in scores.items()}
+        diverging = self._watched(raw, update)
+        failures = _failures(scores)
+        result = RewardResult(total, raw, normalized, failures, collapsed, diverging)
+        missing = {name: scores[name] for name in self.components if name in failures}
+        return Parts(result, Scored(total, _errors(total, missing)), settled)
+
+    def _scores(self, prompts: list[str], images: Any, may_raise: bool) -> dict[str, Scored]:
+        """Ask every metric, the held-out ones without gradients."""
+        shared = _shared(images)
+
+        def ask(scorer: MetricScorer) -> Scored:
+            takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
+            return scorer.scored(prompts, shared if takes_shared and shared is not None else images)
+
+        scores: dict[str, Scored] = {}
+        for name, scorer in self._scorers.items():
+            scores[name] = ask(scorer)
+            if may_raise and self.components[name].on_failure == "raise":
+                settle(scores[name], "raise", name)
+        with torch.no_grad():
+            scores.update({name: ask(scorer) for name, scorer in self._held_out.items()})
+        return scores
+
+    def _watched(self, raw: dict[str, Tensor], update: bool) -> dict[str, list[str]]:
+        """Return the held-out metrics that diverge, and tell of them."""
+        if update:
+            self._monitor.add({name: self._improving_mean(name, values) for name, values in raw.items()})
+        diverging = self._monitor.diverging(self._optimized(), list(self._held_out))
+        for name, rising in diverging.items():
+            logger.warning("%s falls while %s rises: look at the images", name, ", ".join(rising))
+        return diverging
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether one of the metrics looks at the prompt."""
+        scorers = (*self._scorers.values(), *self._held_out.values())
+        return any(scorer.needs_prompts for scorer in scorers)
 
     @property
     def within_groups(self) -> bool:
@@ -244,50 +292,72 @@ class RewardSet:
         backend = str(torch.distributed.get_backend(group))
         device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
         world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        # One row per rank, summed over ranks: everybody gets all rows and merges them in one order.
+        # One row per rank, summed over ranks: everybody gets all rows and merges them in one order. What
+        # is told is forgotten only afterwards, for the call may fail.
         rows = torch.zeros(world, len(running), 3, dtype=torch.float64, device=device)
-        rows[rank] = torch.tensor([n.take_local().as_list() for n in running], dtype=torch.float64)
+        rows[rank] = torch.tensor([n.offer_local().as_list() for n in running], dtype=torch.float64)
         torch.distributed.all_reduce(rows, group=group)
         for index, normalization in enumerate(running):
             normalization.add_shared([Moments(*row) for row in rows[:, index].tolist()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running statistics and the watch's history as plain numbers, for a checkpoint."""
+        """Return the running statistics and the watch's history as plain numbers, for a checkpoint.
+
+        With several processes, call :meth:`synchronize` first and save the state of one rank.
+        """
         return {
+            "scales": {name: asdict(scorer.scale) for name, scorer in self._scorers.items()},
             "normalization": {name: n.state_dict() for name, n in self._normalizations.items()},
             "history": self._monitor.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned.
+        """Take what :meth:`state_dict` returned; all of it, or after an error nothing.
+
+        Every rank loads the same state. It counts as shared: the next :meth:`synchronize` merges only
+        what is learned from here on.
 
         Raises:
-            ValueError: It belongs to a set with other components or normalisations.
+            ValueError: Something is missing, or it belongs to a set with other components, scales or
+                normalisations.
         """
-        theirs = state["normalization"]
-        if theirs.keys() != self._normalizations.keys():
+        if missing := [key for key in ("scales", "normalization", "history") if key not in state]:
+            raise ValueError(
+                f"the state of a RewardSet has {missing[0]!r}, this one has {sorted(state)}"
+            )
+        theirs, scales = state["normalization"], state["scales"]
+        if not theirs.keys() == scales.keys() == self.components.keys():
             raise ValueError(
                 f"the state is of the components {sorted(theirs)}, this set has "
-                f"{sorted(self._normalizations)}"
+                f"{sorted(self.components)}"
             )
+        for name, normalization in self._normalizations.items():
+            if scales[name] != (own := asdict(self._scorers[name].scale)):
+                raise ValueError(f"{name!r} is on the scale {own}, and the state on {scales[name]}")
+            normalization.check_state_dict(theirs[name])
+        self._monitor.check_state_dict(state["history"])
         for name, normalization in self._normalizations.items():
             normalization.load_state_dict(theirs[name])
         self._monitor.load_state_dict(state["history"])
 
-    def _normalized(self, name: str, scored: Scored, groups: Tensor, update: bool) -> Tensor:
+    def _settled(self, name: str, scored: Scored, groups: Tensor) -> Tensor:
+        """Return the scores with what the component's policy puts in place of missing ones."""
         policy = self.components[name].on_failure
-        normalize = self._normalizations[name]
-        if not any(scored.errors):
-            return normalize(scored.values, groups, update=update)
+        if policy == "raise" or not any(scored.errors):
+            return scored.values
         values = settle(scored, "nan" if policy == "mean" else policy, name)
-        if policy == "mean":
-            values = _with_group_means(values, groups)
-        if isinstance(normalize, RunningZScore):
-            # Statistics are of scores, not of what stands in for them.
-            if update:
-                normalize(scored.values, groups, update=True)
-            update = False
-        return normalize(values, groups, update=update)
+        return _with_group_means(values, groups) if policy == "mean" else values
+
+    def _normalized(
+        self, name: str, scored: Scored, values: Tensor, groups: Tensor, update: bool
+    ) -> Tensor:
+        normalize = self._normalizations[name]
+        # Statistics are of scores, not of what stands in for them. A number that was declared for
+        # failures takes part in its group all the same: measured by the spread of the others, often
+        # tiny, it would be an advantage of hundreds.
+        takes_part = normalize.within_groups and self.components[name].on_failure != "mean"
+        counted = None if takes_part or not any(scored.errors) else ~scored.values.isnan()
+        return normalize(values, groups, update=update, counted=counted)
 
     def _check_gradients(self, images: Any) -> None:
         ranked = [n for n, normalize in self._normalizations.items() if not normalize.differentiable]
@@ -331,6 +401,43 @@ def _shared(images: Any) -> SharedImages | None:
         return SharedImages(as_images(images))
     except (OSError, TypeError, ValueError):
         return None
+
+
+def _keys(groups: Sequence[Hashable] | Tensor) -> list[Hashable]:
+    """Return groups as values that can be compared; tensors are equal only to themselves."""
+    entries: Any = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+    if not isinstance(entries, Iterable) or isinstance(entries, str):
+        raise TypeError(f"groups must be a sequence with one entry per sample, got {groups!r}")
+    keys: list[Any] = [entry.tolist() if isinstance(entry, Tensor) else entry for entry in entries]
+    for index, key in enumerate(keys):
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(
+                f"group {index} must be hashable, such as a str or int; got {key!r}"
+            ) from error
+    return keys
+
+
+def _failures(scores: Mapping[str, Scored]) -> dict[str, dict[int, str]]:
+    """Return name to {number of the sample: the reason}; only what failed."""
+    found = {
+        name: {i: reason for i, reason in enumerate(scored.reasons) if reason is not None}
+        for name, scored in scores.items()
+    }
+    return {name: failed for name, failed in found.items() if failed}
+
+
+def _errors(total: Tensor, failed: Mapping[str, Scored]) -> list[Exception | None]:
+    """Return for each sample without a reward an error with the reasons of its components."""
+    errors: list[Exception | None] = [None] * len(total)
+    for index in total.detach().isnan().nonzero().squeeze(1).tolist():
+        causes = {name: scored for name, scored in failed.items() if scored.errors[index] is not None}
+        reasons = [f"{name}: {scored.reasons[index]}" for name, scored in causes.items()]
+        error = RewardError("; ".join(reasons) or "the sum is not a number")
+        error.__cause__ = next((scored.errors[index] for scored in causes.values()), None)
+        errors[index] = error
+    return errors
 
 
 def _numbered(groups: list[Hashable], count: int) -> tuple[Tensor, list[Hashable]]:

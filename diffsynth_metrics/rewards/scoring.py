@@ -15,7 +15,19 @@ from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_
 from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.rewards.scales import Scale, find_scale
 
-__all__ = ["FailurePolicy", "MetricScorer", "Scored", "Scorer", "check_policy", "settle"]
+__all__ = [
+    "ERRORS_OF_A_SAMPLE",
+    "FailurePolicy",
+    "MetricScorer",
+    "Scored",
+    "Scorer",
+    "Update",
+    "as_batch",
+    "check_policy",
+    "learns",
+    "settle",
+    "stand_in",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +36,11 @@ FailurePolicy: TypeAlias = "Literal['raise', 'nan', 'mean'] | float"
 score is not finite: ``"raise"`` is an error, ``"nan"`` is NaN, ``"mean"`` is the mean of the readable
 samples of the call (NaN where there is none), and a number is that number."""
 
-# What a single bad sample causes; anything else, such as a lack of memory, concerns the whole call.
-_ERRORS_OF_A_SAMPLE = (OSError, TypeError, ValueError)
+Update: TypeAlias = "bool | Callable[[], bool]"
+"""Whether the running statistics of a ``RewardSet`` learn from a call; a function is asked each time."""
+
+ERRORS_OF_A_SAMPLE = (OSError, TypeError, ValueError)
+"""What a single bad sample causes; anything else, such as a lack of memory, concerns the whole call."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,15 @@ class Scorer(Protocol):
     def name(self) -> str:
         """A short name."""
 
-    def scored(self, prompts: Sequence[str], images: Any) -> Scored:
-        """Score N prompts with N images; errors of samples are in the result, not raised."""
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether a score depends on the prompt."""
+
+    def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
+        """Score N prompts with N images; errors of samples are in the result, not raised.
+
+        Running statistics learn from the call if `update` says so.
+        """
 
     def to(self, device: str | torch.device) -> Any:
         """Move what can be moved."""
@@ -85,21 +107,23 @@ class MetricScorer:
         self.scale = find_scale(metric, scale)
         self.name = name or _name(metric)
 
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether a score depends on the prompt."""
+        return not isinstance(self.metric, ImageMetric)
+
     def to(self, device: str | torch.device) -> MetricScorer:
         """Move the metric to a device; a plain callable is left alone."""
         if isinstance(self.metric, BaseMetric):
             self.metric.to(device)
         return self
 
-    def scored(self, prompts: Sequence[str], images: Any) -> Scored:
-        """Score pairs; gradients flow as in the metric's ``reward``."""
-        prompts = list(prompts)
-        if not hasattr(images, "__len__") or len(images) != len(prompts):
-            count = len(images) if hasattr(images, "__len__") else type(images).__name__
-            raise ValueError(f"got {len(prompts)} prompts and {count} images")
+    def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
+        """Score pairs; gradients flow as in the metric's ``reward``. There is nothing to update."""
+        prompts = as_batch(prompts, images)
         try:
             return self._score(prompts, images)
-        except _ERRORS_OF_A_SAMPLE as error:
+        except ERRORS_OF_A_SAMPLE as error:
             if len(prompts) == 1:
                 return _failed(1, error, self._device())
         except Exception as error:
@@ -109,19 +133,39 @@ class MetricScorer:
             torch.cat([one.values for one in alone]), [error for one in alone for error in one.errors]
         )
 
-    def reward(self, prompts: Sequence[str], images: Any) -> Tensor:
-        """Score pairs like :meth:`scored`, where any failure is an error.
-
-        Raises:
-            Exception: What the metric raised.
-            RewardError: A score is not finite.
-        """
-        return settle(self._score(list(prompts), images), "raise", self.name)
-
     def _score(self, prompts: list[str], images: Any) -> Scored:
-        metric, scale = self.metric, self.scale
-        if scale.prefix:
-            prompts = [scale.prefix + prompt for prompt in prompts]
+        prefix = self.scale.prefix
+        texts = [prefix + prompt for prompt in prompts] if prefix else prompts
+        values, errors = self._values(texts, images)
+        finite = torch.isfinite(values.detach()).tolist()
+        if all(finite):
+            return Scored(self.scale.apply(values), errors)
+        for index, is_finite in enumerate(finite):
+            if not is_finite and errors[index] is None:
+                errors[index] = RewardError("the score is not a finite number")
+        if values.requires_grad:
+            return self._score_finite(prompts, images, finite, errors)
+        readable = torch.tensor(finite, device=values.device)
+        return Scored(torch.where(readable, self.scale.apply(values), math.nan), errors)
+
+    def _score_finite(
+        self, prompts: list[str], images: Any, finite: list[bool], errors: list[Exception | None]
+    ) -> Scored:
+        """Score the finite samples without the others, whose gradient is NaN even times 0."""
+        kept = [index for index, is_finite in enumerate(finite) if is_finite]
+        if not kept:
+            return Scored(_missing(len(prompts), self._device()), errors)
+        pictures = images[kept] if isinstance(images, Tensor) else [images[index] for index in kept]
+        alone = self._score([prompts[index] for index in kept], pictures)
+        for index, error in zip(kept, alone.errors, strict=True):
+            errors[index] = error
+        places = torch.tensor(kept, device=alone.values.device)
+        values = alone.values.new_full((len(prompts),), math.nan).index_put((places,), alone.values)
+        return Scored(values, errors)
+
+    def _values(self, prompts: list[str], images: Any) -> tuple[Tensor, list[Exception | None]]:
+        """Return what the metric says before it is scaled, and what is wrong with single samples."""
+        metric = self.metric
         errors: list[Exception | None] = [None] * len(prompts)
         if isinstance(metric, (PromptMetric, ImageMetric)):
             values = self._component(metric, prompts, images)
@@ -133,15 +177,7 @@ class MetricScorer:
             raise RewardError(
                 f"{self.name} gave scores of shape {list(values.shape)} for {len(prompts)} samples"
             )
-        finite = torch.isfinite(values.detach()).tolist()
-        values = scale.apply(values)
-        if all(finite):
-            return Scored(values, errors)
-        for index, is_finite in enumerate(finite):
-            if not is_finite and errors[index] is None:
-                errors[index] = RewardError("the score is not a finite number")
-        readable = torch.tensor(finite, device=values.device)
-        return Scored(torch.where(readable, values, math.nan), errors)
+        return values, errors
 
     def _component(self, metric: PromptMetric | ImageMetric, prompts: list[str], images: Any) -> Tensor:
         if self.scale.component == "score":
@@ -155,6 +191,37 @@ class MetricScorer:
 
     def _device(self) -> torch.device:
         return self.metric.device if isinstance(self.metric, BaseMetric) else torch.device("cpu")
+
+
+def as_batch(prompts: Sequence[str], images: Any) -> list[str]:
+    """Return the prompts of N samples as a list.
+
+    Raises:
+        TypeError: The prompts are a single one, whose letters would be taken for prompts.
+        ValueError: There is a single picture, whose rows would be taken for pictures; or the numbers
+            differ, or are 0.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list, one per image, got the str {prompts!r}")
+    if getattr(images, "ndim", 4) == 3:
+        raise ValueError(
+            "images must be a batch [N, 3, H, W], an array [N, H, W, 3] or a list, "
+            f"got a single one of shape {list(images.shape)}"
+        )
+    prompts = list(prompts)
+    counts = hasattr(images, "__len__") and not isinstance(images, (str, bytes))
+    if not counts or len(images) != len(prompts):
+        raise ValueError(
+            f"got {len(prompts)} prompts and {len(images) if counts else type(images).__name__} images"
+        )
+    if not prompts:
+        raise ValueError("there are no prompts and no images; pass at least one pair")
+    return prompts
+
+
+def learns(update: Update) -> bool:
+    """Decide whether running statistics learn from this call."""
+    return update() if callable(update) else update
 
 
 def check_policy(policy: FailurePolicy) -> FailurePolicy:
@@ -188,11 +255,15 @@ def settle(scored: Scored, policy: FailurePolicy, name: str) -> Tensor:
     logger.warning(
         "%s: %d of %d samples have no reward; sample %d: %s", name, len(failed), count, first, reason
     )
-    if policy == "nan":
-        return scored.values
-    wrong = torch.tensor([error is not None for error in scored.errors], device=scored.values.device)
-    substitute = scored.values.detach().nanmean() if policy == "mean" else float(policy)
-    return torch.where(wrong, substitute, scored.values)
+    return stand_in(scored.values, policy)
+
+
+def stand_in(values: Tensor, policy: FailurePolicy) -> Tensor:
+    """Put what the policy says in the place of NaN; ``"raise"`` leaves it to others."""
+    if policy in ("raise", "nan"):
+        return values
+    substitute = values.detach().nanmean() if policy == "mean" else float(policy)
+    return torch.where(values.isnan(), substitute, values)
 
 
 def _judged(
@@ -222,7 +293,12 @@ def _numbers(scores: Any) -> Tensor:
 
 
 def _failed(count: int, error: Exception, device: torch.device) -> Scored:
-    return Scored(torch.full((count,), math.nan, device=device), [error] * count)
+    return Scored(_missing(count, device), [error] * count)
+
+
+def _missing(count: int, device: torch.device) -> Tensor:
+    # In float32, whatever the default dtype of the caller: it decides what the others are rounded to.
+    return torch.full((count,), math.nan, dtype=torch.float32, device=device)
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,15 @@ from diffsynth_metrics.rewards.callables import (
     named,
     scorer_of,
 )
-from diffsynth_metrics.rewards.scoring import FailurePolicy, Scored, Scorer, check_policy, settle
+from diffsynth_metrics.rewards.scoring import (
+    FailurePolicy,
+    Scored,
+    Scorer,
+    Update,
+    check_policy,
+    learns,
+    settle,
+)
 
 __all__ = ["to_trl", "to_trl_async"]
 
@@ -33,6 +41,7 @@ def to_trl(
     scale: ScaleInput = None,
     on_failure: FailurePolicy = "nan",
     name: str | None = None,
+    update: Update = True,
 ) -> Callable[..., list[float | None]]:
     """Make a reward function for ``GRPOTrainer(reward_funcs=...)``.
 
@@ -47,6 +56,8 @@ def to_trl(
         on_failure: What a completion without an image or a score gets; with ``"nan"`` it is None,
             which excludes this function for this completion.
         name: ``__name__``, under which TRL logs; by default the metric's.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells. TRL calls it for evaluation too: pass ``lambda: model.training``.
 
     Returns:
         A plain function (TRL takes a Module for a reward model). It tells why a completion failed in
@@ -62,7 +73,7 @@ def to_trl(
         texts = [_prompt_of(prompt, text, row) for text, row in zip(prompts, rows, strict=True)]
         images = [_image_of(image, one, row) for one, row in zip(completions, rows, strict=True)]
         with torch.no_grad():
-            scored = _score_present(scorer, texts, images)
+            scored = _score_present(scorer, texts, images, learns(update))
             values: list[float] = settle(scored, on_failure, scorer.name).tolist()
         if log_extra := kwargs.get("log_extra"):
             log_extra(f"{reward_function.__name__}_error", [reason or "" for reason in scored.reasons])
@@ -118,16 +129,17 @@ def _image_of(image: Column, completion: Any, row: dict[str, Any]) -> Any:
     return RewardError("there is no image") if made is None else as_bytes(made)
 
 
-def _score_present(scorer: Scorer, prompts: list[str], images: list[Any]) -> Scored:
+def _score_present(scorer: Scorer, prompts: list[str], images: list[Any], update: bool) -> Scored:
     """Score the completions that have an image, in one batch."""
     errors: list[Exception | None] = [
         image if isinstance(image, Exception) else None for image in images
     ]
     present = [index for index, error in enumerate(errors) if error is None]
-    values = torch.full((len(images),), math.nan)
-    if present:
-        scored = scorer.scored([prompts[i] for i in present], [images[i] for i in present])
-        values[present] = scored.values.to(values)
-        for index, error in zip(present, scored.errors, strict=True):
-            errors[index] = error
+    if not present:
+        return Scored(torch.full((len(images),), math.nan, dtype=torch.float32), errors)
+    scored = scorer.scored([prompts[i] for i in present], [images[i] for i in present], update=update)
+    values = scored.values.new_full((len(images),), math.nan)
+    values[present] = scored.values
+    for index, error in zip(present, scored.errors, strict=True):
+        errors[index] = error
     return Scored(values, errors)

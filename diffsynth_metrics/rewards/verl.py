@@ -10,7 +10,7 @@ from typing import Any
 from diffsynth_metrics.rewards.batcher import DynamicBatcher
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, as_bytes, named, scorer_of
 from diffsynth_metrics.rewards.reward_set import RewardSet
-from diffsynth_metrics.rewards.scoring import FailurePolicy, check_policy
+from diffsynth_metrics.rewards.scoring import FailurePolicy, Update, check_policy
 
 __all__ = ["to_verl", "to_verl_omni"]
 
@@ -25,6 +25,7 @@ def to_verl_omni(
     name: str | None = None,
     max_batch: int = 16,
     max_wait_ms: float = 5.0,
+    update: Update = True,
 ) -> ComputeScore:
     """Make a ``compute_score`` for verl-omni's image rewards.
 
@@ -39,13 +40,15 @@ def to_verl_omni(
             ``"error"``. ``"mean"`` makes no sense for one sample.
         name: ``__name__``; by default ``compute_score_<metric>``.
         max_batch: The largest batch.
-        max_wait_ms: How long a sample waits for company, in milliseconds.
+        max_wait_ms: How long a sample waits for company, in milliseconds, at most a minute.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells; ``update=False`` makes a reward for evaluation.
 
     Returns:
         A coroutine function that returns ``{"score": float}``, and ``"error"`` (empty, or the reason)
         unless failures are raised.
     """
-    score = _one_at_a_time(source, scale, on_failure, max_batch, max_wait_ms)
+    score = _one_at_a_time(source, scale, on_failure, max_batch, max_wait_ms, update)
 
     async def compute_score(
         data_source: str,
@@ -68,6 +71,7 @@ def to_verl(
     name: str = "compute_score",
     max_batch: int = 16,
     max_wait_ms: float = 5.0,
+    update: Update = True,
 ) -> ComputeScore:
     """Make a ``compute_score`` for verl's ``reward.custom_reward_function``.
 
@@ -79,13 +83,15 @@ def to_verl(
         on_failure: As in :func:`to_verl_omni`.
         name: ``__name__``, which verl's configuration asks for.
         max_batch: The largest batch.
-        max_wait_ms: How long a sample waits for company, in milliseconds.
+        max_wait_ms: How long a sample waits for company, in milliseconds, at most a minute.
+        update: Whether the running statistics of a :class:`RewardSet` learn from a call, or a function
+            that tells; ``update=False`` makes a reward for evaluation.
 
     Returns:
         A coroutine function ``(data_source, solution_str, ground_truth, extra_info=None)``; the prompt
         is ``ground_truth``.
     """
-    score = _one_at_a_time(source, scale, on_failure, max_batch, max_wait_ms)
+    score = _one_at_a_time(source, scale, on_failure, max_batch, max_wait_ms, update)
 
     async def compute_score(
         data_source: str,
@@ -105,15 +111,22 @@ def _one_at_a_time(
     on_failure: FailurePolicy,
     max_batch: int,
     max_wait_ms: float,
+    update: Update,
 ) -> Callable[[str, Any], Awaitable[dict[str, Any]]]:
     check_policy(on_failure)
-    if on_failure == "mean":
-        raise ValueError("on_failure='mean' needs a batch, and verl asks for one sample per call")
+    components = source.components if isinstance(source, RewardSet) else {}
+    means = [name for name, component in components.items() if component.on_failure == "mean"]
+    if on_failure == "mean" or means:
+        whose = f" of {means[0]!r}" if means else ""
+        raise ValueError(
+            f"on_failure='mean'{whose} needs a batch, and verl asks for one sample per call"
+        )
     if isinstance(source, RewardSet) and source.within_groups:
         raise ValueError(
             "a RewardSet with 'group' or 'rank' needs whole groups, and here batches form by chance"
         )
-    batcher = DynamicBatcher(scorer_of(source, scale), max_batch=max_batch, max_wait_ms=max_wait_ms)
+    scorer = scorer_of(source, scale)
+    batcher = DynamicBatcher(scorer, max_batch=max_batch, max_wait_ms=max_wait_ms, update=update)
     substitute = math.nan if isinstance(on_failure, str) else float(on_failure)
 
     async def score(prompt: str, image: Any) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from diffsynth_metrics import (
     ModelConfig,
     PickScoreMetric,
     RewardError,
+    UnifiedReward2Metric,
 )
+from diffsynth_metrics.judges.engine import Answer, Engine
 from diffsynth_metrics.rewards import (
     Component,
     RewardSet,
@@ -227,9 +229,84 @@ class TestFlowGRPO:
             to_flow_grpo(pickscore)("cpu")(pixels, PROMPTS, [{}] * 3)
         scores = to_flow_grpo(pickscore, scale=None, on_failure="nan")("cpu")(pixels, PROMPTS, [{}] * 3)
         assert math.isnan(scores[0][1])
-        assert [scores[0][0], scores[0][2]] == pytest.approx([good[0], good[2]], abs=0.3)
+        assert [scores[0][0], scores[0][2]] == pytest.approx([good[0], good[2]], abs=1e-4)
+        arrays = pixels.permute(0, 2, 3, 1).numpy()
+        scores = to_flow_grpo(pickscore, scale=None, on_failure="nan")("cpu")(arrays, PROMPTS, [{}] * 3)
+        assert [scores[0][0], scores[0][2]] == pytest.approx([good[0], good[2]], abs=1e-4)
         replaced = to_flow_grpo(pickscore, on_failure=-10.0)("cpu")(pixels, PROMPTS, [{}] * 3)
         assert replaced[0][1] == -10
+
+    def test_minus_ten_is_dropped_from_every_column_as_the_evaluation_does_it(
+        self, pickscore: PickScoreMetric, pixels: torch.Tensor
+    ) -> None:
+        pixels[1, 0, 0, 0] = math.nan
+        weights = {"pickscore": 0.8, "other": 0.2}
+        for failing in (pickscore, Component(pickscore, scale="flow_grpo", on_failure=-10.0)):
+            metrics = {"pickscore": failing, "other": Component(lambda p, i: [1.0] * len(p))}
+            reward_fn = to_multi_score(metrics, on_failure=-10.0)("cpu", weights)
+            details, _ = reward_fn(pixels, PROMPTS, [{}] * 3, only_strict=False)
+            assert details["pickscore"][1] == details["avg"][1] == -10
+            assert details["other"] == [1, 1, 1]
+            for key in ("pickscore", "avg"):  # as train_sd3.py logs it
+                value = np.array(details[key])
+                assert np.mean(value[value != -10]) == pytest.approx((value[0] + value[2]) / 2)
+                assert 0 < np.mean(value[value != -10]) < 2
+
+    def test_multi_score_settles_failures_as_declared(self, pixels: torch.Tensor) -> None:
+        metrics: dict[str, Any] = {"judge": Judge(), "other": Component(lambda p, i: [1.0] * len(p))}
+        weights = {"judge": 1.0, "other": 2.0}
+
+        def call(policy: Any) -> Any:
+            multi_score = to_multi_score(metrics, scale=None, on_failure=policy)
+            return multi_score("cpu", weights)(pixels, ["4", "?", "2"], [{}] * 3)[0]
+
+        with pytest.raises(RewardError, match=r"sample 1 of 3 has no reward: judge: no number in '\?'"):
+            call("raise")
+        assert call("mean") == {"judge": [4, 3, 2], "other": [1, 1, 1], "avg": [6, 5, 4]}
+        assert call(-1.0) == {"judge": [4, -1, 2], "other": [1, 1, 1], "avg": [6, -1, 4]}
+        nan = call("nan")
+        assert math.isnan(nan["judge"][1]) and math.isnan(nan["avg"][1]) and nan["other"] == [1, 1, 1]
+        metrics["judge"] = Component(Judge(), on_failure=1.5)
+        assert call("raise") == {"judge": [4, 1.5, 2], "other": [1, 1, 1], "avg": [6, 3.5, 4]}
+
+    def test_the_evaluation_teaches_no_statistics(
+        self, pickscore: PickScoreMetric, pixels: torch.Tensor
+    ) -> None:
+        rewards = RewardSet({"pick": Component(pickscore, normalize="zscore")})
+        reward_fn = to_flow_grpo(rewards)("cpu")
+
+        def count() -> float:
+            count: float = rewards.state_dict()["normalization"]["pick"]["since_synchronization"][0]
+            return count
+
+        reward_fn(pixels, PROMPTS, [{}] * 3, only_strict=False)
+        assert count() == 0
+        reward_fn(pixels, PROMPTS, [{}] * 3, only_strict=True)
+        assert count() == 3
+        to_flow_grpo(rewards, update=False)("cpu")(pixels, PROMPTS, [{}] * 3)
+        assert count() == 3
+
+    def test_a_single_prompt_or_picture_is_not_taken_for_many(
+        self, pickscore: PickScoreMetric, pixels: torch.Tensor
+    ) -> None:
+        rewards = RewardSet({"pick": pickscore})
+        for source in (pickscore, rewards):
+            function = to_flow_grpo(source)("cpu")
+            with pytest.raises(TypeError, match="prompts must be a list, one per image, got the str"):
+                function(pixels, "cat", [{}] * 3)
+            for picture in (pixels[0], pixels[0].permute(1, 2, 0)[:3].numpy()):
+                with pytest.raises(ValueError, match=r"images must be a batch .*, got a single one"):
+                    function(picture, PROMPTS, [{}] * 3)
+
+    def test_a_judge_without_a_network_needs_no_device(self, pixels: torch.Tensor) -> None:
+        class Server(Engine):
+            def ask(self, questions: Any) -> list[Answer]:
+                return [Answer("no score")] * len(questions)
+
+        judge = UnifiedReward2Metric(Server())
+        assert judge.to("cpu") is judge
+        function = to_flow_grpo(judge, on_failure=-10.0)("cpu")
+        assert function(pixels, PROMPTS, [{}] * 3)[0] == [-10] * 3
 
     def test_a_judge_that_cannot_be_read_is_not_zero(self, pixels: torch.Tensor) -> None:
         answers = ["4", "?", "2"]
@@ -304,6 +381,44 @@ class TestTRL:
         assert self.call(to_trl(pickscore, draw, on_failure=-1.0), ["bad", "bad"]) == [-1, -1]
         with pytest.raises(RewardError, match="sample 0 of 1 has no reward: ValueError: not a picture"):
             self.call(to_trl(pickscore, draw, on_failure="raise"), ["bad"])
+
+    def test_a_set_leaves_failures_to_the_adapter(
+        self, pickscore: PickScoreMetric, arrays: np.ndarray
+    ) -> None:
+        rewards = RewardSet({"pick": pickscore, "bright": Brightness()})
+        pictures = [PIL.Image.fromarray(arrays[0]), "gone.png", PIL.Image.fromarray(arrays[2])]
+        scores = self.call(to_trl(rewards, "picture"), ["x"] * 3, picture=pictures)
+        assert scores[1] is None and None not in (scores[0], scores[2])
+        assert "pick: FileNotFoundError: " in self.logged["pick+bright_error"][1]
+        with pytest.raises(RewardError, match="sample 1 of 3 has no reward: pick: FileNotFoundError"):
+            self.call(to_trl(rewards, "picture", on_failure="raise"), ["x"] * 3, picture=pictures)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_rewards_are_not_rounded_to_the_default_dtype(
+        self, dtype: torch.dtype, pickscore: PickScoreMetric, arrays: np.ndarray
+    ) -> None:
+        def draw(completion: str, **row: Any) -> Any:
+            return "gone.png" if completion == "gone" else arrays[int(completion)]
+
+        expected = self.call(to_trl(pickscore, draw), ["0", "gone", "2"])
+        tenth = float(torch.tensor(0.1, dtype=torch.float32))
+        with default_dtype(dtype):
+            assert self.call(to_trl(pickscore, draw), ["0", "gone", "2"]) == expected
+            assert self.call(to_trl(pickscore, draw, on_failure=0.1), ["gone"] * 2) == [tenth] * 2
+
+    def test_the_caller_tells_when_statistics_learn(
+        self, pickscore: PickScoreMetric, arrays: np.ndarray
+    ) -> None:
+        policy = torch.nn.Linear(1, 1)
+        rewards = RewardSet({"pick": Component(pickscore, normalize="zscore")})
+        function = to_trl(rewards, "picture", update=lambda: policy.training)
+        states = []
+        for training in (True, False):
+            policy.train(training)
+            self.call(function, ["x"] * 3, picture=list(arrays))
+            states.append(rewards.state_dict())
+        assert states[0] == states[1]
+        assert states[0]["normalization"]["pick"]["since_synchronization"][0] == 3
 
     def test_the_prompt_may_be_a_conversation_a_column_or_made(
         self, pickscore: PickScoreMetric, arrays: np.ndarray
@@ -405,6 +520,21 @@ class TestVerl:
         assert results[0]["error"] == "" and math.isnan(results[1]["score"])
         assert "a tensor must be [3, H, W]" in results[1]["error"]
 
+    def test_a_bad_sample_of_a_set_raises_alone(
+        self, pickscore: PickScoreMetric, arrays: np.ndarray
+    ) -> None:
+        rewards = RewardSet({"pick": pickscore, "bright": Brightness()})
+        compute_score = to_verl_omni(rewards, max_wait_ms=50)
+        good = torch.from_numpy(arrays[0]).permute(2, 0, 1)
+
+        async def main() -> list[Any]:
+            calls = (compute_score("d", image, "a cat", {}) for image in (good, "gone.png", good))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        first, wrong, last = asyncio.run(main())
+        assert first["score"] == pytest.approx(last["score"])
+        assert isinstance(wrong, RewardError) and isinstance(wrong.__cause__, FileNotFoundError)
+
     def test_verl_makes_the_image_from_the_text(
         self, pickscore: PickScoreMetric, arrays: np.ndarray
     ) -> None:
@@ -420,6 +550,9 @@ class TestVerl:
     def test_the_mean_of_one_sample_is_refused(self, pickscore: PickScoreMetric) -> None:
         with pytest.raises(ValueError, match="needs a batch"):
             to_verl_omni(pickscore, on_failure="mean")
+        rewards = RewardSet({"a": pickscore, "b": Component(pickscore, on_failure="mean")})
+        with pytest.raises(ValueError, match="on_failure='mean' of 'b' needs a batch"):
+            to_verl_omni(rewards)
 
     def test_a_set_that_needs_groups_is_refused(self, pickscore: PickScoreMetric) -> None:
         for normalize in ("group", "rank"):
@@ -461,6 +594,25 @@ class TestLosses:
         loss, reward = as_loss(aesthetic)(pixels)
         assert reward.tolist() == aesthetic.compute(pixels)
         assert not loss.requires_grad
+
+    def test_prompts_may_be_missing_only_where_nothing_needs_them(
+        self, pickscore: PickScoreMetric, aesthetic: AestheticMetric, pixels: torch.Tensor
+    ) -> None:
+        only_images = RewardSet({"a": aesthetic, "b": Brightness()})
+        assert as_loss(only_images)(pixels)[1].shape == (3,)
+        assert to_alignprop(aesthetic)(pixels)[0].shape == (3,)
+        watched = RewardSet({"a": aesthetic}, held_out={"b": pickscore})
+        for source in (pickscore, RewardSet({"a": aesthetic, "b": pickscore}), watched, len):
+            for function in (as_loss(source), to_alignprop(source)):
+                with pytest.raises(ValueError, match="needs prompts, one for each of the 3 images"):
+                    function(pixels)
+
+    def test_pixels_must_be_a_batch(self, pickscore: PickScoreMetric, pixels: torch.Tensor) -> None:
+        for picture in (pixels[0], pixels[0, 0], pixels[None]):
+            with pytest.raises(ValueError, match=r"pixels as a batch \[N, 3, H, W\], got shape"):
+                as_loss(pickscore)(picture, PROMPTS)
+        with pytest.raises(TypeError, match="pixels as a float tensor"):
+            as_loss(pickscore)(pixels.numpy(), PROMPTS)
 
     def test_the_caller_decides_about_gradients(
         self, pickscore: PickScoreMetric, pixels: torch.Tensor
@@ -583,6 +735,10 @@ class TestFlowFactory:
         assert output.extra_info == {"failures": {}}
         with pytest.raises(ValueError, match="Flow-Factory passed none"):
             model(prompt=PROMPTS, image=None)
+        with pytest.raises(TypeError, match="prompts must be a list, one per image, got the str"):
+            model(prompt="cat", image=images)
+        with pytest.raises(ValueError, match="got a single one"):
+            model(prompt=PROMPTS, image=torch.zeros(3, 8, 8))
 
 
 class TestFilesOnDisk:
@@ -617,9 +773,105 @@ class TestFilesOnDisk:
         )
         assert function(edits)[0].tolist() == pickscore.compute("a cat", paths)
 
+    def test_a_single_picture_counts_as_one(
+        self, pickscore: PickScoreMetric, arrays: np.ndarray
+    ) -> None:
+        reward = to_dance_grpo(pickscore, scale=None)
+        tensor = torch.from_numpy(arrays[0]).permute(2, 0, 1)
+        for picture in (tensor, tensor.float() / 255, arrays[0], PIL.Image.fromarray(arrays[0])):
+            assert reward(picture, "a cat").shape == reward(picture, ["a cat"]).shape == (1,)
+            exact = tensor if isinstance(picture, torch.Tensor) else picture
+            assert reward(picture, "a cat").tolist() == pickscore.compute("a cat", exact)
+
+    def test_a_set_that_needs_groups_is_for_those_who_pass_groups(self, paths: list[str]) -> None:
+        for normalize in ("group", "rank"):
+            rewards = RewardSet({"bright": Component(Brightness(), normalize=normalize)})
+            with pytest.raises(ValueError, match="DanceGRPO passes one image per call"):
+                to_dance_grpo(rewards)
+            items = [{"path": path, "prompt": "a cat"} for path in paths]
+            values, _ = to_pref_grpo(rewards)(items)
+            assert len(set(values.tolist())) == 3
+
     def test_a_missing_file_is_named(self, pickscore: PickScoreMetric) -> None:
         with pytest.raises(RewardError, match=r"sample 0 of 1 .*there is no file 'gone.png'"):
             to_dance_grpo(pickscore)("gone.png", "a cat")
+
+
+def call_sites(
+    pickscore: PickScoreMetric, image_reward: ImageRewardMetric, folder: Path, arrays: np.ndarray
+) -> dict[str, Callable[[], Any]]:
+    """What each framework does with its adapter, as far as a context of the caller could reach in."""
+    pictures = [PIL.Image.fromarray(array) for array in arrays]
+    tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+    paths = [str(folder / f"{index}.png") for index in range(3)]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    trl, trl_async = to_trl(pickscore, "image"), to_trl_async(pickscore, "image")
+    row = {"prompts": PROMPTS, "completions": [""] * 3, "completion_ids": [[]] * 3, "image": pictures}
+    verl = to_verl(
+        pickscore, lambda text, extra_info: pictures[int(text)], max_wait_ms=1000, max_batch=3
+    )
+    verl_omni = to_verl_omni(pickscore, max_wait_ms=1000, max_batch=3)
+    accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
+    reward_class = to_flow_factory(lambda device: pickscore, PointwiseRewardModel, RewardModelOutput)
+    flow_factory = reward_class({}, accelerator)
+    pref_grpo, score_gard = to_pref_grpo(pickscore), to_refl(image_reward)
+    tokens = image_reward.tokenizer(PROMPTS, padding="max_length", max_length=35, return_tensors="pt")
+    squares = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+
+    async def together(calls: Any) -> list[float]:
+        return [result["score"] for result in await asyncio.gather(*calls)]
+
+    samples = [{"data_source": "d", "ground_truth": prompt, "extra_info": {}} for prompt in PROMPTS]
+    return {
+        "TRL": lambda: trl(**row),
+        "TRL, async": lambda: asyncio.run(trl_async(**row)),
+        "verl": lambda: asyncio.run(
+            together(verl(solution_str=str(i), **sample) for i, sample in enumerate(samples))
+        ),
+        "verl-omni": lambda: asyncio.run(
+            together(
+                verl_omni(solution_image=image, **sample)
+                for image, sample in zip(tensors, samples, strict=True)
+            )
+        ),
+        "Flow-Factory": lambda: flow_factory(prompt=PROMPTS, image=pictures).rewards,
+        "ReFL": lambda: score_gard(tokens.input_ids, tokens.attention_mask, squares).tolist(),
+        "Pref-GRPO": lambda: pref_grpo(
+            [{"path": path, "prompt": p} for path, p in zip(paths, PROMPTS, strict=True)]
+        )[1],
+    }
+
+
+class TestContexts:
+    @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+    def test_a_context_of_the_caller_changes_no_score_and_is_not_changed(
+        self,
+        context: Callable[[], AbstractContextManager[Any]],
+        pickscore: PickScoreMetric,
+        image_reward: ImageRewardMetric,
+        tmp_path: Path,
+        arrays: np.ndarray,
+    ) -> None:
+        sites = call_sites(pickscore, image_reward, tmp_path, arrays)
+        expected = {framework: call() for framework, call in sites.items()}
+        pickscore.to("cpu")  # forget the prompts, so that they are encoded in the context
+        for framework, call in sites.items():
+            with context():
+                before = caller_state()
+                assert call() == expected[framework], framework
+                assert caller_state() == before, framework
+
+    @pytest.mark.parametrize("context", ["inference_mode", "autocast"])
+    def test_refl_has_a_gradient_only_where_the_caller_has_one(
+        self, context: str, image_reward: ImageRewardMetric
+    ) -> None:
+        tokens = image_reward.tokenizer("a cat", return_tensors="pt")
+        pixels = torch.rand(1, 3, 224, 224, requires_grad=True)
+        with CONTEXTS[context]():
+            reward = to_refl(image_reward)(tokens.input_ids, tokens.attention_mask, pixels)
+        assert reward.dtype == torch.float32
+        assert reward.requires_grad == (context == "autocast")
 
 
 class TestThreads:
@@ -652,3 +904,25 @@ class TestThreads:
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(work, range(8))) == [99] * 8
         assert caller_state() == before
+
+    def test_calls_with_several_prompts_get_what_one_thread_gets(
+        self, pickscore: PickScoreMetric
+    ) -> None:
+        """No prompt is in two calls: which prompts are encoded together decides about the last bit."""
+        generator = torch.Generator().manual_seed(8)
+        reward_fn = to_flow_grpo(pickscore)("cpu")
+        calls = [
+            (torch.rand(3, 3, 32, 40, generator=generator), [f"{call} {i} cats" for i in range(3)])
+            for call in range(8)
+        ]
+        pickscore.to("cpu")
+        expected = [reward_fn(images, prompts, None)[0] for images, prompts in calls]
+        pickscore.to("cpu")  # forget the prompts
+
+        def work(thread: int) -> None:
+            for step in range(25):
+                images, prompts = calls[(step + thread) % 8]
+                assert reward_fn(images, prompts, None)[0] == expected[(step + thread) % 8]
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import Brightness
 
 from diffsynth_metrics import (
     AestheticMetric,
@@ -17,7 +18,9 @@ from diffsynth_metrics import (
     ModelConfig,
     PickScoreMetric,
 )
+from diffsynth_metrics.inputs import SharedImages
 from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_flow_grpo
+from diffsynth_metrics.rewards.scoring import MetricScorer, stand_in
 from diffsynth_metrics.testing import tiny_checkpoint
 
 CLASSES: dict[str, Any] = {
@@ -115,3 +118,58 @@ def test_memory_after_a_hundred_calls_is_that_after_five(single: Any) -> None:
     for _ in range(95):
         call()
     assert held() == after_five
+
+
+class Roots(Brightness):
+    """The square root of the brightness over a half, which a dark picture has not."""
+
+    def _components(self, images: Any) -> dict[str, torch.Tensor]:
+        return {"score": (super()._components(images)["score"] - 0.5).sqrt()}
+
+
+class TestBesideAFailure:
+    """The square root of a dark picture is no number, nor is its gradient, not even times 0."""
+
+    @pytest.fixture
+    def pixels(self) -> torch.Tensor:
+        values = torch.tensor([0.9, 0.1, 0.7, 0.8])[:, None, None, None]
+        return values.expand(4, 3, 32, 32).clone().requires_grad_()
+
+    @staticmethod
+    def root(prompts: list[str], images: Any) -> torch.Tensor:
+        return (images.mean(dim=(1, 2, 3)) - 0.5).sqrt()
+
+    @pytest.mark.parametrize("policy", ["nan", "mean", -1.0])
+    @pytest.mark.parametrize("normalize", ["none", "group", "zscore"])
+    def test_the_others_have_their_gradient_and_it_has_none(
+        self, normalize: str, policy: Any, pixels: torch.Tensor
+    ) -> None:
+        component = Component(self.root, normalize=normalize, on_failure=policy)
+        result = RewardSet({"root": component}).score("a", pixels)
+        assert result.failures == {"root": {1: "the score is not a finite number"}}
+        result.reward.nansum().backward()
+        assert pixels.grad is not None and pixels.grad.isfinite().all()
+        assert (pixels.grad[[0, 2, 3]] > 0).all() and (pixels.grad[1] == 0).all()
+
+    @pytest.mark.parametrize("kind", ["batch", "list", "shared"])
+    def test_a_metric_is_asked_again_without_it(self, kind: str, pixels: torch.Tensor) -> None:
+        metric = Roots()
+        images: Any = pixels if kind == "batch" else list(pixels)
+        if kind == "shared":
+            images = SharedImages(images)
+        scored = MetricScorer(metric).scored(["a"] * 4, images)
+        assert scored.values.isnan().tolist() == [False, True, False, False]
+        assert scored.values[[0, 2, 3]].tolist() == metric.compute(pixels.detach()[[0, 2, 3]])
+        assert [error is None for error in scored.errors] == [True, False, True, True]
+        stand_in(scored.values, "mean").sum().backward()
+        assert pixels.grad is not None and pixels.grad.isfinite().all()
+        assert (pixels.grad[[0, 2, 3]] > 0).all() and (pixels.grad[1] == 0).all()
+
+    def test_there_may_be_no_other(self, pixels: torch.Tensor) -> None:
+        scored = MetricScorer(self.root).scored(["a"], pixels[1:2])
+        assert scored.values.isnan().all() and scored.errors[0] is not None
+
+    def test_without_gradients_it_is_asked_once(self, pixels: torch.Tensor) -> None:
+        metric = Roots()
+        assert MetricScorer(metric).scored(["a"] * 4, pixels.detach()).values.isnan().sum() == 1
+        assert metric.calls == 1

@@ -42,6 +42,17 @@ def test_epsilon_is_added_to_the_spread() -> None:
     assert result.tolist() == [-0.5, 0.5]
 
 
+def test_the_spread_is_that_of_flow_grpo_or_with_a_correction_that_of_trl() -> None:
+    scores, one = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 0])
+    flow_grpo = [(x - 3) / (statistics.pstdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
+    trl = [(x - 3) / (statistics.stdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
+    assert GroupRelative()(scores, one, update=True).tolist() == pytest.approx(flow_grpo)
+    assert GroupRelative(correction=1)(scores, one, update=True).tolist() == pytest.approx(trl)
+    assert GroupRelative(correction=1)(scores[:1], one[:1], update=True).tolist() == [0]
+    with pytest.raises(ValueError, match="correction must be 0 or 1, got 2"):
+        GroupRelative(correction=2)
+
+
 def test_equal_scores_of_a_group_are_zero_and_not_amplified_noise() -> None:
     scores = torch.tensor([20.0, 20.000002, 20.0, 7.0])
     groups = torch.tensor([0, 0, 0, 1])
@@ -51,6 +62,29 @@ def test_equal_scores_of_a_group_are_zero_and_not_amplified_noise() -> None:
 def test_ranks_are_shares_and_ties_share() -> None:
     assert Rank()(SCORES, GROUPS, update=True).tolist() == [0, 0.5, 1, 0, 0.75, 0.75]
     assert Rank()(torch.tensor([3.0]), torch.tensor([0]), update=True).tolist() == [0.5]
+
+
+def test_ranks_are_not_rounded_to_the_default_dtype() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        ranks = Rank()(torch.arange(12, dtype=torch.float32), torch.zeros(12).long(), update=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert ranks.dtype == torch.float32
+    assert ranks.tolist() == pytest.approx([i / 11 for i in range(12)])
+
+
+def test_what_is_not_counted_is_compared_with_what_is() -> None:
+    scores = torch.tensor([1.0, 2.0, 3.0, 7.0])
+    groups = torch.tensor([0, 0, 0, 1])
+    counted = torch.tensor([True, False, True, False])
+    group = GroupRelative(epsilon=0.0)(scores, groups, update=True, counted=counted)
+    assert group.tolist() == [-1, 0, 1, 0], "a group of which nothing counts says nothing"
+    assert Rank()(scores, groups, update=True, counted=counted).tolist() == [0, 0.5, 1, 0.5]
+    running = RunningZScore()
+    assert running(scores, groups, update=True, counted=counted).tolist() == [-1, 0, 1, 5]
+    assert running.moments.as_list() == [2, 2, 2]
 
 
 def test_a_running_z_score_is_over_everything_seen() -> None:
@@ -92,6 +126,14 @@ def test_gradients_flow_through_what_is_differentiable(normalize: Any) -> None:
     scores = SCORES.clone().requires_grad_()
     (normalize()(scores, GROUPS, update=True) * torch.arange(6.0)).sum().backward()
     assert scores.grad is not None and scores.grad.isfinite().all() and scores.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("normalize", [FixedScale, RunningZScore, GroupRelative])
+def test_statistics_carry_no_gradient(normalize: Any) -> None:
+    """Otherwise the gradient of a sum over a group is zero: whatever raises a score raises the mean."""
+    scores = SCORES.clone().requires_grad_()
+    normalize()(scores, GROUPS, update=True).sum().backward()
+    assert scores.grad is not None and (scores.grad > 0).all()
 
 
 def test_moments_of_parts_are_the_moments_of_the_whole() -> None:

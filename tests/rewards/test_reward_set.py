@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -88,6 +89,25 @@ class TestSum:
         assert rewards.score(PROMPTS, images).reward.tolist() == [0, 1, 0, 1]
         by_hand = rewards.score(PROMPTS, images, groups=["x", "y", "y", "x"])
         assert by_hand.reward.tolist() == [0, 0, 1, 1]
+
+    @pytest.mark.parametrize(
+        "groups",
+        [torch.tensor([4, 7, 7, 4]), np.array([4, 7, 7, 4]), list(torch.tensor([4, 7, 7, 4]))],
+        ids=["tensor", "array", "list of tensors"],
+    )
+    def test_groups_may_be_numbers_in_a_tensor(self, groups: Any) -> None:
+        scores = iter([[1.0, 3.0, 3.0, 2.0], [1.0, 3.0, 3.0, 2.0]])
+        rewards = RewardSet({"mine": Component(lambda prompts, images: next(scores), normalize="rank")})
+        result = rewards.score("a", torch.rand(4, 3, 8, 8), groups=groups)
+        assert result.reward.tolist() == [0, 0.5, 0.5, 1]
+        assert result.collapsed == {"mine": [7], "reward": [7]}
+
+    @pytest.mark.parametrize(
+        "groups", [[[1], [2]], [{"a": 1}, 2], torch.tensor([[1, 2], [3, 4]]), "ab", torch.tensor(1)]
+    )
+    def test_groups_that_cannot_be_compared_are_refused(self, groups: Any, bright: Brightness) -> None:
+        with pytest.raises(TypeError, match=r"group 0 must be hashable|groups must be a sequence"):
+            RewardSet({"b": bright}).score("a", torch.rand(2, 3, 32, 32), groups=groups)
 
     def test_one_prompt_goes_with_every_image_and_an_image_may_be_single(
         self, five: dict[str, Any], images: torch.Tensor
@@ -234,6 +254,49 @@ class TestFailures:
             assert torch.equal(result.reward[[0, 2, 3]], kept.reward), policy
             assert rewards.state_dict()["normalization"] == clean.state_dict()["normalization"]
 
+    def test_the_mean_stands_apart_from_its_group(self) -> None:
+        """It must not make the spread of the others smaller, nor be better or worse than they."""
+        for normalize, expected in (("group", [-1, 0, 1, 0]), ("rank", [0, 0.5, 1, 0.5])):
+            rewards = RewardSet(
+                {
+                    "mine": Component(
+                        lambda prompts, images: [1.0, None, 3.0, None],
+                        normalize=normalize,
+                        on_failure="mean",
+                    )
+                }
+            )
+            result = rewards.score("a", torch.rand(4, 3, 8, 8), groups=[0, 0, 0, 1])
+            assert result.reward.tolist() == pytest.approx(expected, abs=2e-4), normalize
+
+    def test_a_declared_number_is_a_score_of_its_group(self) -> None:
+        """Apart from it, it would be an advantage of thousands where the others hardly differ."""
+        component = Component(
+            lambda prompts, images: [0.81, None, 0.82], normalize="group", on_failure=-10.0
+        )
+        reward = RewardSet({"mine": component}).score("a", torch.rand(3, 3, 8, 8)).reward
+        assert reward.tolist() == pytest.approx([0.7, -1.41, 0.71], abs=0.01)
+
+    def test_an_error_teaches_no_component(self, bright: Brightness) -> None:
+        broken = Component(lambda prompts, images: [1.0, None])
+        rewards = RewardSet({"bright": Component(bright, normalize="zscore"), "broken": broken})
+        before = rewards.state_dict()
+        with pytest.raises(RewardError, match="broken: sample 1 of 2"):
+            rewards.score("a", torch.rand(2, 3, 32, 32))
+        assert rewards.state_dict() == before
+
+    def test_for_an_adapter_a_failure_is_a_reason_and_not_an_error(self, broken: Any) -> None:
+        metric, prompts, images, reason = broken
+        for normalize in ("none", "group", "zscore"):
+            quality = Component(metric, normalize=normalize)
+            rewards = RewardSet({"quality": quality, "other": lambda p, i: [1.0] * len(p)})
+            scored = rewards.scored(prompts, images)
+            assert scored.values.isnan().tolist() == [False, True, False, False]
+            assert [error is None for error in scored.errors] == [True, False, True, True]
+            error = scored.errors[1]
+            assert isinstance(error, RewardError) and str(error).startswith("quality: ")
+            assert reason in str(error) and error.__cause__ is not None
+
     def test_a_component_that_breaks_fails_every_sample(
         self, bright: Brightness, images: torch.Tensor
     ) -> None:
@@ -348,7 +411,56 @@ class TestState:
             images = images * 0.9
             one, other = first.score(PROMPTS, images), second.score(PROMPTS, images)
             assert torch.equal(one.reward, other.reward)
-            assert first.state_dict() == second.state_dict()
+            assert first.state_dict()["history"] == second.state_dict()["history"]
+
+    def test_a_state_that_every_rank_loads_is_told_to_no_other_rank_again(self) -> None:
+        component = Component(lambda prompts, images: [1.0, 3.0], normalize="zscore")
+        first, second = RewardSet({"mine": component}), RewardSet({"mine": component})
+        first.score("a", torch.rand(2, 3, 8, 8))
+        second.load_state_dict(first.state_dict())
+        assert second.state_dict()["normalization"]["mine"] == {
+            "shared": [2, 2, 2],
+            "since_synchronization": [0, 0, 0],
+        }
+
+    @pytest.mark.parametrize("key", ["scales", "normalization", "history"])
+    def test_a_state_without_a_part_is_refused(self, key: str, bright: Brightness) -> None:
+        rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
+        state = rewards.state_dict()
+        del state[key]
+        with pytest.raises(ValueError, match=f"the state of a RewardSet has '{key}', this one has"):
+            rewards.load_state_dict(state)
+
+    def test_a_state_of_another_scale_is_refused(self, bright: Brightness) -> None:
+        state = RewardSet({"b": Component(bright, normalize="zscore")}).state_dict()
+        with pytest.raises(ValueError, match=r"'b' is on the scale .*'multiply': 2.0"):
+            RewardSet({"b": Component(bright, normalize="zscore", scale=2.0)}).load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda state: state["normalization"]["two"].pop("shared"),
+            lambda state: state["normalization"]["two"].update(shared=[1.0, math.nan, 0.0]),
+            lambda state: state["normalization"]["two"].update(shared=[1.0, 2.0]),
+            lambda state: state["normalization"]["two"].update(shared=[-1.0, 2.0, 0.0]),
+            lambda state: state["scales"].pop("two"),
+            lambda state: state["history"].update(two=["high"]),
+        ],
+    )
+    def test_a_state_that_is_refused_changes_nothing(self, damage: Any) -> None:
+        def make() -> RewardSet:
+            return RewardSet(
+                {name: Component(lambda p, i: [1.0, 3.0], normalize="zscore") for name in ("one", "two")}
+            )
+
+        rewards, other = make(), make()
+        other.score("a", torch.rand(2, 3, 8, 8))
+        state = other.state_dict()
+        damage(state)
+        before = rewards.state_dict()
+        with pytest.raises(ValueError):
+            rewards.load_state_dict(state)
+        assert rewards.state_dict() == before
 
     def test_a_state_of_another_set_is_refused(self, bright: Brightness) -> None:
         state = RewardSet({"a": Component(bright, normalize="zscore")}).state_dict()
@@ -371,6 +483,32 @@ class TestState:
         before = rewards.state_dict()
         rewards.synchronize()
         assert rewards.state_dict() == before
+
+    def test_a_synchronization_that_fails_loses_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        rewards = RewardSet({"m": Component(lambda p, i: [1.0, 3.0], normalize="zscore")})
+
+        def score() -> None:
+            rewards.score("a", torch.rand(2, 3, 8, 8))
+
+        def fail(rows: torch.Tensor, group: Any = None) -> None:
+            score()  # another thread goes on meanwhile
+            raise RuntimeError("a rank is gone")
+
+        score()
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        for name, value in {"get_backend": "gloo", "get_world_size": 1, "get_rank": 0}.items():
+            monkeypatch.setattr(torch.distributed, name, lambda group, value=value: value)
+        monkeypatch.setattr(torch.distributed, "all_reduce", fail)
+        with pytest.raises(RuntimeError, match="a rank is gone"):
+            rewards.synchronize()
+        own = {"shared": [0, 0, 0], "since_synchronization": [4, 2, 4]}
+        assert rewards.state_dict()["normalization"]["m"] == own
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda rows, group=None: score())
+        rewards.synchronize()
+        own = {"shared": [4, 2, 4], "since_synchronization": [2, 2, 2]}
+        assert rewards.state_dict()["normalization"]["m"] == own
 
     def test_two_processes_agree_after_synchronize_and_share_nothing_before(
         self, tmp_path: Path
