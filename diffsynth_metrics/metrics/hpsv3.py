@@ -91,8 +91,7 @@ class HPSv3Metric(PromptMetric):
         batch_size: int,
     ) -> None:
         """Wrap a loaded network and tokenizer; users call :meth:`from_pretrained`."""
-        if positions not in ("official", "diffsynth"):
-            raise ValueError(f"positions must be 'official' or 'diffsynth', got {positions!r}")
+        _check_options(positions, batch_size, None)
         super().__init__(model, batch_size=batch_size)
         self.transform = transform
         self.positions = positions
@@ -132,7 +131,8 @@ class HPSv3Metric(PromptMetric):
             positions: ``"official"`` numbers all tokens in sequence, as the authors trained the model.
                 ``"diffsynth"`` gives image tokens the rows and columns that Qwen2-VL has, which is what
                 ``diffsynth.metrics`` computes.
-            processor_kwargs: Goes to the tokenizer's ``from_pretrained``.
+            processor_kwargs: Goes to the tokenizer's ``from_pretrained``; without ``local_files_only``,
+                which is always True.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights or tokenizer.
@@ -141,6 +141,7 @@ class HPSv3Metric(PromptMetric):
         """
         if device is not None and device_map is not None:
             raise ValueError("pass either device or device_map")
+        _check_options(positions, batch_size, processor_kwargs)
         transform = SmartResize(min_pixels=min_pixels, max_pixels=max_pixels)
         weights, processor = cls._resolve(model_config, processor_config)
         files = weight_files(weights)
@@ -246,6 +247,18 @@ class HPSv3Metric(PromptMetric):
         inputs = (ids, ids == frame.image_id, last, positions)
         read: Tensor = self.model(*(value.to(self.device) for value in inputs), torch.cat(tokens))
         return read
+
+
+def _check_options(
+    positions: object, batch_size: object, processor_kwargs: Mapping[str, Any] | None
+) -> None:
+    """Check what needs no files, so that a mistake does not cost the loading of 16 GB."""
+    if positions not in ("official", "diffsynth"):
+        raise ValueError(f"positions must be 'official' or 'diffsynth', got {positions!r}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    if "local_files_only" in (processor_kwargs or {}):
+        raise TypeError("processor_kwargs may not have local_files_only, which is always True")
 
 
 class _Frame:
