@@ -20,7 +20,7 @@ from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.placement import DeviceMap, execution_device, place
 from diffsynth_metrics.plain_text import without_added_tokens
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "check_limits"]
 
 # A text of a question, while the chat template is rendered: from Unicode's private use area.
 _MARK = "\ue000"
@@ -38,9 +38,7 @@ class LocalEngine(Engine):
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
         """Wrap a loaded network and processor; metrics call :meth:`load`."""
-        for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        check_limits(batch_size, max_new_tokens)
         self.model: Any = model
         self.processor = processor
         self.batch_size = batch_size
@@ -203,6 +201,13 @@ class LocalEngine(Engine):
                 ids += [token] * (next(counts) if token == self._image_id else 1)
                 done = found.end()
         return ids
+
+
+def check_limits(batch_size: object, max_new_tokens: object) -> None:
+    """Raise a ValueError unless both are positive ints."""
+    for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
 def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:
