@@ -253,6 +253,7 @@ RANK = {
     "retracted": ("Edited image 1 is better. No, the other one.", None),
     "the other is named later": ("Edited image 1 is better. I choose edited image 2.", None),
     "a reason that retracts": ("Edited image 1 is better because of colour, but it is worse.", None),
+    "denied in a word": ("Edited image 1 is better. It is not.", None),
     "than itself": ("Edited image 1 is better than edited image 1.", None),
     "answers that contradict": (
         "<answer>Edited image 1 is better</answer> or <answer>Edited image 2 is better</answer>",
@@ -264,6 +265,8 @@ RANK = {
         2,
     ),
     "doubt, then the verdict": ("Is edited image 1 better? Edited image 2 is better.", 2),
+    "final output": ("### Final Output:\n**Final answer:** Edited image 1 is better.", 1),
+    "in the prompt's words": ("Based on the above evaluation, edited image 2 is better.", 2),
     "both": ("Both edited images are equally good.", 0),
     "it's a tie": ("It's a tie.", 0),
     "preference": ("I prefer edited image 2 over edited image 1.", 2),

@@ -376,7 +376,8 @@ def _without_lists(text: str) -> str:
 _EDIT = r"(?:the )?(?:edited )?image ?[12]"
 _WINNER = r"(?:the )?(?:edited )?image ?(?P<winner>[12])"
 _OPENING = (
-    r"(?:(?:so|thus|therefore|hence|overall|finally|in conclusion|in summary|final answer|verdict)[,:]? "
+    r"(?:(?:so|thus|therefore|hence|overall|finally|in conclusion|in summary"
+    r"|based on the above evaluation|(?:final )?(?:answer|conclusion|decision|output|verdict))[,:]? "
     rf"|(?:compared (?:to|with)|comparing|between) {_EDIT}(?: and {_EDIT})?, )*"
 )
 _NOUN = r"(?: (?:one|(?:edited )?image|edit|result|choice))?"
@@ -405,7 +406,7 @@ _TIE = re.compile(
 _RETRACTS = re.compile(
     r"\b(?:actually|although|but|correction|except|false|first|former|however|if|incorrect|instead"
     r"|latter|loses?|mistake|neither|other|overall|second|though|unless|wait|worse|wrong)\b"
-    r"|^(?:no|not)\b|\bnot (?:true|so)\b",
+    r"|^(?:no|not)\b|\bnot(?: true| so| correct| right| the case)?$",
     re.IGNORECASE,
 )
 
