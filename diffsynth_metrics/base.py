@@ -25,6 +25,9 @@ __all__ = [
     "Metric",
     "MetricCard",
     "PromptMetric",
+    "check_batch_size",
+    "check_loading",
+    "check_max_length",
     "choose_device",
     "choose_dtype",
     "wants_gradients",
@@ -60,9 +63,13 @@ class MetricCard:
     notes: str = ""
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # On a CPU, activations of more than 32 MB are mapped afresh, zeroed and given back for every operation
 # (glibc's largest malloc threshold): 16 images in a ViT-H/14 are 5 to 10 % slower at once than 3 by 3.
+# A small network's activations are smaller than that, and each pass has a cost of its own.
 _IMAGES_AT_ONCE_ON_CPU = 3
+_LARGE_NETWORK = 50_000_000
 
 
 class BaseMetric(ABC):
@@ -79,15 +86,16 @@ class BaseMetric(ABC):
     card: ClassVar[MetricCard]
     default_model: ClassVar[ModelConfig]
     default_processor: ClassVar[ModelConfig]
+    """Patterns end with ``*.[jt]*``: .json, .jinja and .txt files, and not the weights beside them."""
     processor_files: ClassVar[tuple[str, ...]] = ()
     """File names any one of which says that a folder holds the metric's processor."""
 
     def __init__(self, model: nn.Module, *, batch_size: int) -> None:
         """Wrap a loaded network; users call :meth:`from_pretrained`."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+        check_batch_size(batch_size)
         self.model = model
         self.batch_size = batch_size
+        self._is_large = sum(weight.numel() for weight in model.parameters()) > _LARGE_NETWORK
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network to a device and return the metric."""
@@ -107,7 +115,8 @@ class BaseMetric(ABC):
 
     def _pixel_batches(self, images: CheckedImages, transform: Transform) -> Iterator[Tensor]:
         """Yield normalised pixels ``[B, 3, S, S]`` as the network gets them, B at most `batch_size`."""
-        at_once = _IMAGES_AT_ONCE_ON_CPU if self.device.type == "cpu" else self.batch_size
+        by_few = self._is_large and self.device.type == "cpu"
+        at_once = _IMAGES_AT_ONCE_ON_CPU if by_few else self.batch_size
         for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=self.device):
             yield from torch.split(batch, at_once)
 
@@ -305,6 +314,52 @@ Metric = BaseMetric
 """The name that ``diffsynth.metrics`` gives to the base class."""
 
 
+def check_loading(
+    *configs: ModelConfig | None,
+    device: str | torch.device | None,
+    torch_dtype: torch.dtype | None,
+    batch_size: int,
+    official: torch.dtype = torch.float32,
+) -> tuple[torch.device, torch.dtype]:
+    """Check what every ``from_pretrained`` takes, before gigabytes are fetched; return where it runs.
+
+    Raises:
+        TypeError: A config is not a ModelConfig, or the dtype is none of a network.
+        ValueError: `batch_size` is not a positive int.
+        RuntimeError: torch does not know the device.
+    """
+    for config in configs:
+        if config is not None and not isinstance(config, ModelConfig):
+            raise TypeError(
+                f"a config must be a ModelConfig, got {config!r}; write ModelConfig(path=...) or "
+                "ModelConfig(model_id=..., origin_file_pattern=...)"
+            )
+    check_batch_size(batch_size)
+    return choose_device(device), choose_dtype(torch_dtype, official)
+
+
+def check_batch_size(batch_size: int) -> int:
+    """Return a batch size.
+
+    Raises:
+        ValueError: It is not a positive int.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    return batch_size
+
+
+def check_max_length(max_length: int) -> int:
+    """Return a number of tokens that leaves room for a prompt between its begin and its end.
+
+    Raises:
+        ValueError: It is not an int of at least 3.
+    """
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 3:
+        raise ValueError(f"max_length must be an int of at least 3, got {max_length!r}")
+    return max_length
+
+
 def choose_device(device: str | torch.device | None) -> torch.device:
     """Return the device, or for None the best one that torch reports."""
     if device is not None:
@@ -318,12 +373,14 @@ def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torc
     """Return the dtype of the towers, or for None the official one.
 
     Raises:
-        TypeError: It is not a floating dtype.
+        TypeError: It is not a dtype that networks run in.
     """
     if torch_dtype is None:
         return official
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise TypeError(f"torch_dtype must be a floating torch.dtype, got {torch_dtype!r}")
+    if torch_dtype not in _DTYPES:
+        raise TypeError(
+            f"torch_dtype must be one of {', '.join(map(str, _DTYPES))}, got {torch_dtype!r}"
+        )
     return torch_dtype
 
 

@@ -6,10 +6,9 @@ cosines and the memory of prompts are here, once.
 
 from __future__ import annotations
 
-import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from typing_extensions import Self
 
 from diffsynth_metrics.base import PromptMetric, wants_gradients
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
+from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.transforms import Transform
 
 __all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
@@ -133,12 +133,23 @@ class DualEncoderMetric(PromptMetric):
         batches = self._pixel_batches(images, self.transform)
         return torch.cat([l2_normalize(self._embed_images(batch), dim=-1) for batch in batches])
 
+    def _text_state(self) -> Hashable:
+        """Return what changes with the network's weights: remembered features are of one state."""
+        # An inference tensor has no version, and cannot be changed in place outside inference mode.
+        return hash(
+            tuple(
+                (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+                for weight in self.model.parameters()
+            )
+        )
+
     def _text_features(self, prompts: list[str]) -> Tensor:
         """Return the features of all prompts; each different prompt is encoded once."""
         features: dict[str, Tensor] = {}
         unknown: list[str] = []
+        state = self._text_state()
         for prompt in dict.fromkeys(prompts):
-            remembered = self._text_cache.get(prompt)
+            remembered = self._text_cache.get((state, prompt))
             if remembered is None:
                 unknown.append(prompt)
             else:
@@ -150,28 +161,31 @@ class DualEncoderMetric(PromptMetric):
             for prompt, row in zip(batch, encoded, strict=True):
                 # A copy of the row, so that the cache does not keep whole batches alive.
                 features[prompt] = row.clone()
-                self._text_cache.put(prompt, features[prompt])
+                self._text_cache.put((state, prompt), features[prompt])
         return torch.stack([features[prompt] for prompt in prompts])
 
 
 class _TextCache:
-    """The features of the prompts that were used last, for all threads."""
+    """The features of the prompts that were used last, for all threads; a copy of it is empty."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()
 
-    def get(self, prompt: str) -> Tensor | None:
+    def __reduce__(self) -> tuple[type[_TextCache], tuple[int]]:
+        return _TextCache, (self._capacity,)
+
+    def get(self, key: Hashable) -> Tensor | None:
         with self._lock:
-            feature = self._features.get(prompt)
+            feature = self._features.get(key)
             if feature is not None:
-                self._features.move_to_end(prompt)
+                self._features.move_to_end(key)
             return feature
 
-    def put(self, prompt: str, feature: Tensor) -> None:
+    def put(self, key: Hashable, feature: Tensor) -> None:
         with self._lock:
-            self._features[prompt] = feature
+            self._features[key] = feature
             if len(self._features) > self._capacity:
                 self._features.popitem(last=False)
 

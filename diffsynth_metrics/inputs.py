@@ -43,6 +43,10 @@ _EXPECTED = (
     "or a tensor [3, H, W] (uint8 in 0..255 or float in 0..1)"
 )
 
+# Pillow's convert("RGB") cuts floats to whole numbers, which makes a picture in 0..1 black, and does not
+# know premultiplied gray.
+_NOT_PICTURES = {"F": "it is not known what range its values have", "La": "Pillow cannot make it RGB"}
+
 # Pillow decodes a lazily opened image on first use, and two threads that do so at once with the same
 # object corrupt it. A fixed set of locks keeps different images parallel.
 _DECODE_LOCKS = [threading.Lock() for _ in range(64)]
@@ -86,9 +90,10 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: A prompt is not a ``str``; the message gives its position.
-        ValueError: The sequence is empty.
+        ValueError: The sequence is empty, or a prompt holds half of a surrogate pair.
     """
     if isinstance(prompt, str):
+        _check_unicode(prompt, "prompt 0")
         return [prompt]
     if not isinstance(prompt, Sequence):
         raise TypeError(
@@ -101,6 +106,7 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
                 f"prompt {index} must be a str, got {type(item).__name__}; "
                 "the order of the arguments is (prompt, images)"
             )
+        _check_unicode(item, f"prompt {index}")
     if not prompt:
         raise ValueError("prompt is an empty list; pass at least one prompt")
     return list(prompt)
@@ -171,20 +177,32 @@ def open_image(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
         name: How error messages call the image.
 
     Raises:
-        ImageError: The file is not an image, or is truncated.
+        ImageError: The file is not an image, or is truncated, or Pillow has no RGB for its mode.
     """
     try:
         if isinstance(image, Path):
             opened: PIL.Image.Image
             with PIL.Image.open(image) as opened:
                 opened.load()
-                return opened
-        with _DECODE_LOCKS[id(image) // 64 % len(_DECODE_LOCKS)]:
-            image.load()
-        return image
+        else:
+            opened = image
+            with _DECODE_LOCKS[id(image) // 64 % len(_DECODE_LOCKS)]:
+                image.load()
     except Exception as error:  # Pillow's decoders raise nearly anything, even AssertionError
         where = image if isinstance(image, Path) else getattr(image, "filename", "") or repr(image)
         raise ImageError(f"{name} ({where}) cannot be read: {str(error) or repr(error)}") from error
+    if opened.mode in _NOT_PICTURES:
+        raise ImageError(
+            f"{name} has mode {opened.mode!r}: {_NOT_PICTURES[opened.mode]}; convert it first"
+        )
+    return opened
+
+
+def _check_unicode(prompt: str, name: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode: {error}") from error
 
 
 def _is_single_image(images: ImagesInput) -> bool:
@@ -237,6 +255,6 @@ def _check_tensor(images: torch.Tensor, name: str) -> None:
         index = int(wrong.nonzero()[0])
         which = f"image {index}" if name == "images" else name
         raise ImageError(
-            f"{which}: a float tensor must lie in 0..1, got values from {low[index]:.4g} to "
-            f"{high[index]:.4g}; clamp it, or pass uint8 for 0..255"
+            f"{which}: a float tensor must lie in 0..1, got values from {low[index]:.8g} to "
+            f"{high[index]:.8g}; clamp it, or pass uint8 for 0..255"
         )

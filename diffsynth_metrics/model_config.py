@@ -246,8 +246,7 @@ class _LocalFiles:
         if not names or self.one_file:
             return bool(names)
         if sizes := self._noted_sizes():
-            files = ((self.folder / name, size) for name, size in sizes.items())
-            return all(file.is_file() and file.stat().st_size == size for file, size in files)
+            return all(_is_whole(self.folder / name, size) for name, size in sizes.items())
         if self.interrupted:
             return False
         # A pattern such as "model*.safetensors" asks for one set of shards and nothing else.
@@ -299,6 +298,19 @@ class _LocalFiles:
         except (OSError, ValueError, KeyError):
             return None
         return sizes
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    """Return whether a file is there as it was downloaded, or as JSON that somebody edited since."""
+    if not file.is_file() or file.stat().st_size == size:
+        return file.is_file()
+    if file.suffix != ".json":
+        return False
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def _from_modelscope(files: _LocalFiles, model_id: str, revision: str | None) -> None:

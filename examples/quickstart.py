@@ -9,6 +9,7 @@ pictures with the published weights:
 """
 
 import argparse
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from diffsynth_metrics import (
     ImageRewardMetric,
     ModelConfig,
     PickScoreMetric,
+    QwenImageBenchMetric,
+    UnifiedReward2Metric,
 )
 from diffsynth_metrics.embedded.drawing import draw_shape
 
@@ -35,6 +38,8 @@ METRICS: dict[str, Callable[[], BaseMetric]] = {
     "hpsv3": HPSv3Metric.from_pretrained,
     "image_reward": ImageRewardMetric.from_pretrained,
     "aesthetic": AestheticMetric.from_pretrained,
+    "unified_reward_2": UnifiedReward2Metric.from_pretrained,
+    "qwen_image_bench": QwenImageBenchMetric.from_pretrained,
 }
 SHAPES = [
     ("red", "circle"),
@@ -96,7 +101,8 @@ def table(prompts: list[str], names: list[str], scores: list[list[float]]) -> st
     width = max(len(shorten(prompt, 40)) for prompt in prompts)
     lines = [" " * width + "".join(f"  {name:>16} " for name in names)]
     for prompt, row in zip(prompts, scores, strict=True):
-        cells = [f"  {score:>16.2f}{'*' if score == max(row) else ' '}" for score in row]
+        best = highest(row)
+        cells = [f"  {score:>16.4f}{'*' if score == best else ' '}" for score in row]
         lines.append(f"{shorten(prompt, 40):<{width}}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -116,15 +122,20 @@ def contact_sheet(
         draw.text((MARGIN, top), shorten(prompt, 20 * len(pictures)), "black", font)
         for column, (tile, name, value) in enumerate(zip(thumbnails, names, values, strict=True)):
             left = MARGIN + column * step_x
-            best = value == max(values)
+            best = value == highest(values)
             sheet.paste(tile, (left, top + LINE))
             if best:
                 box = (left - 3, top + LINE - 3, left + TILE + 2, top + LINE + TILE + 2)
                 draw.rectangle(box, outline="green", width=4)
             below = top + LINE + TILE + 2
             draw.text((left, below), shorten(name, 22), "gray", font)
-            draw.text((left, below + 15), f"{value:.2f}", "green" if best else "black", font)
+            draw.text((left, below + 15), f"{value:.4f}", "green" if best else "black", font)
     return sheet
+
+
+def highest(row: list[float]) -> float:
+    """Return the best score; NaN, where a judge's answer could not be read, is not one."""
+    return max((score for score in row if not math.isnan(score)), default=math.nan)
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:

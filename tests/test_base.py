@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -412,12 +414,54 @@ class TestProperties:
         assert choose_dtype(None, torch.bfloat16) == torch.bfloat16
         assert choose_dtype(torch.float16, torch.bfloat16) == torch.float16
 
-    @pytest.mark.parametrize("wrong", ["float16", torch.int8, float, 16])
+    @pytest.mark.parametrize("wrong", ["float16", torch.int8, torch.float8_e4m3fn, float, 16])
     def test_a_dtype_that_is_not_floating_is_refused(self, wrong: Any, tiny_folder: Path) -> None:
-        with pytest.raises(TypeError, match=r"torch_dtype must be a floating torch\.dtype, got "):
+        with pytest.raises(TypeError, match=r"torch_dtype must be one of torch\.float32, .*, got "):
             PickScoreMetric.from_pretrained(
                 ModelConfig(path=tiny_folder), device="cpu", torch_dtype=wrong
             )
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            (
+                {"model_config": "DiffSynth-Studio/ImageMetrics"},
+                TypeError,
+                "must be a ModelConfig, got 'D",
+            ),
+            ({"processor_config": "cpu"}, TypeError, r"must be a ModelConfig.*write ModelConfig\(path="),
+            ({"torch_dtype": "bf16"}, TypeError, "torch_dtype must be one of"),
+            ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
+            ({"device": "gpu"}, RuntimeError, "device"),
+            ({"max_length": 2}, ValueError, "max_length must be an int of at least 3, got 2"),
+            ({"max_length": "5"}, ValueError, "max_length must be an int of at least 3, got '5'"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["PickScore", "HPSv2", "Aesthetic", "ImageReward"])
+    def test_wrong_arguments_are_refused_before_files_are_fetched(
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        error: type[Exception],
+        message: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fetch(*_: object, **__: object) -> list[str]:
+            raise AssertionError("files were asked for")
+
+        monkeypatch.setattr(ModelConfig, "resolve", fetch)
+        metric_class = getattr(diffsynth_metrics, f"{name}Metric")
+        if "max_length" in arguments and name in ("HPSv2", "Aesthetic"):
+            return
+        with pytest.raises(error, match=message):
+            metric_class.from_pretrained(**arguments)
+
+    def test_a_metric_can_be_copied_and_pickled(self, tiny_metric: PickScoreMetric) -> None:
+        image = torch.zeros(3, 32, 32)
+        expected = tiny_metric.compute("a cat", image)
+        for twin in (copy.deepcopy(tiny_metric), pickle.loads(pickle.dumps(tiny_metric))):
+            assert twin.compute("a cat", image) == expected
+            assert twin.model is not tiny_metric.model
 
 
 class TestCards:

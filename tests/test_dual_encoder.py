@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,18 @@ class TestMemoryOfPrompts:
         metric.encode_text("a")
         assert encoded == [["a"], ["a"]]
 
+    def test_other_weights_or_lengths_forget_the_prompts(self, tiny_metric: PickScoreMetric) -> None:
+        metric = copy.deepcopy(tiny_metric)
+        prompt = "a cat on a sofa by the window"
+        first = metric.encode_text(prompt)
+        with torch.no_grad():
+            metric.model.text_projection.weight[0] *= -1
+        second = metric.encode_text(prompt)
+        metric.max_length = 5
+        third = metric.encode_text(prompt)
+        assert not torch.allclose(first, second, atol=1e-3)
+        assert not torch.allclose(second, third, atol=1e-3)
+
     def test_the_prompts_used_last_are_kept(self) -> None:
         cache = _TextCache(2)
         for prompt in ("a", "b"):
@@ -273,7 +286,7 @@ class TestMemoryOfPrompts:
 
     def test_a_remembered_prompt_keeps_no_other_row_alive(self, metric: PickScoreMetric) -> None:
         metric.encode_text([f"prompt {number}" for number in range(16)])
-        remembered = metric._text_cache.get("prompt 3")
+        remembered = metric._text_cache.get((metric._text_state(), "prompt 3"))
         assert remembered is not None
         assert remembered.untyped_storage().nbytes() == 24 * 4
 

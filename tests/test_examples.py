@@ -88,7 +88,7 @@ def test_quickstart_marks_the_right_picture_for_each_prompt(hub: LocalHub, tmp_p
     rows = [line for line in output.splitlines() if line.startswith("a ")]
     assert len(rows) == 5
     for position, row in enumerate(rows):
-        cells = re.findall(r"-?\d+\.\d\d\*?", row)
+        cells = re.findall(r"-?\d+\.\d+\*?", row)
         assert [cell.endswith("*") for cell in cells] == [i == position for i in range(5)], row
     with PIL.Image.open(tmp_path / "results" / "quickstart.png") as sheet:
         assert sheet.width > 5 * 160
@@ -104,6 +104,8 @@ def test_quickstart_marks_the_right_picture_for_each_prompt(hub: LocalHub, tmp_p
         ("hpsv3", "HPSv3"),
         ("image_reward", "ImageReward v1.0"),
         ("aesthetic", "LAION Aesthetic v2"),
+        ("unified_reward_2", "UnifiedReward 2.0"),
+        ("qwen_image_bench", "Qwen-Image-Bench"),
     ],
 )
 def test_quickstart_scores_the_users_pictures_with_a_published_metric(

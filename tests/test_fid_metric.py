@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
+import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -120,6 +124,7 @@ def test_a_score_is_a_float_that_prints_with_its_preprocessing(
     assert str(score) == (
         f"{float(score):.4f} (FID, preprocessing 'pytorch-fid', 12 reference and 9 generated images)"
     )
+    assert repr(score) == str(score) and json.dumps(score) == repr(float(score))
     assert f"{score:.2f}" == f"{float(score):.2f}"
     assert pickle.loads(pickle.dumps(score)) == score
     assert metric(pictures, pictures) == pytest.approx(0, abs=1e-6)
@@ -162,6 +167,22 @@ def test_links_are_followed_once(pictures: np.ndarray, tmp_path: Path) -> None:
     assert names == ["1.JPG", "2.webp", "b/1.JPG"]
 
 
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    metric: FIDMetric, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def forbidden(path: str) -> Any:
+        if Path(path).name == "below":
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    for on_error in ("raise", "skip"):
+        with pytest.raises(PermissionError, match="below"):
+            metric.statistics(folder, on_error=on_error)  # type: ignore[arg-type]
+
+
 def test_a_corrupt_file_stops_with_its_name(
     metric: FIDMetric, pictures: np.ndarray, tmp_path: Path
 ) -> None:
@@ -185,6 +206,71 @@ def test_a_corrupt_file_is_skipped_and_counted_on_request(
         file.unlink()
     with pytest.raises(ValueError, match="no generated image that can be read"):
         metric.evaluate(pictures, tmp_path, on_error="skip")
+
+
+def wrong_images(pictures: np.ndarray, folder: Path) -> dict[str, Any]:
+    """Sources of 12 images, of which image 3 is absent or invalid, and what is said of it."""
+    tensors = list((torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255).unbind())
+    with_nan, with_alpha = list(tensors), list(tensors)
+    with_nan[3] = torch.full_like(tensors[3], torch.nan)
+    with_alpha[3] = torch.zeros(4, 8, 8)
+    linked = shutil.copytree(folder, folder.parent / "linked")
+    third = sorted(linked.rglob("*.png"))[4]  # the first is hidden
+    third.unlink()
+    third.symlink_to("nowhere.png")
+    return {
+        "dangling link": (linked, "there is no file '.*png'"),
+        "absent path": ([*pictures[:3], folder / "absent.png", *pictures[4:]], "absent.png"),
+        "NaN": (with_nan, "nan"),
+        "wrong channels": (with_alpha, r"got shape \[(1, )?4, 8, 8\]"),
+        "one tensor with NaN": (torch.stack(with_nan), "nan"),
+        "batches with NaN": (lambda: iter(torch.stack(with_nan).split(6)), "batch 0.*image 3.*nan"),
+        "images with NaN": (lambda: iter(with_nan), "batch 3.*nan"),
+        "labelled": (lambda: iter([(torch.stack(with_nan), torch.zeros(12))]), "batch 0.*image 3.*nan"),
+        "absent path in a batch": (
+            lambda: iter([[*pictures[:3], "absent.png"], list(pictures[4:])]),
+            "batch 0.*image 3.*absent.png",
+        ),
+    }
+
+
+def test_an_absent_or_invalid_image_stops_or_is_skipped_alone(
+    metric: FIDMetric, pictures: np.ndarray, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, (source, message) in wrong_images(pictures, folder).items():
+        make = source if callable(source) else lambda source=source: source
+        with pytest.raises((ImageError, FileNotFoundError), match=message):
+            metric.statistics(make())
+        caplog.clear()
+        statistics = metric.statistics(make(), on_error="skip")
+        assert (statistics.count, statistics.skipped) == (11, 1), name
+        assert len(caplog.records) == 1
+        assert re.search("skipped: .*image 3|skipped: batch 3, image 0", caplog.text), name
+        assert re.search(message.rpartition(".*")[2], caplog.text), name
+
+
+def test_what_no_picture_can_be_is_not_skipped(metric: FIDMetric, pictures: np.ndarray) -> None:
+    images = [torch.full((3, 8, 8), torch.nan), pictures[0], torch.zeros(3, 8, 8, dtype=torch.int64)]
+    with pytest.raises(TypeError, match="image 2: a tensor must be uint8"):
+        metric.statistics(images, on_error="skip")
+    with pytest.raises(FileNotFoundError, match="no/such/folder"):
+        metric.statistics("no/such/folder", on_error="skip")
+
+
+def test_a_batch_of_several_tensors_of_images_is_an_error(metric: FIDMetric) -> None:
+    images = torch.zeros(4, 3, 8, 8)
+    for batch in ([images, images], (images, torch.zeros(4), images)):
+        with pytest.raises(TypeError, match=r"batch 0: .*yield one tensor of images per batch"):
+            metric.statistics(iter([batch]))
+
+
+def test_a_score_says_how_many_images_were_skipped(
+    metric: FIDMetric, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    corrupt(tmp_path, pictures)
+    score = metric.compute(pictures, tmp_path, on_error="skip")
+    assert (score.reference_skipped, score.generated_skipped) == (0, 2)
+    assert str(score).endswith("12 reference and 2 generated images, 0 and 2 more skipped)")
 
 
 def corrupt(folder: Path, pictures: np.ndarray) -> None:
@@ -223,9 +309,56 @@ def test_an_empty_folder_is_an_error(metric: FIDMetric, tmp_path: Path) -> None:
         metric.compute(tmp_path, tmp_path)
 
 
+class NoNetwork(Stub):
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        raise AssertionError("an image went through the network")
+
+
+@pytest.mark.parametrize(
+    ("generated", "options", "message"),
+    [
+        ("no/such/folder", {}, "no/such/folder"),
+        ([np.zeros((8, 8, 3), np.uint8), "absent.png"], {}, "absent.png"),
+        (np.zeros((1, 8, 8, 3), np.uint8), {}, "at least two images on each side, got 1 generated"),
+        ("statistics.npz", {"kid": True}, "need the generated images"),
+        ("statistics.npz", {"preprocessing": "diffsynth"}, "prepared as 'clean'"),
+        ("text.npz", {}, "not a readable"),
+        ([], {"on_error": "skip"}, "images is empty"),
+    ],
+)
+def test_both_sides_are_checked_before_the_first_is_computed(
+    metric: FIDMetric,
+    pictures: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generated: Any,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    metric.statistics(pictures).save("statistics.npz")
+    Path("text.npz").write_text("no zip file")
+    metric.model = NoNetwork()  # type: ignore[assignment]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        metric.evaluate(pictures, generated, **options)
+
+
+def test_a_preprocessing_that_contradicts_statistics_is_an_error(
+    metric: FIDMetric, pictures: np.ndarray
+) -> None:
+    statistics = metric.statistics(pictures)
+    assert metric.compute(statistics, statistics, preprocessing="clean").preprocessing == "clean"
+    with pytest.raises(ValueError, match="reference statistics were prepared as 'clean', which"):
+        metric.compute(statistics, statistics, preprocessing="pytorch-fid")
+    with pytest.raises(ValueError, match="given statistics were prepared as 'clean', which"):
+        metric.statistics(statistics, preprocessing="pytorch-fid")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"preprocessing": ""}, "must be one of clean, pytorch-fid.*got ''"),
+        ({"batch_size": 0}, "batch_size must be a positive int, got 0"),
         ({"preprocessing": "bilinear"}, "must be one of clean, pytorch-fid.*got 'bilinear'"),
         ({"on_error": "ignore"}, "'raise' or 'skip', got 'ignore'"),
         ({"num_workers": -1}, "num_workers must be an int of at least 0"),
@@ -235,8 +368,12 @@ def test_an_empty_folder_is_an_error(metric: FIDMetric, tmp_path: Path) -> None:
 def test_wrong_options_are_errors(
     metric: FIDMetric, pictures: np.ndarray, options: dict[str, Any], message: str
 ) -> None:
+    statistics = metric.statistics(pictures)
     with pytest.raises(ValueError, match=message):
         metric.compute(pictures, pictures, **options)
+    if "on_error" not in options:
+        with pytest.raises(ValueError, match=message):
+            metric.compute(statistics, statistics, **options)
 
 
 def test_evaluate_returns_the_parts_and_what_they_were_made_of(
@@ -419,5 +556,42 @@ def test_the_metric_loads_its_checkpoint_and_knows_it(checkpoint: Path, tiny_fol
     assert features.shape == (2, 2048) and not torch.allclose(features[0], features[1])
     with pytest.raises(CheckpointError, match=r"not of FIDMetric|does not fit FIDMetric"):
         FIDMetric.from_pretrained(ModelConfig(path=tiny_folder))
-    with pytest.raises(ValueError, match="preprocessing must be one of"):
-        FIDMetric.from_pretrained(ModelConfig(path=checkpoint), preprocessing="none")
+
+
+def test_positional_arguments_are_those_of_diffsynth(checkpoint: Path) -> None:
+    metric = FIDMetric.from_pretrained(ModelConfig(path=checkpoint), "cpu", 3, 0)
+    assert metric.device.type == "cpu"
+    assert (metric.batch_size, metric.num_workers) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preprocessing": "none"}, "preprocessing must be one of"),
+        ({"batch_size": 0}, "batch_size must be a positive int"),
+        ({"num_workers": -1}, "num_workers must be an int"),
+        ({"torch_dtype": torch.int64}, "torch_dtype must be one of"),
+        ({"device": "nowhere"}, "device"),
+    ],
+)
+def test_wrong_options_are_told_before_files_are_fetched(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        FIDMetric.from_pretrained(ModelConfig(path="no/such/file"), **options)
+
+
+def test_half_precision_rounds_the_folded_network_once(checkpoint: Path) -> None:
+    full = FIDMetric.from_pretrained(ModelConfig(path=checkpoint), device="cpu")
+    half = FIDMetric.from_pretrained(
+        ModelConfig(path=checkpoint), device="cpu", torch_dtype=torch.bfloat16
+    )
+    assert half.dtype == torch.bfloat16
+    for name, expected in full.model.state_dict().items():
+        assert torch.equal(half.model.state_dict()[name], expected.to(torch.bfloat16)), name
+
+
+def test_statistics_know_the_dtype_of_the_network(metric: FIDMetric, pictures: np.ndarray) -> None:
+    reference = metric.statistics(pictures)
+    assert reference.dtype == "float32"
+    metric.model.double()
+    with pytest.warns(UserWarning, match="in float32 and float64"):
+        metric.compute(reference, pictures)

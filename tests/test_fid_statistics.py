@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from diffsynth_metrics.fid.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
-from diffsynth_metrics.fid.statistics import compare_statistics
+from diffsynth_metrics.fid.statistics import FeatureRows, compare_statistics
 
 D = 2048
 
@@ -153,6 +155,31 @@ def test_shards_in_files_merge_to_one_pass(tmp_path: Path) -> None:
     assert distance(merged, other) == pytest.approx(distance(statistics_of(values), other), rel=1e-9)
 
 
+def test_shards_of_one_image_or_none_merge_from_files(tmp_path: Path) -> None:
+    values = features(200, 1, 32)
+    merged = FIDStatistics()
+    for index, shard in enumerate(np.split(values, [0, 1, 2, 2, 150, 199])):
+        FIDStatistics(preprocessing="clean", skipped=1).update(shard).save(tmp_path / f"{index}.npz")
+        loaded = FIDStatistics.load(tmp_path / f"{index}.npz")
+        assert loaded.count == len(shard)
+        merged.merge(loaded)
+    once = FIDStatistics(preprocessing="clean").update(values)
+    assert (merged.count, merged.preprocessing, merged.skipped) == (200, "clean", 7)
+    np.testing.assert_allclose(merged.mean, once.mean, rtol=1e-9)
+    np.testing.assert_allclose(merged.covariance, once.covariance, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images_stay_too_few_in_a_file(count: int, tmp_path: Path) -> None:
+    FIDStatistics().update(features(count, 1, 4)).save(tmp_path / "few.npz")
+    with pytest.raises(ValueError, match=f"at least two images on each side, got {count}"):
+        compare_statistics(FIDStatistics.load(tmp_path / "few.npz"), statistics_of(features(9, 1, 4)))
+    with np.load(tmp_path / "few.npz") as file:  # another package gets no number from it
+        assert np.isnan(file["sigma"]).all()
+    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+        FIDStatistics.from_moments(np.zeros(4), np.eye(4), -1)
+
+
 def test_the_order_of_arrival_does_not_matter() -> None:
     values, other = features(1000, 1, 256), statistics_of(features(1000, 2, 256))
     shuffled = np.random.default_rng(0).permutation(values)
@@ -179,18 +206,30 @@ def test_statistics_unpack_as_mean_and_covariance() -> None:
     np.testing.assert_allclose(covariance, np.cov(values, rowvar=False), atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [5, 30, None])
+def test_writing_to_what_was_unpacked_changes_nothing(count: int | None) -> None:
+    values = features(30, 1, 8)
+    statistics = statistics_of(values[:count])
+    if count is None:
+        statistics = FIDStatistics.from_moments(*statistics)
+    before = distance(statistics, statistics_of(values))
+    for array in (*statistics, *statistics.mean_and_factor()):
+        array += 1
+    assert distance(statistics, statistics_of(values)) == before
+
+
 def test_statistics_survive_a_file(tmp_path: Path) -> None:
-    statistics = FIDStatistics(preprocessing="clean", weights="ab" * 32, skipped=3)
+    statistics = FIDStatistics(preprocessing="clean", weights="ab" * 32, dtype="float32", skipped=3)
     statistics.update(features(40, 1, 16))
     statistics.save(tmp_path / "a.npz")
     loaded = FIDStatistics.load(tmp_path / "a.npz")
-    assert (loaded.count, loaded.preprocessing, loaded.weights, loaded.skipped) == (
-        *(40, "clean", "ab" * 32, 3),
-    )
+    known = (loaded.count, loaded.preprocessing, loaded.weights, loaded.dtype, loaded.skipped)
+    assert known == (40, "clean", "ab" * 32, "float32", 3)
     np.testing.assert_array_equal(loaded.mean, statistics.mean)
     np.testing.assert_allclose(loaded.covariance, statistics.covariance, rtol=1e-14)
     assert repr(loaded) == (
-        "FIDStatistics(count=40, preprocessing='clean', weights='abababababab', skipped=3)"
+        "FIDStatistics(count=40, preprocessing='clean', weights='abababababab', dtype='float32', "
+        "skipped=3)"
     )
     with np.load(tmp_path / "a.npz") as file:  # as pytorch-fid reads it
         assert file["mu"][:].shape == (16,) and file["sigma"][:].shape == (16, 16)
@@ -207,6 +246,16 @@ def test_a_file_of_another_package_is_compared_and_not_merged(tmp_path: Path) ->
         own.merge(foreign)
     with pytest.raises(ValueError, match="do not know how many images"):
         foreign.update(values)
+
+
+def test_further_arrays_in_a_file_are_not_read(tmp_path: Path) -> None:
+    further = {"names": np.array(["a", None], dtype=object), "arr_0": np.zeros((100, 64, 64, 3))}
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(4), sigma=np.eye(4), **further)  # type: ignore[arg-type]
+    tracemalloc.start()
+    loaded = FIDStatistics.load(tmp_path / "adm.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (loaded.mean == 0).all() and peak < further["arr_0"].nbytes / 2
 
 
 def test_a_covariance_that_was_rounded_to_float32_is_read(tmp_path: Path) -> None:
@@ -245,13 +294,14 @@ def test_a_file_does_not_change_its_preprocessing(tmp_path: Path) -> None:
         ({"preprocessing": "pytorch-fid", "weights": "a"}, "'clean' and the generated images as"),
         ({"weights": "a"}, "does not say how"),
         ({"preprocessing": "clean", "weights": "b"}, "different weights"),
+        ({"preprocessing": "clean", "weights": "a", "dtype": "bfloat16"}, "in float32 and bfloat16"),
     ],
 )
 def test_sides_that_were_prepared_differently_are_warned_of(
     options: dict[str, str], message: str
 ) -> None:
     values = features(20, 1, 8)
-    reference = FIDStatistics(preprocessing="clean", weights="a").update(values)
+    reference = FIDStatistics(preprocessing="clean", weights="a", dtype="float32").update(values)
     generated = FIDStatistics(**options).update(values)
     with pytest.warns(UserWarning, match=message):
         compare_statistics(reference, generated)
@@ -262,6 +312,10 @@ def test_shards_that_were_prepared_differently_do_not_merge() -> None:
     with pytest.raises(ValueError, match="preprocessing 'clean' and 'diffsynth' cannot be merged"):
         FIDStatistics(preprocessing="clean").update(values).merge(
             FIDStatistics(preprocessing="diffsynth").update(values)
+        )
+    with pytest.raises(ValueError, match="dtype 'float32' and 'float16' cannot be merged"):
+        FIDStatistics(dtype="float32").update(values).merge(
+            FIDStatistics(dtype="float16").update(values)
         )
     with pytest.raises(ValueError, match="4 dimensions here and 8 there"):
         FIDStatistics().update(values).merge(FIDStatistics().update(values[:, :4]))
@@ -275,7 +329,7 @@ def test_one_image_is_too_few() -> None:
 
 
 def test_features_of_a_wrong_shape_are_errors() -> None:
-    for wrong in (np.zeros(3), np.zeros((0, 3)), np.zeros((2, 3, 1))):
+    for wrong in (np.zeros(3), np.zeros((3, 0)), np.zeros((2, 3, 1))):
         with pytest.raises(ValueError, match=r"must be \[N, D\]"):
             FIDStatistics().update(wrong)
 
@@ -302,6 +356,12 @@ def test_kid_is_that_of_the_kernel() -> None:
     assert kid == pytest.approx(within - 2 * across) and deviation == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(("count", "size"), [(9, 4), (999, 499), (1000, 1000), (1200, 1000)])
+def test_kid_takes_subsets_of_a_thousand_where_there_are_as_many(count: int, size: int) -> None:
+    x, y = features(count, 1, 4), features(count + 7, 2, 4)
+    assert kernel_distance(x, y, subsets=2) == kernel_distance(x, y, subsets=2, subset_size=size)
+
+
 def test_kid_is_unbiased_for_few_images() -> None:
     values = [kernel_distance(features(30, s, 16), features(30, s + 99, 16))[0] for s in range(20)]
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
@@ -323,8 +383,9 @@ def test_precision_recall_density_coverage_are_those_of_the_papers(nearest: int)
     def radii(values: np.ndarray) -> np.ndarray:
         return np.sort(np.linalg.norm(values[:, None] - values, axis=-1), axis=1)[:, nearest]
 
-    inside_real = np.linalg.norm(real[:, None] - fake, axis=-1) <= radii(real)[:, None]
-    inside_fake = np.linalg.norm(real[:, None] - fake, axis=-1) <= radii(fake)
+    to_reference = np.linalg.norm(real[:, None] - fake, axis=-1)
+    inside_real = to_reference <= radii(real)[:, None]
+    inside_fake = to_reference <= radii(fake)
     assert precision_recall_density_coverage(real, fake, nearest=nearest) == pytest.approx(
         {
             "precision": inside_real.any(axis=0).mean(),
@@ -335,6 +396,72 @@ def test_precision_recall_density_coverage_are_those_of_the_papers(nearest: int)
     )
     with pytest.raises(ValueError, match="more than"):
         precision_recall_density_coverage(real, fake[:nearest], nearest=nearest)
+
+
+@pytest.mark.parametrize("count", [40, 1100])
+def test_the_edge_of_a_ball_is_inside_for_precision_and_recall_only(count: int) -> None:
+    values = features(count, 1, 64)
+    # Equal sets: every 5th neighbour lies on the edge. prdc, by the authors of density, has 1 as well.
+    equal = precision_recall_density_coverage(values, values.copy())
+    assert equal == {"precision": 1, "recall": 1, "density": 1, "coverage": 1}
+    # Copies of one image: balls without radius, which hold nothing but their edge.
+    copies = np.repeat(values[:1], count, axis=0)
+    collapsed = precision_recall_density_coverage(copies, copies.copy())
+    assert collapsed == {"precision": 1, "recall": 1, "density": 0, "coverage": 0}
+
+
+@pytest.mark.parametrize("measure", ["kid", "prdc", "infinity"])
+def test_measures_on_features_need_no_memory_of_their_own(measure: str) -> None:
+    measures: dict[str, Callable[[np.ndarray], object]] = {
+        "kid": lambda x: kernel_distance(x[::2], x[1::2], subsets=2),
+        "prdc": lambda x: precision_recall_density_coverage(x[::2], x[1::2]),
+        "infinity": lambda x: fid_infinity(np.zeros(64), np.eye(64), x, points=3),
+    }
+    peaks = []
+    for count in (4200, 9000):  # more than two chunks on each side
+        values = np.random.default_rng(0).random((count, 64), dtype=np.float32)
+        tracemalloc.start()
+        measures[measure](values)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 0.25 * 4800 * 64 * 4, [f"{peak / 1e6:.1f} MB" for peak in peaks]
+
+
+def test_features_that_are_kept_are_held_once() -> None:
+    batches = [np.full((16, 512), index, dtype=np.float32) for index in range(300)]
+    tracemalloc.start()
+    rows = FeatureRows()
+    for batch in batches:
+        rows.append(batch)
+    joined = rows.take()
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(joined, np.concatenate(batches))
+    assert size < 1.01 * joined.nbytes and peak < 1.2 * joined.nbytes
+    assert rows.count == 0 and len(rows.take()) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the process from /proc")
+def test_memory_stays_flat_for_20000_features_of_the_networks_width() -> None:
+    script = (
+        "import numpy, re\nfrom diffsynth_metrics import FIDStatistics\n"
+        "block = numpy.random.default_rng(0).random((100, 2048), dtype=numpy.float32)\n"
+        "statistics, memory = FIDStatistics(), []\n"
+        "for index in range(1, 201):\n"
+        "    statistics.update(numpy.roll(block, index, axis=1))\n"
+        "    if index % 40 == 0:\n"
+        "        status = open('/proc/self/status').read()\n"
+        "        memory.append(int(re.search(r'VmHWM:\\s*(\\d+)', status)[1]) * 1024)\n"
+        "print(statistics.count, *memory)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+    )
+    count, *memory = map(int, output.stdout.split())
+    assert count == 20_000 and len(memory) == 5
+    print("peak after each 4,000:", *(f"{size / 1e6:.0f} MB" for size in memory))
+    assert memory[-1] - memory[0] < 20e6
 
 
 def test_statistics_need_no_torch() -> None:

@@ -19,7 +19,7 @@ from diffsynth_metrics.inputs import as_images, as_prompts, open_image, pair
 
 Photographs = dict[str, PIL.Image.Image]
 
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I", "F")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I")
 
 
 def in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
@@ -83,6 +83,11 @@ class TestPrompts:
     def test_an_empty_list_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"prompt is an empty list; pass at least one prompt"):
             as_prompts([])
+
+    @pytest.mark.parametrize(("prompt", "index"), [("a \ud83d cat", 0), (["a", "\ud800"], 1)])
+    def test_half_a_surrogate_pair_is_refused(self, prompt: str | list[str], index: int) -> None:
+        with pytest.raises(ValueError, match=f"^prompt {index} is not valid Unicode: "):
+            as_prompts(prompt)
 
     @pytest.mark.parametrize("images", [picture(), [picture()], grey(), torch.rand(2, 3, 4, 5)])
     def test_swapped_arguments_are_told_the_order(
@@ -362,6 +367,11 @@ class TestOpening:
         frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
         opened = open_image(tmp_path / "a.gif", "image 0")
         assert opened.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+    @pytest.mark.parametrize("mode", ["F", "La"])
+    def test_a_mode_that_has_no_rgb_is_refused(self, mode: str) -> None:
+        with pytest.raises(ImageError, match=f"image 3 has mode '{mode}': .*; convert it first"):
+            open_image(PIL.Image.new(mode, (5, 4)), "image 3")
 
     @pytest.mark.parametrize("mode", MODES)
     def test_the_callers_image_is_not_changed(

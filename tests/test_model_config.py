@@ -366,6 +366,18 @@ def test_a_damaged_folder_is_repaired(
     assert [name for name in FILES if hub.file_requests(name)] == ["PickScore/config.json"]
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "clip", "hidden_act": "quick_gelu"}', "{}"])
+def test_an_edited_config_is_used_without_the_network(
+    text: str, hub: LocalHub, local: Path, config: Callable[..., ModelConfig]
+) -> None:
+    paths = config("PickScore/").resolve()
+    (local / "PickScore/config.json").write_text(text)
+    hub.requests.clear()
+    assert config("PickScore/").resolve() == paths
+    assert (local / "PickScore/config.json").read_text() == text
+    assert hub.requests == []
+
+
 def test_a_cut_download_resumes(hub: LocalHub, local: Path, config: Callable[..., ModelConfig]) -> None:
     hub.cut_once(WEIGHTS, after_bytes=600_000)
     assert config(WEIGHTS).resolve() == [str(local / WEIGHTS)]

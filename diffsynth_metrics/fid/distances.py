@@ -7,6 +7,8 @@ FID_infinity, Chong and Forsyth 2020 (arXiv:1911.07023); precision and recall, K
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 __all__ = [
@@ -22,7 +24,12 @@ __all__ = [
 # Below this ratio of the smallest to the largest eigenvalue, rounding errors of a squared matrix would
 # show in the roots of its eigenvalues.
 _WELL_CONDITIONED = 1e-12
+# Rows that are compared with each other at once: float64 copies and distances of some 60 MB, however
+# many images there are.
 _CHUNK = 1024
+# Squared distances nearer to each other than this share of a squared norm are equal: they are computed
+# as |x|^2 + |y|^2 - 2xy, and the last digits depend on which block a pair falls into.
+_TIE = 1e-12
 
 
 def frechet_distance(
@@ -164,15 +171,25 @@ def fid_infinity(
     sizes = np.linspace(smallest, count, points).astype(int)
     values = []
     for size in sizes:
-        subset = np.asarray(features[generator.choice(count, size, replace=False)], dtype=np.float64)
-        own = (
-            factor_of_features(subset)
-            if size <= subset.shape[1]
-            else factor_of_covariance(np.cov(subset, rowvar=False))
-        )
-        values.append(sum(frechet_terms(mean, factor, subset.mean(axis=0), own)))
+        own = _mean_and_factor(features, generator.choice(count, size, replace=False))
+        values.append(sum(frechet_terms(mean, factor, *own)))
     slope_and_intercept = np.polyfit(1 / sizes, values, 1)
     return float(slope_and_intercept[1])
+
+
+def _mean_and_factor(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and covariance factor of the chosen rows, of which a chunk at a time is float64."""
+    count, dimensions = len(chosen), features.shape[1]
+    if count <= dimensions:
+        subset = features[chosen].astype(np.float64)
+        return subset.mean(axis=0), factor_of_features(subset)
+    chunks = [chosen[start : start + _CHUNK] for start in range(0, count, _CHUNK)]
+    mean = np.sum([features[chunk].sum(axis=0, dtype=np.float64) for chunk in chunks], axis=0) / count
+    scatter = np.zeros((dimensions, dimensions))
+    for chunk in chunks:
+        centred = features[chunk] - mean
+        scatter += centred.T @ centred
+    return mean, factor_of_covariance(scatter / (count - 1))
 
 
 def kernel_distance(
@@ -189,17 +206,20 @@ def kernel_distance(
     its subsets for the same seed. It may be slightly negative for equal distributions.
 
     Args:
-        features1: ``[N1, D]``.
-        features2: ``[N2, D]``.
+        features1: ``[N1, D]``, torch-fidelity's `input1`.
+        features2: ``[N2, D]``, torch-fidelity's `input2`.
         subsets: How many subsets are drawn of each side.
-        subset_size: Images in each; 1,000, or half of the smaller side if that is less.
+        subset_size: Images in each; by default 1,000 as in torch-fidelity, and half of the smaller side
+            where that has fewer images, for which torch-fidelity asks for a number.
         seed: Seed of the subsets.
 
     Raises:
         ValueError: A subset would be larger than a side, or smaller than two.
     """
     smaller = min(len(features1), len(features2))
-    size = min(1000, smaller // 2) if subset_size is None else subset_size
+    size = subset_size
+    if size is None:
+        size = 1000 if smaller >= 1000 else smaller // 2
     if not 2 <= size <= smaller:
         raise ValueError(
             f"KID subsets must have at least 2 images and at most {smaller}, as many as the smaller "
@@ -230,6 +250,10 @@ def precision_recall_density_coverage(
     ball, density how many reference balls hold a generated image (over `nearest`), coverage the share
     of reference balls that hold a generated image.
 
+    An image at the very edge of a ball, as an equal set has them, is inside for precision and recall
+    (Kynkäänniemi et al.; torch-fidelity) and outside for density and coverage (Naeem et al.'s ``prdc``),
+    as the authors have it.
+
     Args:
         reference: Features ``[N1, D]``.
         generated: Features ``[N2, D]``.
@@ -243,37 +267,59 @@ def precision_recall_density_coverage(
             f"precision and recall need more than {nearest} images on each side, got "
             f"{len(reference)} and {len(generated)}"
         )
-    reference = np.asarray(reference, dtype=np.float64)
-    generated = np.asarray(generated, dtype=np.float64)
-    reference_radii = _squared_radii(reference, nearest)
+    reference_radii = _squared_radii(reference, nearest)[:, None]
     generated_radii = _squared_radii(generated, nearest)
-    balls_around_generated = np.zeros(len(generated), dtype=int)
-    recalled, covered = 0, 0
-    for start in range(0, len(reference), _CHUNK):
-        distances = _squared_distances(reference[start : start + _CHUNK], generated)
-        in_reference_ball = distances <= reference_radii[start : start + _CHUNK, None]
-        balls_around_generated += in_reference_ball.sum(axis=0)
-        covered += int(in_reference_ball.any(axis=1).sum())
-        recalled += int((distances <= generated_radii).any(axis=1).sum())
+    tie = _TIE * max(_largest_square(reference), _largest_square(generated))
+    precise = np.zeros(len(generated), dtype=bool)
+    recalled, covered = np.zeros((2, len(reference)), dtype=bool)
+    held = 0
+    for rows, columns, distances in _blocks(reference, generated):
+        precise[columns] |= (distances <= reference_radii[rows] + tie).any(axis=0)
+        recalled[rows] |= (distances <= generated_radii[columns] + tie).any(axis=1)
+        inside = distances < reference_radii[rows] - tie
+        covered[rows] |= inside.any(axis=1)
+        held += int(inside.sum())
     return {
-        "precision": float((balls_around_generated > 0).mean()),
-        "recall": recalled / len(reference),
-        "density": float(balls_around_generated.mean() / nearest),
-        "coverage": covered / len(reference),
+        "precision": float(precise.mean()),
+        "recall": float(recalled.mean()),
+        "density": held / nearest / len(generated),
+        "coverage": float(covered.mean()),
     }
 
 
 def _squared_radii(features: np.ndarray, nearest: int) -> np.ndarray:
-    radii = []
-    for start in range(0, len(features), _CHUNK):
-        distances = _squared_distances(features[start : start + _CHUNK], features)
-        rows = np.arange(len(distances))
-        distances[rows, start + rows] = 0  # to itself, without rounding
-        radii.append(np.partition(distances, nearest, axis=1)[:, nearest])
-    return np.concatenate(radii)
+    """Return the squared distance of each to its `nearest`-th neighbour, ``[N]``."""
+    radii = np.empty(len(features))
+    for rows, columns, distances in _blocks(features, features):
+        if columns.start == 0:
+            smallest = np.empty((len(distances), 0))  # of this row of blocks, itself included
+        if rows == columns:
+            np.fill_diagonal(distances, 0)  # to itself, without rounding
+        candidates = np.concatenate([smallest, distances], axis=1)
+        kept = min(nearest, candidates.shape[1] - 1)
+        smallest = np.partition(candidates, kept, axis=1)[:, : kept + 1]
+        radii[rows] = smallest.max(axis=1)
+    return radii
+
+
+def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Yield rows of x, rows of y and the squared distances between them, float64."""
+    for row in range(0, len(x), _CHUNK):
+        rows = slice(row, min(row + _CHUNK, len(x)))
+        some_x = x[rows].astype(np.float64)
+        for column in range(0, len(y), _CHUNK):
+            columns = slice(column, min(column + _CHUNK, len(y)))
+            yield rows, columns, _squared_distances(some_x, y[columns].astype(np.float64))
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    squares = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * (x @ y.T)
-    distances: np.ndarray = np.maximum(squares, 0)
+    distances: np.ndarray = x @ y.T
+    distances *= -2
+    distances += (x * x).sum(axis=1)[:, None]
+    distances += (y * y).sum(axis=1)
+    np.maximum(distances, 0, out=distances)
     return distances
+
+
+def _largest_square(features: np.ndarray) -> float:
+    return float(np.einsum("nd,nd->n", features, features, dtype=np.float64).max())

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import PIL.Image
@@ -23,7 +23,14 @@ from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.fid.preprocessing import Preprocessing
 from diffsynth_metrics.inputs import ImagesInput, as_images, open_image
 
-__all__ = ["IMAGE_EXTENSIONS", "ImageReader", "ImageSource", "OnError", "image_files"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "ImageReader",
+    "ImageSource",
+    "OnError",
+    "choose_workers",
+    "image_files",
+]
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The files of a folder that are read, in any case."""
@@ -44,10 +51,11 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
 
     Raises:
         ValueError: There are no images.
+        OSError: A folder cannot be listed; the message names it.
     """
     files: list[Path] = []
     seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_stop):
         status = os.stat(root)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -67,6 +75,25 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(files)
 
 
+def _stop(error: OSError) -> None:
+    # os.walk would leave the folder out, and a part of the images would give another FID.
+    raise error
+
+
+def choose_workers(num_workers: int | None) -> int:
+    """Return the number of threads, or for None one per core and at most 8.
+
+    Raises:
+        ValueError: It is not an int of at least 0.
+    """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return min(cores or 1, 8)
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise ValueError(f"num_workers must be an int of at least 0, got {num_workers!r}")
+    return num_workers
+
+
 class ImageReader:
     """The images of a source as batches of network inputs, in order; iterate once.
 
@@ -74,7 +101,9 @@ class ImageReader:
     consumer, so memory does not grow with the number of images.
 
     Attributes:
+        preprocessing: What is done to each image.
         skipped: How many images could not be read so far, with ``on_error="skip"``.
+        total: How many images there are, skipped ones included, or None where only the end will tell.
     """
 
     def __init__(
@@ -94,7 +123,7 @@ class ImageReader:
             preprocessing: What is done to each.
             batch_size: The largest batch.
             num_workers: Number of threads; 0 works in the caller's thread.
-            on_error: What to do with an image that cannot be read.
+            on_error: What to do with an image that is absent, invalid or cannot be read.
             progress: Title of the progress bar, or None for no bar.
 
         Raises:
@@ -104,15 +133,13 @@ class ImageReader:
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"num_workers must be an int of at least 0, got {num_workers!r}")
         self.skipped = 0
-        self._preprocessing = preprocessing
+        self.preprocessing = preprocessing
         self._batch_size = batch_size
         self._workers = num_workers
         self._on_error = on_error
         self._progress = progress
-        self._images, self._total = _open_source(source)
+        self._images, self.total = _open_source(source, on_error)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield float32 ``[B, 299, 299, 3]`` with B at most the batch size.
@@ -123,7 +150,7 @@ class ImageReader:
         # Without a terminal, tqdm stays silent.
         disable = None if self._progress else True
         batch: list[np.ndarray] = []
-        with tqdm(total=self._total, desc=self._progress, unit="image", disable=disable) as bar:
+        with tqdm(total=self.total, desc=self._progress, unit="image", disable=disable) as bar:
             for prepared in self._in_order():
                 bar.update()
                 if isinstance(prepared, ImageError):
@@ -154,47 +181,85 @@ class ImageReader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, name: str, image: PIL.Image.Image | Path) -> np.ndarray | ImageError:
+    def _prepare(self, name: str, image: PIL.Image.Image | Path | ImageError) -> np.ndarray | ImageError:
+        if isinstance(image, ImageError):
+            return ImageError(f"{name}: {image}")
         try:
-            return self._preprocessing(open_image(image, name))
+            return self.preprocessing(open_image(image, name))
         except ImageError as error:
             if self._on_error == "raise":
                 raise
             return error
 
 
-_Named = tuple[str, "PIL.Image.Image | Path"]
+_Named = tuple[str, "PIL.Image.Image | Path | ImageError"]
 
 
-def _open_source(source: ImageSource) -> tuple[Iterator[_Named], int | None]:
+def _open_source(source: ImageSource, on_error: OnError) -> tuple[Iterator[_Named], int | None]:
     """Return the images of a source with names for messages, and their number if it is known."""
-    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-        source = image_files(source)
-    single = (PIL.Image.Image, str, os.PathLike, np.ndarray, torch.Tensor)
+    if isinstance(source, (str, os.PathLike)):
+        # A name that does not exist is a mistyped folder rather than an image to skip.
+        source = image_files(source) if os.path.isdir(source) else as_images(source)
+    single = (PIL.Image.Image, np.ndarray, torch.Tensor)
     if isinstance(source, (*single, Sequence)):
-        images = as_images(source)
-        return ((f"image {i}", _as_pil(images[i])) for i in range(len(images))), len(images)
+        images = _check(source, on_error)
+        return _named(images), len(images)
     if not isinstance(source, Iterable) or isinstance(source, (dict, set)):
         raise TypeError(
             "images must be a folder, an image, a list of images, an iterable of these, "
             f"or statistics; got {type(source).__name__}"
         )
-    return _from_batches(source), None
+    return _from_batches(source, on_error), None
 
 
-def _from_batches(batches: Iterable[Any]) -> Iterator[_Named]:
+def _from_batches(batches: Iterable[Any], on_error: OnError) -> Iterator[_Named]:
     for number, batch in enumerate(batches):
-        # What a DataLoader makes of a dataset with labels.
-        labelled = isinstance(batch, (tuple, list)) and batch and getattr(batch[0], "ndim", 0) == 4
         try:
-            images = as_images(batch[0] if labelled else batch)
+            images = _check(_without_labels(batch), on_error)
         except (ImageError, TypeError, ValueError, FileNotFoundError) as error:
             raise type(error)(f"batch {number}: {error}") from error
-        for index in range(len(images)):
-            yield f"batch {number}, image {index}", _as_pil(images[index])
+        yield from _named(images, f"batch {number}, ")
 
 
-def _as_pil(image: PIL.Image.Image | Path | torch.Tensor) -> PIL.Image.Image | Path:
+def _without_labels(batch: Any) -> Any:
+    """Return the images of what a DataLoader makes of a dataset with labels."""
+    if not isinstance(batch, (tuple, list)) or not batch or getattr(batch[0], "ndim", 0) != 4:
+        return batch
+    if any(getattr(other, "ndim", 0) == 4 for other in batch[1:]):
+        raise TypeError("it holds several tensors of images; yield one tensor of images per batch")
+    return batch[0]
+
+
+def _check(images: ImagesInput, on_error: OnError) -> Sequence[Any]:
+    """Return the checked images; to skip, with an error in the place of every image that has one."""
+    try:
+        return cast(Sequence[Any], as_images(images))
+    except (ImageError, FileNotFoundError):
+        if on_error == "raise":
+            raise
+    several = not isinstance(images, str) and (
+        isinstance(images, Sequence) or getattr(images, "ndim", 0) == 4
+    )
+    items: Any = images if several else [images]
+    return [_check_one(item, index) for index, item in enumerate(items)]
+
+
+def _check_one(image: Any, index: int) -> PIL.Image.Image | Path | torch.Tensor | ImageError:
+    try:
+        return as_images([image])[0]
+    except (ImageError, FileNotFoundError) as error:
+        return ImageError(str(error).removeprefix("image 0: "))
+    except TypeError as error:  # nothing that a picture could be: a mistake in the caller's code
+        raise TypeError(str(error).replace("image 0", f"image {index}", 1)) from error
+
+
+def _named(images: Sequence[Any], batch: str = "") -> Iterator[_Named]:
+    return ((f"{batch}image {index}", _as_pil(images[index])) for index in range(len(images)))
+
+
+def _as_pil(
+    image: PIL.Image.Image | Path | torch.Tensor | ImageError,
+) -> PIL.Image.Image | Path | ImageError:
     """Turn a tensor ``[3, H, W]`` into what it would be in a file: floats are rounded to bytes.
 
     It is a copy, so the caller may write to the tensor before a worker has read it.

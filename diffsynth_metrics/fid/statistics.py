@@ -13,10 +13,12 @@ from typing_extensions import Self
 
 from diffsynth_metrics.fid.distances import factor_of_covariance, factor_of_features, frechet_terms
 
-__all__ = ["FIDStatistics", "compare_statistics"]
+__all__ = ["FIDStatistics", "FeatureRows", "compare_statistics"]
 
 # Folding many rows at once is faster; once there is a matrix, few are left for every reader to add.
 _ROWS_KEPT = 256
+_TEXTS = ("preprocessing", "weights", "dtype")
+_KEYS = ("mu", "sigma", "count", "skipped", *_TEXTS)
 
 
 class FIDStatistics:
@@ -35,15 +37,22 @@ class FIDStatistics:
     Attributes:
         preprocessing: Name of the preprocessing of the images, or None where it is not known.
         weights: sha256 of the weight file that made the features, or None where it is not known.
+        dtype: Dtype of the network that made them, such as ``"float32"``, or None where it is not known.
         skipped: How many images could not be read and are not counted.
     """
 
     def __init__(
-        self, *, preprocessing: str | None = None, weights: str | None = None, skipped: int = 0
+        self,
+        *,
+        preprocessing: str | None = None,
+        weights: str | None = None,
+        dtype: str | None = None,
+        skipped: int = 0,
     ) -> None:
         """Start without images."""
         self.preprocessing = preprocessing
         self.weights = weights
+        self.dtype = dtype
         self.skipped = skipped
         self._rows: list[np.ndarray] = []  # not folded yet, [n, D] each, together less than D
         self._folded: int | None = 0  # how many images the two below stand for; None: not known
@@ -59,11 +68,13 @@ class FIDStatistics:
         *,
         preprocessing: str | None = None,
         weights: str | None = None,
+        dtype: str | None = None,
         skipped: int = 0,
     ) -> Self:
         """Make statistics of a mean ``[D]`` and a covariance ``[D, D]`` (ddof 1).
 
-        Without `count` they can be compared, and not be merged or updated.
+        Without `count` they can be compared, and not be merged or updated. With a count of 0 or 1, which
+        has no covariance, they can be merged, and the values of the matrix are not looked at.
 
         Raises:
             ValueError: Shapes do not fit, or values are not finite.
@@ -73,11 +84,13 @@ class FIDStatistics:
             raise ValueError(
                 f"mean and covariance must be [D] and [D, D], got {mean.shape} and {covariance.shape}"
             )
+        if count is not None and count < 0:
+            raise ValueError(f"count must be at least 0, got {count}")
+        if count in (0, 1):
+            covariance = np.zeros(covariance.shape)
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("mean or covariance hold values that are not finite")
-        if count is not None and count < 2:
-            raise ValueError(f"a covariance needs at least two images, got count {count}")
-        statistics = cls(preprocessing=preprocessing, weights=weights, skipped=skipped)
+        statistics = cls(preprocessing=preprocessing, weights=weights, dtype=dtype, skipped=skipped)
         statistics._folded = count
         statistics._mean = mean.astype(np.float64)
         statistics._scatter = covariance.astype(np.float64) * (1 if count is None else count - 1)
@@ -90,19 +103,19 @@ class FIDStatistics:
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean of the features, float64 ``[D]``."""
-        return self._moments()[1]
+        """Mean of the features, float64 ``[D]``; a copy."""
+        return np.array(self._moments()[1])
 
     @property
     def covariance(self) -> np.ndarray:
-        """Covariance of the features (ddof 1), float64 ``[D, D]``.
+        """Covariance of the features (ddof 1), float64 ``[D, D]``; a copy.
 
         Raises:
             ValueError: There are fewer than two images.
         """
         count, _, scatter = self._moments()
         if count is None:
-            return scatter
+            return np.array(scatter)
         self._need_two()
         covariance: np.ndarray = scatter / (count - 1)
         return covariance
@@ -116,13 +129,13 @@ class FIDStatistics:
         """Count more images.
 
         Args:
-            features: ``[N, D]``, any floating dtype.
+            features: ``[N, D]``, any floating dtype; N may be 0, as in a shard without images.
 
         Raises:
             ValueError: The shape does not fit, or a value is not finite.
         """
         features = np.asarray(features)
-        if features.ndim != 2 or 0 in features.shape:
+        if features.ndim != 2 or features.shape[1] == 0:
             raise ValueError(f"features must be [N, D], got shape {features.shape}")
         if not np.isfinite(features).all():
             row = int(np.argmin(np.isfinite(features).all(axis=1)))
@@ -144,7 +157,7 @@ class FIDStatistics:
         Raises:
             ValueError: One side does not know its count, or they were prepared differently.
         """
-        for name in ("preprocessing", "weights"):
+        for name in _TEXTS:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs and self.count != 0 and other.count != 0:
                 raise ValueError(f"statistics with {name} {mine!r} and {theirs!r} cannot be merged")
@@ -152,6 +165,7 @@ class FIDStatistics:
         other._need_count()
         if self.count == 0:
             self.preprocessing, self.weights = other.preprocessing, other.weights
+            self.dtype = other.dtype
         if other._folded:
             self._need_dimensions(len(other._mean))
             moments = (self._folded, self._mean, self._scatter)
@@ -165,20 +179,24 @@ class FIDStatistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file that pytorch-fid reads too (``mu`` and ``sigma``).
 
-        The further keys are ``count``, ``preprocessing``, ``weights`` and ``skipped``.
+        The further keys are ``count``, ``preprocessing``, ``weights``, ``dtype`` and ``skipped``. A
+        shard of one image or none is saved to be merged; its ``sigma`` is NaN, like `numpy.cov`'s.
 
         Raises:
-            ValueError: The name does not end in ``.npz``, or there are fewer than two images.
+            ValueError: The name does not end in ``.npz``.
         """
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"statistics are saved to a name that ends in .npz, got {str(path)!r}")
+        mean = self.mean
+        enough = self.count is None or self.count >= 2
         values = {
-            "mu": self.mean,
-            "sigma": self.covariance,
+            "mu": mean,
+            "sigma": self.covariance if enough else np.full((len(mean), len(mean)), np.nan),
             "count": self.count,
             "preprocessing": self.preprocessing,
             "weights": self.weights,
+            "dtype": self.dtype,
             "skipped": self.skipped,
         }
         known: Any = {name: value for name, value in values.items() if value is not None}
@@ -200,14 +218,17 @@ class FIDStatistics:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+                # No others: they may be large, such as ADM's images, or objects that are not loaded.
+                names = sorted(file.files)
+                arrays = {name: file[name] for name in _KEYS if name in names}
         except FileNotFoundError:
             raise
         except Exception as error:  # np.load raises whatever zip, zlib and pickle raise
             raise ValueError(f"{path} is not a readable .npz file: {error}") from error
         if missing := {"mu", "sigma"} - arrays.keys():
-            raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}, only {sorted(arrays)}")
-        said = str(arrays["preprocessing"]) if "preprocessing" in arrays else None
+            raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}, only {names}")
+        texts = {name: str(arrays[name]) for name in _TEXTS if name in arrays}
+        said = texts.pop("preprocessing", None)
         if said and preprocessing and said != preprocessing:
             raise ValueError(f"{path} was prepared as {said!r}, not {preprocessing!r}")
         return cls.from_moments(
@@ -215,8 +236,8 @@ class FIDStatistics:
             arrays["sigma"],
             int(arrays["count"]) if "count" in arrays else None,
             preprocessing=said or preprocessing,
-            weights=str(arrays["weights"]) if "weights" in arrays else None,
             skipped=int(arrays["skipped"]) if "skipped" in arrays else 0,
+            **texts,
         )
 
     def mean_and_factor(self) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +251,7 @@ class FIDStatistics:
         if features is not None:
             return features.mean(axis=0), factor_of_features(features)
         count, mean, scatter = self._moments()
-        return mean, factor_of_covariance(scatter / (1 if count is None else count - 1))
+        return np.array(mean), factor_of_covariance(scatter / (1 if count is None else count - 1))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the mean and the covariance."""
@@ -240,6 +261,7 @@ class FIDStatistics:
         """Show what is known, not the arrays."""
         known = f"count={self.count}, preprocessing={self.preprocessing!r}"
         known += f", weights={self.weights[:12]!r}" if self.weights else ""
+        known += f", dtype={self.dtype!r}" if self.dtype else ""
         known += f", skipped={self.skipped}" if self.skipped else ""
         return f"FIDStatistics({known})"
 
@@ -268,6 +290,35 @@ class FIDStatistics:
         own = self._rows[0].shape[1] if self._rows else len(self._mean)
         if self.count and own != dimensions:
             raise ValueError(f"features have {dimensions} dimensions here and {own} there")
+
+
+class FeatureRows:
+    """Features that arrive batch by batch, in one array: joining them at the end would take it twice.
+
+    Attributes:
+        count: How many rows there are.
+    """
+
+    def __init__(self) -> None:
+        """Start without rows."""
+        self.count = 0
+        self._array = np.empty((0, 0), dtype=np.float32)
+
+    def append(self, features: np.ndarray) -> None:
+        """Add rows, float32 ``[B, D]``."""
+        end = self.count + len(features)
+        if end > len(self._array):
+            # An eighth more than needed, so that few of these copy; most systems only move pages.
+            self._array.resize((end + end // 8, features.shape[1]), refcheck=False)
+        self._array[self.count : end] = features
+        self.count = end
+
+    def take(self) -> np.ndarray:
+        """Hand over the rows, float32 ``[N, D]``, and start anew."""
+        taken, self._array = self._array, np.empty((0, 0), dtype=np.float32)
+        taken.resize((self.count, taken.shape[1]), refcheck=False)
+        self.count = 0
+        return taken
 
 
 _Moments = tuple[int | None, np.ndarray, np.ndarray]
@@ -320,6 +371,13 @@ def _warn_of_differences(reference: FIDStatistics, generated: FIDStatistics) -> 
         warnings.warn(
             "the two sides' features were made with different weights "
             f"({reference.weights[:12]} and {generated.weights[:12]}): this FID means nothing",
+            UserWarning,
+            stacklevel=4,
+        )
+    if reference.dtype and generated.dtype and reference.dtype != generated.dtype:
+        warnings.warn(
+            f"the two sides' features were made by networks in {reference.dtype} and {generated.dtype}: "
+            "the difference in rounding adds to this FID",
             UserWarning,
             stacklevel=4,
         )

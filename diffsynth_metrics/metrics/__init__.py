@@ -1,8 +1,9 @@
 """One file per metric: its card, how it is loaded, its formula.
 
-The metrics are public names of :mod:`diffsynth_metrics`; they can be imported from here as well, so
-that ``from diffsynth.metrics import PickScoreMetric`` needs only the package's name replaced. Each is
-imported on first use, because one metric should not pay for the libraries of the others.
+The metrics are public names of :mod:`diffsynth_metrics`; they can be imported from here as well, with
+``Metric`` and ``ModelConfig``, so that an import from ``diffsynth.metrics`` needs only the package's
+name replaced. Each is imported on first use, because one metric should not pay for the libraries of the
+others.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffsynth_metrics
 
 if TYPE_CHECKING:
+    from diffsynth_metrics.base import Metric
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
     from diffsynth_metrics.metrics.fid import FIDMetric
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
     from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
     from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
+    from diffsynth_metrics.model_config import ModelConfig
 
 __all__ = [
     "AestheticMetric",
@@ -28,6 +31,8 @@ __all__ = [
     "HPSv2Metric",
     "HPSv3Metric",
     "ImageRewardMetric",
+    "Metric",
+    "ModelConfig",
     "PickScoreMetric",
     "QwenImageBenchMetric",
     "UnifiedReward2Metric",

@@ -10,9 +10,10 @@ from torch.nn.functional import normalize as l2_normalize
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from typing_extensions import Self
 
-from diffsynth_metrics.base import ImageMetric, MetricCard, choose_device, choose_dtype, wants_gradients
+from diffsynth_metrics.base import ImageMetric, MetricCard, check_loading, wants_gradients
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_images
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.score_head import score_head
@@ -89,6 +90,7 @@ class AestheticMetric(ImageMetric):
         device: str | torch.device | None = None,
         torch_dtype: torch.dtype | None = None,
         batch_size: int = 16,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -101,21 +103,28 @@ class AestheticMetric(ImageMetric):
                 in any case.
             batch_size: The largest number of images in the network at once. It bounds memory and does
                 not change scores.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
         """
+        place, dtype = check_loading(
+            model_config, processor_config, device=device, torch_dtype=torch_dtype, batch_size=batch_size
+        )
         files = weight_files((model_config or cls.default_model).resolve())
         model = build_aesthetic(_vision_config(cls._architecture(model_config, files)))
         load_weights(
             model,
             files,
             metric=cls.__name__,
-            device=choose_device(device),
-            dtype=choose_dtype(torch_dtype, torch.float32),
+            device=place,
+            dtype=dtype,
             float32=("visual_projection", "layers"),
         )
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         return cls(model, batch_size=batch_size)
 
     def encode_image(self, images: ImagesInput) -> Tensor:

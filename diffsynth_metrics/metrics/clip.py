@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Hashable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 from typing_extensions import Self
 
-from diffsynth_metrics.base import MetricCard, choose_device, choose_dtype
-from diffsynth_metrics.checkpoint import load_weights, weight_files
+from diffsynth_metrics.base import MetricCard, check_loading, check_max_length
+from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
+from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.transforms import ShortestEdgeCrop
 
@@ -83,10 +86,11 @@ class CLIPMetric(DualEncoderMetric):
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
-        origin_file_pattern="CLIP-ViT-H-14-laion2B-s32B-b79K/",
+        origin_file_pattern="CLIP-ViT-H-14-laion2B-s32B-b79K/*.[jt]*",
     )
     processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
     model: CLIPModel
+    transform: ShortestEdgeCrop
 
     def __init__(
         self, model: CLIPModel, tokenizer: CLIPTokenizer, *, max_length: int, batch_size: int
@@ -97,7 +101,7 @@ class CLIPMetric(DualEncoderMetric):
         self.tokenizer = tokenizer
         self.max_length = max_length
         # A fast tokenizer keeps its padding in shared state, and refuses concurrent calls.
-        self._tokenizer_lock = threading.Lock()
+        self._tokenizer_lock = Lock()
 
     @classmethod
     def from_pretrained(
@@ -110,6 +114,7 @@ class CLIPMetric(DualEncoderMetric):
         batch_size: int = 16,
         max_length: int = 77,
         processor_kwargs: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -123,13 +128,21 @@ class CLIPMetric(DualEncoderMetric):
                 in any case.
             batch_size: The largest number of images or prompts in the network at once. It bounds
                 memory and does not change scores.
-            max_length: Prompts are cut to this number of tokens, at most the network's 77.
+            max_length: Prompts are cut to this number of tokens, begin and end included: at least 3,
+                at most the network's 77.
             processor_kwargs: Passed to the tokenizer's ``from_pretrained``.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
+            ValueError: `batch_size` or `max_length` is out of its range.
         """
+        check_max_length(max_length)
+        place, dtype = check_loading(
+            model_config, processor_config, device=device, torch_dtype=torch_dtype, batch_size=batch_size
+        )
         weights, processor = cls._resolve(model_config, processor_config)
         files = weight_files(weights)
         config = _clip_config(cls._architecture(model_config, files))
@@ -138,21 +151,21 @@ class CLIPMetric(DualEncoderMetric):
             model,
             files,
             metric=cls.__name__,
-            device=choose_device(device),
-            dtype=choose_dtype(torch_dtype, torch.float32),
+            device=place,
+            dtype=dtype,
             float32=("logit_scale", "text_projection", "visual_projection"),
         )
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         folder = cls._processor_folder(processor)
         tokenizer = CLIPTokenizer.from_pretrained(
             folder, local_files_only=True, **(processor_kwargs or {})
         )
-        if len(tokenizer) > config.text_config.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer in {folder} has {len(tokenizer)} tokens, the network "
-                f"only {config.text_config.vocab_size}; it belongs to another model"
-            )
+        _check_tokenizer(tokenizer, config.text_config, folder)
         max_length = min(max_length, config.text_config.max_position_embeddings)
-        return cls(model, tokenizer, max_length=max_length, batch_size=batch_size)
+        metric = cls(model, tokenizer, max_length=max_length, batch_size=batch_size)
+        _check_preprocessor(folder, metric.transform)
+        return metric
 
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
         model = self.model
@@ -176,8 +189,43 @@ class CLIPMetric(DualEncoderMetric):
         projection: Tensor = model.text_projection(pooled.to(model.text_projection.weight.dtype))
         return projection
 
+    def _text_state(self) -> Hashable:
+        return super()._text_state(), self.max_length
+
     def _score(self, cosine: Tensor) -> Tensor:
         return clip_score(cosine, self.model.logit_scale)
+
+
+def _check_tokenizer(tokenizer: CLIPTokenizer, config: CLIPTextConfig, folder: Path) -> None:
+    """Refuse another model's tokenizer, whose tokens would mean something else to the network."""
+    size = config.vocab_size
+    # transformers takes an id of 2, which old configs have, for "the largest id of the prompt".
+    end = size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    if len(tokenizer) > size or tokenizer.eos_token_id != end:
+        raise CheckpointError(
+            f"the tokenizer in {folder} belongs to another model: it has {len(tokenizer)} tokens and "
+            f"ends texts with {tokenizer.eos_token_id}, the network has {size} and reads texts at {end}"
+        )
+
+
+def _check_preprocessor(folder: Path, transform: ShortestEdgeCrop) -> None:
+    """Refuse a processor that prepares pictures in another way than this metric does."""
+    config = read_config([folder / "preprocessor_config.json"], "preprocessor_config.json") or {}
+    square = {"height": transform.size, "width": transform.size}
+    accepted: dict[str, list[Any]] = {
+        "image_mean": [list(transform.mean)],
+        "image_std": [list(transform.std)],
+        "size": [transform.size, {"shortest_edge": transform.size}, square],
+        "crop_size": [transform.size, square],
+        "resample": [3],
+        **{step: [True] for step in ("do_resize", "do_center_crop", "do_normalize", "do_rescale")},
+    }
+    for name, values in accepted.items():
+        if name in config and config[name] not in values:
+            raise CheckpointError(
+                f"{folder / 'preprocessor_config.json'} belongs to another model: it has {name} = "
+                f"{config[name]!r}, and this metric's pictures are prepared with {values[0]!r}"
+            )
 
 
 def _clip_config(config: dict[str, Any] | None) -> CLIPConfig:

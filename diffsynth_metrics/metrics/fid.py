@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models.inception import Inception3
 from typing_extensions import Self
 
-from diffsynth_metrics.base import BaseMetric, MetricCard, choose_device, choose_dtype
+from diffsynth_metrics.base import BaseMetric, MetricCard, check_batch_size, check_loading
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.fid.distances import (
     factor_of_features,
@@ -26,8 +26,8 @@ from diffsynth_metrics.fid.distances import (
     precision_recall_density_coverage,
 )
 from diffsynth_metrics.fid.preprocessing import find_preprocessing
-from diffsynth_metrics.fid.sources import ImageReader, ImageSource, OnError
-from diffsynth_metrics.fid.statistics import FIDStatistics, compare_statistics
+from diffsynth_metrics.fid.sources import ImageReader, ImageSource, OnError, choose_workers
+from diffsynth_metrics.fid.statistics import FeatureRows, FIDStatistics, compare_statistics
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.inception import FEATURES, build_inception, optimize_inception
 
@@ -46,17 +46,22 @@ class FIDScore(float):
         preprocessing: Name of the preprocessing of the generated images.
         reference_count: Number of reference images, or None if their file does not say.
         generated_count: Number of generated images, or None if their file does not say.
+        reference_skipped: Number of reference images that could not be read.
+        generated_skipped: Number of generated images that could not be read.
     """
 
     preprocessing: str | None
     reference_count: int | None
     generated_count: int | None
+    reference_skipped: int
+    generated_skipped: int
 
     def __new__(cls, value: float, reference: FIDStatistics, generated: FIDStatistics) -> Self:
         """Label a value with the statistics that it comes from."""
         score = super().__new__(cls, value)
         score.preprocessing = generated.preprocessing
         score.reference_count, score.generated_count = reference.count, generated.count
+        score.reference_skipped, score.generated_skipped = reference.skipped, generated.skipped
         return score
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
@@ -64,12 +69,17 @@ class FIDScore(float):
         return float, (float(self),)
 
     def __str__(self) -> str:
-        """Show the value with preprocessing and numbers of images."""
+        """Show the value with preprocessing, numbers of images and how many were skipped."""
         counts = _count(self.reference_count), _count(self.generated_count)
+        skipped = self.reference_skipped, self.generated_skipped
+        left_out = f", {skipped[0]:,} and {skipped[1]:,} more skipped" if any(skipped) else ""
         return (
             f"{float(self):.4f} (FID, preprocessing {self.preprocessing!r}, "
-            f"{counts[0]} reference and {counts[1]} generated images)"
+            f"{counts[0]} reference and {counts[1]} generated images{left_out})"
         )
+
+    # A notebook shows this one.
+    __repr__ = __str__
 
 
 class FIDMetric(BaseMetric):
@@ -118,46 +128,56 @@ class FIDMetric(BaseMetric):
     def from_pretrained(
         cls,
         model_config: ModelConfig | None = None,
-        processor_config: ModelConfig | None = None,
-        *,
         device: str | torch.device | None = None,
-        torch_dtype: torch.dtype | None = None,
         batch_size: int = 16,
-        preprocessing: str = "clean",
         num_workers: int | None = None,
+        *,
+        processor_config: ModelConfig | None = None,
+        torch_dtype: torch.dtype | None = None,
+        preprocessing: str = "clean",
     ) -> Self:
-        """Load the metric.
+        """Load the metric; the order of the positional arguments is that of ``diffsynth.metrics``.
 
         Args:
             model_config: Where the weights are; the published ones by default.
-            processor_config: Accepted as in the other metrics and not needed.
             device: Any torch device; the best that torch reports by default.
-            torch_dtype: Dtype of the network; float32 by default, as everybody computes FID.
-                Statistics are float64 in any case.
             batch_size: The largest number of images in the network at once. It bounds memory and does
                 not change scores.
-            preprocessing: ``"clean"``, ``"pytorch-fid"``, ``"torch-fidelity"``, ``"torchmetrics"`` or
-                ``"diffsynth"``.
             num_workers: Threads that decode and resize images ahead of the network; as many as there
                 are cores, and at most 8, by default. 0 works in the caller's thread.
+            processor_config: Accepted as in the other metrics and not needed.
+            torch_dtype: Dtype of the network; float32 by default, as everybody computes FID.
+                Statistics are float64 in any case.
+            preprocessing: ``"clean"``, ``"pytorch-fid"``, ``"torch-fidelity"``, ``"torchmetrics"`` or
+                ``"diffsynth"``.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
-            ValueError: There is no such preprocessing.
+            TypeError: `torch_dtype` is no floating dtype, or `device` no device.
+            ValueError: There is no such preprocessing, or a number is out of range.
         """
+        # Whatever is wrong with these is said before the files are fetched.
         find_preprocessing(preprocessing)
+        choose_workers(num_workers)
+        place, dtype = check_loading(
+            model_config,
+            processor_config,
+            device=device,
+            torch_dtype=torch_dtype,
+            batch_size=batch_size,
+        )
         files = weight_files((model_config or cls.default_model).resolve())
         model = build_inception()
         load_weights(
             model,
             files,
             metric=cls.__name__,
-            device=choose_device(device),
-            dtype=choose_dtype(torch_dtype, torch.float32),
+            device=place,
+            dtype=torch.promote_types(dtype, torch.float32),
         )
         return cls(
-            optimize_inception(model),
+            optimize_inception(model).to(dtype),
             batch_size=batch_size,
             preprocessing=preprocessing,
             num_workers=num_workers,
@@ -182,11 +202,11 @@ class FIDMetric(BaseMetric):
                 them, an iterable of images or batches such as a DataLoader (never held in memory),
                 :class:`FIDStatistics`, or an ``.npz`` file with ``mu`` and ``sigma``.
             generated_images: The images to judge, in the same forms.
-            preprocessing: Another one than the metric's, for this call.
+            preprocessing: Another one than the metric's, for this call. Statistics keep their own.
             batch_size: Another one than the metric's, for this call.
             num_workers: Another number than the metric's, for this call.
-            on_error: ``"raise"`` stops at an image that cannot be read and names it; ``"skip"`` leaves
-                it out and counts it.
+            on_error: ``"raise"`` stops at an image that is absent, invalid or cannot be read and names
+                it; ``"skip"`` leaves it out and counts it.
             progress: Show a progress bar on a terminal.
 
         Returns:
@@ -194,25 +214,22 @@ class FIDMetric(BaseMetric):
 
         Raises:
             TypeError: An argument is no source of images.
-            ValueError: A side has fewer than two images, or features that are not finite.
+            ValueError: A side has fewer than two images or features that are not finite; or statistics
+                were prepared otherwise than `preprocessing` says.
             ImageError: An image cannot be read, or its values or channels are wrong.
             FileNotFoundError: A path does not exist.
 
         Warns:
             UserWarning: A side has fewer than 2,048 images, or the sides were prepared differently.
         """
-        reference, generated = (
-            self._extract(
-                images,
-                keep=False,
-                side=side,
-                preprocessing=preprocessing,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                on_error=on_error,
-                progress=progress,
-            )[0]
-            for side, images in (("reference", reference_images), ("generated", generated_images))
+        (reference, _), (generated, _) = self._extract_both(
+            reference_images,
+            generated_images,
+            preprocessing=preprocessing,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            on_error=on_error,
+            progress=progress,
         )
         score = FIDScore(sum(compare_statistics(reference, generated)), reference, generated)
         _warn_of_few_images(reference, generated)
@@ -237,7 +254,7 @@ class FIDMetric(BaseMetric):
         """Compute FID like :meth:`compute`, with its parts and with what else the features say.
 
         The images are read once. The three further measures need the features of both sides at the end
-        (``infinity``: of the generated images), 8 kB per image.
+        (``infinity``: of the generated images): 8 kB per image, and some 220 MB for any number of them.
 
         Args:
             reference_images: See :meth:`compute`.
@@ -263,19 +280,17 @@ class FIDMetric(BaseMetric):
             ImageError: See :meth:`compute`.
             FileNotFoundError: See :meth:`compute`.
         """
-        sides = {}
-        for side, images in (("reference", reference_images), ("generated", generated_images)):
-            sides[side] = self._extract(
-                images,
-                keep=kid or prdc or (infinity and side == "generated"),
-                side=side,
-                preprocessing=preprocessing,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                on_error=on_error,
-                progress=progress,
-            )
-        (reference, real), (generated, fake) = sides["reference"], sides["generated"]
+        (reference, real), (generated, fake) = self._extract_both(
+            reference_images,
+            generated_images,
+            keep_reference=kid or prdc,
+            keep_generated=kid or prdc or infinity,
+            preprocessing=preprocessing,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            on_error=on_error,
+            progress=progress,
+        )
         mean_term, covariance_term = compare_statistics(reference, generated)
         _warn_of_few_images(reference, generated)
         result: dict[str, Any] = {
@@ -317,16 +332,15 @@ class FIDMetric(BaseMetric):
         Returns:
             Count, mean and covariance, which unpack as ``mean, covariance``.
         """
-        return self._extract(
+        source = self._open(
             images,
-            keep=False,
-            side="images",
             preprocessing=preprocessing,
             batch_size=batch_size,
             num_workers=num_workers,
             on_error=on_error,
             progress=progress,
-        )[0]
+        )
+        return self._extract(source)[0]
 
     def encode_image(self, images: ImageSource, *, progress: bool = False) -> Tensor:
         """Compute the pool3 features that everything here is made of.
@@ -334,7 +348,7 @@ class FIDMetric(BaseMetric):
         Returns:
             float32 ``[N, 2048]`` on the CPU, of at least 0.
         """
-        _, features = self._extract(images, keep=True, side="images", progress=progress)
+        _, features = self._extract(self._open(images, progress=progress), keep=True)
         assert features is not None
         return torch.from_numpy(features)
 
@@ -346,47 +360,88 @@ class FIDMetric(BaseMetric):
         """Show the class, where it runs and its preprocessing."""
         return f"{super().__repr__()[:-1]}, preprocessing={self.preprocessing!r})"
 
-    def _extract(
+    def _extract_both(
+        self,
+        reference_images: FIDSource,
+        generated_images: FIDSource,
+        *,
+        keep_reference: bool = False,
+        keep_generated: bool = False,
+        **options: Any,
+    ) -> list[tuple[FIDStatistics, np.ndarray | None]]:
+        """Do :meth:`_extract` with both sides, after both were checked: the first may take hours."""
+        sides = (
+            ("reference", reference_images, keep_reference),
+            ("generated", generated_images, keep_generated),
+        )
+        sources = [self._open(images, side=side, **options) for side, images, _ in sides]
+        for source, (side, _, keep) in zip(sources, sides, strict=True):
+            count = source.count if isinstance(source, FIDStatistics) else source.total
+            if count is not None and count < 2:
+                raise ValueError(f"FID needs at least two images on each side, got {count} {side}")
+            if keep and isinstance(source, FIDStatistics) and source.features is None:
+                raise ValueError(
+                    f"KID, precision and recall, and FID_infinity need the {side} images; statistics do "
+                    "not hold their features"
+                )
+        return [
+            self._extract(source, side=side, keep=keep)
+            for source, (side, _, keep) in zip(sources, sides, strict=True)
+        ]
+
+    def _open(
         self,
         images: FIDSource,
         *,
-        keep: bool,
-        side: str,
+        side: str = "",
         preprocessing: str | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
         on_error: OnError = "raise",
         progress: bool = True,
+    ) -> FIDStatistics | ImageReader:
+        """Check a side and its options; nothing goes through the network yet."""
+        prepare = find_preprocessing(self.preprocessing if preprocessing is None else preprocessing)
+        batch_size = check_batch_size(self.batch_size if batch_size is None else batch_size)
+        num_workers = choose_workers(self.num_workers if num_workers is None else num_workers)
+        given = _given_statistics(images)
+        if given is None:
+            return ImageReader(
+                images,
+                prepare,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                on_error=on_error,
+                progress=f"FID ({prepare.name}), {side or 'images'}" if progress else None,
+            )
+        if preprocessing is not None and given.preprocessing not in (None, preprocessing):
+            raise ValueError(
+                f"the {side or 'given'} statistics were prepared as {given.preprocessing!r}, which "
+                f"preprocessing={preprocessing!r} contradicts"
+            )
+        return given
+
+    def _extract(
+        self, source: FIDStatistics | ImageReader, *, side: str = "", keep: bool = False
     ) -> tuple[FIDStatistics, np.ndarray | None]:
         """Return the statistics of a side, and its features ``[N, 2048]`` if they are to be kept."""
-        prepare = find_preprocessing(preprocessing or self.preprocessing)
-        given = _given_statistics(images)
-        if given is not None:
-            if keep and given.features is None:
-                raise ValueError(
-                    f"KID, precision and recall, and FID_infinity need the {side} images; statistics do "
-                    "not hold their features"
-                )
-            return given, given.features
-        reader = ImageReader(
-            images,
-            prepare,
-            batch_size=_positive(batch_size or self.batch_size),
-            num_workers=_workers(self.num_workers if num_workers is None else num_workers),
-            on_error=on_error,
-            progress=f"FID ({prepare.name}), {side}" if progress else None,
+        if isinstance(source, FIDStatistics):
+            return source, source.features if keep else None
+        statistics = FIDStatistics(
+            preprocessing=source.preprocessing.name,
+            weights=self.weights,
+            dtype=str(self.dtype).removeprefix("torch."),
         )
-        statistics = FIDStatistics(preprocessing=prepare.name, weights=self.weights)
-        kept = []
-        for batch in reader:
+        kept = FeatureRows()
+        for batch in source:
             features = self._features(batch)
             statistics.update(features)
             if keep:
                 kept.append(features)
-        statistics.skipped = reader.skipped
+        statistics.skipped = source.skipped
         if statistics.count == 0:
-            raise ValueError(f"there is no {side} image that can be read")
-        return statistics, np.concatenate(kept) if keep else None
+            raise ValueError(f"there is no {f'{side} image'.strip()} that can be read")
+        return statistics, kept.take() if keep else None
 
     def _features(self, batch: np.ndarray) -> np.ndarray:
         """Map network inputs ``[B, 299, 299, 3]`` to features ``[B, 2048]``, both float32."""
@@ -440,19 +495,6 @@ def _size(statistics: FIDStatistics) -> int:
 
 def _count(count: int | None) -> str:
     return "an unknown number of" if count is None else f"{count:,}"
-
-
-def _workers(num_workers: int | None) -> int:
-    if num_workers is not None:
-        return num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 8)
-
-
-def _positive(batch_size: int) -> int:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
-    return batch_size
 
 
 def _sha256(files: Sequence[Path]) -> str:

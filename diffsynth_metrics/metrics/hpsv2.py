@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from diffsynth_metrics.base import MetricCard, choose_device, choose_dtype
+from diffsynth_metrics.base import MetricCard, check_loading
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
+from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.transforms import Letterbox
@@ -90,6 +92,7 @@ class HPSv2Metric(DualEncoderMetric):
         batch_size: int = 16,
         scale: Literal["official", "diffsynth"] = "official",
         antialias: bool = True,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -105,6 +108,8 @@ class HPSv2Metric(DualEncoderMetric):
             batch_size: The largest number of images or prompts in the network at once. It bounds
                 memory and does not change scores.
             scale: ``"official"`` for the cosine, ``"diffsynth"`` for exp(logit_scale) * cosine.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
             antialias: Whether shrinking filters the image. True is what the authors' code does under
                 torchvision 0.17 and later; False is what it did before, when v2.0 was published.
 
@@ -115,6 +120,9 @@ class HPSv2Metric(DualEncoderMetric):
         """
         if scale not in ("official", "diffsynth"):
             raise ValueError(f"scale must be 'official' or 'diffsynth', got {scale!r}")
+        place, dtype = check_loading(
+            model_config, processor_config, device=device, torch_dtype=torch_dtype, batch_size=batch_size
+        )
         files = weight_files((model_config or cls.default_model).resolve())
         model = build_open_clip(
             _open_clip_config(cls._architecture(model_config, files, "open_clip_config.json"))
@@ -123,11 +131,13 @@ class HPSv2Metric(DualEncoderMetric):
             model,
             files,
             metric=cls.__name__,
-            device=choose_device(device),
-            dtype=choose_dtype(torch_dtype, torch.float32),
+            device=place,
+            dtype=dtype,
             float32=("logit_scale", "text_projection", "visual.proj"),
         )
         _detach_heads(model)
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         return cls(model, scale=scale, antialias=antialias, batch_size=batch_size)
 
     def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
@@ -156,5 +166,7 @@ def _detach_heads(model: open_clip.CLIP) -> None:
 
 
 def _open_clip_config(config: dict[str, Any] | None) -> dict[str, Any]:
-    model_config = open_clip.get_model_config("ViT-H-14") if config is None else config["model_cfg"]
-    return dict(model_config)
+    model_config = open_clip.get_model_config("ViT-H-14") if config is None else config.get("model_cfg")
+    if not isinstance(model_config, dict):
+        raise CheckpointError("the open_clip_config.json next to the weights has no 'model_cfg'")
+    return model_config

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from diffsynth_metrics.base import MetricCard, PromptMetric, choose_device, choose_dtype
 from diffsynth_metrics.checkpoint import load_weights, read_layout, weight_files
 from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, pair
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.hpsv3 import HPSv3Network, build_hpsv3, qwen2_vl_7b_config
@@ -76,7 +77,7 @@ class HPSv3Metric(PromptMetric):
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv3/model.safetensors"
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv3/"
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv3/*.[jt]*"
     )
     processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
     model: HPSv3Network
@@ -112,6 +113,7 @@ class HPSv3Metric(PromptMetric):
         min_pixels: int = _PIXELS,
         positions: Positions = "official",
         processor_kwargs: Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -133,6 +135,8 @@ class HPSv3Metric(PromptMetric):
                 ``diffsynth.metrics`` computes.
             processor_kwargs: Goes to the tokenizer's ``from_pretrained``; without ``local_files_only``,
                 which is always True.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights or tokenizer.
@@ -157,6 +161,8 @@ class HPSv3Metric(PromptMetric):
             float32=("rm_head",),
             unused=("lm_head.weight",),
         )
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         if device_map is not None:
             model = place(model, device_map, dtype)
         tokenizer = AutoTokenizer.from_pretrained(

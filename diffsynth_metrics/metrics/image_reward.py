@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,9 +10,12 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipConfig
 from typing_extensions import Self
 
-from diffsynth_metrics.base import MetricCard, PromptMetric, choose_device, choose_dtype
+from diffsynth_metrics.base import MetricCard, PromptMetric, check_loading, check_max_length
 from diffsynth_metrics.checkpoint import load_weights, weight_files
+from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
+from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.image_reward import (
     ImageRewardNetwork,
@@ -58,7 +60,7 @@ class ImageRewardMetric(PromptMetric):
         origin_file_pattern="ImageReward/model.safetensors",
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="ImageReward/"
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="ImageReward/*.[jt]*"
     )
     processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.txt")
     model: ImageRewardNetwork
@@ -72,7 +74,7 @@ class ImageRewardMetric(PromptMetric):
         self.tokenizer = tokenizer
         self.max_length = max_length
         # A fast tokenizer keeps its padding in shared state, and refuses concurrent calls.
-        self._tokenizer_lock = threading.Lock()
+        self._tokenizer_lock = Lock()
 
     @classmethod
     def from_pretrained(
@@ -85,6 +87,7 @@ class ImageRewardMetric(PromptMetric):
         torch_dtype: torch.dtype | None = None,
         batch_size: int = 16,
         max_length: int = _MAX_LENGTH,
+        gradient_checkpointing: bool = False,
     ) -> Self:
         """Load the metric.
 
@@ -99,12 +102,26 @@ class ImageRewardMetric(PromptMetric):
                 case.
             batch_size: The largest number of pairs in the network at once. It bounds memory and does
                 not change scores.
-            max_length: Prompts are cut and padded to this number of tokens.
+            max_length: Prompts are cut and padded to this number of tokens, at least 3 and at most the
+                network's 512.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
 
         Raises:
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
         """
+        check_max_length(max_length)
+        place, dtype = check_loading(
+            model_config,
+            tokenizer_config,
+            processor_config,
+            device=device,
+            torch_dtype=torch_dtype,
+            batch_size=batch_size,
+        )
+        if tokenizer_config is not None and processor_config is not None:
+            raise ValueError("tokenizer_config and processor_config name the same files: pass one")
         weights, processor = cls._resolve(model_config, tokenizer_config or processor_config)
         files = weight_files(weights)
         model = build_image_reward(_blip_config(cls._architecture(model_config, files)))
@@ -112,15 +129,24 @@ class ImageRewardMetric(PromptMetric):
             model,
             files,
             metric=cls.__name__,
-            device=choose_device(device),
-            dtype=choose_dtype(torch_dtype, torch.float32),
+            device=place,
+            dtype=dtype,
             float32=("mlp",),
         )
+        if gradient_checkpointing:
+            checkpoint_blocks(model)
         tokenizer = BertTokenizer.from_pretrained(
             cls._processor_folder(processor), local_files_only=True
         )
         # As the authors do; BERT's own files lack them, and a prompt may spell them out.
         tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+        vocabulary = model.blip.text_encoder.config.vocab_size
+        if len(tokenizer) != vocabulary:
+            raise CheckpointError(
+                f"the tokenizer belongs to another model: it has {len(tokenizer)} tokens, and the "
+                f"network {vocabulary}"
+            )
+        max_length = min(max_length, model.blip.text_encoder.config.max_position_embeddings)
         return cls(model, tokenizer, max_length=max_length, batch_size=batch_size)
 
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, float]]:

@@ -44,7 +44,7 @@ class PickScoreMetric(CLIPMetric):
         origin_file_pattern="PickScore/model.safetensors",
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="PickScore/"
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="PickScore/*.[jt]*"
     )
 
     def probabilities(self, prompt: str, images: ImagesInput) -> list[float]:

@@ -65,7 +65,7 @@ class QwenImageBenchMetric(JudgeMetric):
         model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="Qwen/Qwen-Image-Bench", origin_file_pattern=""
+        model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*"
     )
     published = staticmethod(qwen_image_bench_config)
 

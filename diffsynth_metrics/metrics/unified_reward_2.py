@@ -86,7 +86,8 @@ class UnifiedReward2Metric(JudgeMetric):
         origin_file_pattern="UnifiedReward-2.0-qwen35-9b/model-*.safetensors",
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="UnifiedReward-2.0-qwen35-9b/"
+        model_id="DiffSynth-Studio/ImageMetrics",
+        origin_file_pattern="UnifiedReward-2.0-qwen35-9b/*.[jt]*",
     )
     published = staticmethod(unified_reward_2_config)
 

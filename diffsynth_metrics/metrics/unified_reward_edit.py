@@ -95,7 +95,8 @@ class UnifiedRewardEditMetric(JudgeMetric):
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/model-*.safetensors",
     )
     default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/"
+        model_id="DiffSynth-Studio/ImageMetrics",
+        origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/*.[jt]*",
     )
     published = staticmethod(qwen3_vl_config)
 

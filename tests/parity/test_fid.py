@@ -106,6 +106,17 @@ def test_kid_equals_torch_fidelitys(clouds: tuple[np.ndarray, np.ndarray]) -> No
     assert deviation == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-4)
 
 
+def test_the_default_subsets_of_kid_are_torch_fidelitys() -> None:
+    generator = np.random.default_rng(3)
+    clouds = [generator.normal(size=(count, 8)).astype(np.float32) for count in (1500, 1100)]
+    with official("torch_fidelity", "torch-fidelity==0.4.0"):
+        from torch_fidelity.metric_kid import kid_features_to_metric
+
+        expected = kid_features_to_metric(*map(torch.from_numpy, clouds), kid_subsets=3, verbose=False)
+    ours = kernel_distance(*clouds, subsets=3)
+    assert ours == pytest.approx(tuple(expected.values()), rel=1e-3, abs=1e-6)
+
+
 def test_precision_and_recall_equal_torch_fidelitys(clouds: tuple[np.ndarray, np.ndarray]) -> None:
     reference, generated = clouds
     with official("torch_fidelity", "torch-fidelity==0.4.0"):

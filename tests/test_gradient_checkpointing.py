@@ -1,0 +1,69 @@
+"""Gradient checkpointing keeps less for the backward pass, and changes neither scores nor gradients."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffsynth_metrics
+from diffsynth_metrics import ModelConfig
+from diffsynth_metrics.testing import tiny_checkpoint
+
+METRICS = {
+    "pickscore": "PickScoreMetric",
+    "hpsv2": "HPSv2Metric",
+    "aesthetic": "AestheticMetric",
+    "image_reward": "ImageRewardMetric",
+    "hpsv3": "HPSv3Metric",
+}
+
+
+def load(name: str, folder: Path, **options: Any) -> Any:
+    metric_class = getattr(diffsynth_metrics, METRICS[name])
+    return metric_class.from_pretrained(
+        ModelConfig(path=folder), device="cpu", torch_dtype=torch.float32, **options
+    )
+
+
+def reward_and_gradient(metric: Any, name: str) -> tuple[Tensor, Tensor, int]:
+    """Return the reward, its gradient, and how many activations were kept in between."""
+    pixels = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    kept: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        reward = metric.reward(pixels) if name == "aesthetic" else metric.reward("a cat", pixels)
+    known = {weight.data_ptr() for weight in metric.model.parameters()}
+    (gradient,) = torch.autograd.grad(reward.sum(), pixels)
+    return reward.detach(), gradient, len(kept - known)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_less_is_kept_and_nothing_changes(name: str, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(name, tmp_path / name)
+    reward, gradient, kept = reward_and_gradient(load(name, folder), name)
+    metric = load(name, folder, gradient_checkpointing=True)
+    again, gradient_again, fewer = reward_and_gradient(metric, name)
+    assert gradient.abs().max() > 0
+    assert torch.equal(again, reward)
+    torch.testing.assert_close(gradient_again, gradient, rtol=1e-5, atol=1e-7)
+    assert fewer < 0.6 * kept
+
+
+def test_a_copy_computes_with_its_own_weights(tmp_path: Path) -> None:
+    metric = load("pickscore", tiny_checkpoint("pickscore", tmp_path), gradient_checkpointing=True)
+    expected = metric.compute("a cat", torch.ones(3, 64, 64))
+    twin = copy.deepcopy(metric)
+    with torch.no_grad():
+        for weight in metric.model.vision_model.encoder.parameters():
+            weight.zero_()
+    assert twin.compute("a cat", torch.ones(3, 64, 64)) == pytest.approx(expected, abs=1e-4)
+    assert metric.compute("a cat", torch.ones(3, 64, 64)) != pytest.approx(expected, abs=1e-2)
