@@ -339,6 +339,7 @@ def test_bad_options_are_errors(folder: Path, options: dict[str, Any], message: 
     [
         ({"positions": "other"}, ValueError, "positions must be 'official' or 'diffsynth'"),
         ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
+        ({"torch_dtype": torch.int8}, TypeError, "torch_dtype must be one of"),
         ({"max_pixels": 100}, ValueError, "max_pixels"),
         ({"processor_kwargs": {"local_files_only": True}}, TypeError, "local_files_only"),
     ],

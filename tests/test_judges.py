@@ -312,7 +312,7 @@ def test_qwen_image_bench_takes_any_shape_that_it_makes_square() -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_prompt_that_is_no_text_is_an_error_that_names_it(name: str) -> None:
     images: Any = [[RED, GREEN]] * 2 if name == "unified_reward_edit" else [RED, GREEN]
-    with pytest.raises(ValueError, match="prompt 1 cannot be tokenized"):
+    with pytest.raises(ValueError, match="prompt 1 is not valid Unicode"):
         CLASSES[name](Scripted()).evaluate(["a", "b \ud800"], images)
 
 
@@ -440,6 +440,8 @@ def test_a_misspelt_argument_is_an_error_and_not_ignored(name: str) -> None:
         ({"on_parse_error": "zero"}, ValueError, "on_parse_error must be one of"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a positive int, got 0"),
         ({"batch_size": True}, ValueError, "batch_size must be a positive int, got True"),
+        ({"torch_dtype": torch.int8}, TypeError, "torch_dtype must be one of"),
+        ({"processor_config": "folder"}, TypeError, "a config must be a ModelConfig"),
         ({"processor_kwargs": {"local_files_only": True}}, TypeError, "local_files_only"),
         ({"processor_kwargs": ["size"]}, TypeError, "processor_kwargs must be a mapping, got list"),
     ],

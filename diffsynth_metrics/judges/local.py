@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedConfig
 from typing_extensions import Self
 
+from diffsynth_metrics.base import check_batch_size
 from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
@@ -203,11 +204,11 @@ class LocalEngine(Engine):
         return ids
 
 
-def check_limits(batch_size: object, max_new_tokens: object) -> None:
+def check_limits(batch_size: int, max_new_tokens: int) -> None:
     """Raise a ValueError unless both are positive ints."""
-    for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive int, got {value!r}")
+    check_batch_size(batch_size)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
 
 
 def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:

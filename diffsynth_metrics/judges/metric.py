@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from typing_extensions import Self, TypedDict, Unpack
 
-from diffsynth_metrics.base import BaseMetric, choose_device, choose_dtype
+from diffsynth_metrics.base import BaseMetric, check_loading
 from diffsynth_metrics.checkpoint import weight_files
 from diffsynth_metrics.errors import AnswerError, ImageError
 from diffsynth_metrics.inputs import CheckedImages, open_image
@@ -30,7 +30,6 @@ from diffsynth_metrics.placement import DeviceMap
 __all__ = [
     "JudgeMetric",
     "Loading",
-    "check_prompts",
     "check_shape",
     "load_prompts",
     "mean",
@@ -121,6 +120,14 @@ class JudgeMetric(BaseMetric):
         batch_size = loading.get("batch_size", _BATCH_SIZE)
         max_new_tokens = loading.get("max_new_tokens", _MAX_NEW_TOKENS)
         check_limits(batch_size, max_new_tokens)
+        first, dtype = check_loading(
+            model_config,
+            processor_config,
+            device=device,
+            torch_dtype=loading.get("torch_dtype"),
+            batch_size=batch_size,
+            official=torch.bfloat16,
+        )
         on_parse_error = _checked_policy(loading.get("on_parse_error", "nan"))
         processor_kwargs = _checked_kwargs(loading.get("processor_kwargs"))
         weights, processor = cls._resolve(model_config, processor_config)
@@ -130,9 +137,9 @@ class JudgeMetric(BaseMetric):
             files,
             cls._processor_folder(processor),
             metric=cls.__name__,
-            device=choose_device(device),
+            device=first,
             device_map=device_map,
-            dtype=choose_dtype(loading.get("torch_dtype"), torch.bfloat16),
+            dtype=dtype,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             processor_kwargs=processor_kwargs,
@@ -227,19 +234,6 @@ def load_prompts(name: str) -> dict[str, Any]:
     file = resources.files("diffsynth_metrics") / "judges" / "prompts" / f"{name}.json"
     prompts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return prompts
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Check that prompts can be tokenized, so that an error names the one that cannot.
-
-    Raises:
-        ValueError: A prompt is no Unicode text: it has a lone surrogate.
-    """
-    for index, prompt in enumerate(prompts):
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt {index} cannot be tokenized: {error}") from error
 
 
 def check_shape(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:

@@ -18,7 +18,6 @@ from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import (
     JudgeMetric,
     Loading,
-    check_prompts,
     check_shape,
     load_prompts,
     mean,
@@ -143,7 +142,6 @@ class QwenImageBenchMetric(JudgeMetric):
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
         prompts, checked, count = pair(prompt, images)
-        check_prompts(prompts)
         pictures = [
             check_shape(self._resized(picture), f"image {index}")
             for index, picture in enumerate(rgb_images(checked))

@@ -16,7 +16,6 @@ from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Question
 from diffsynth_metrics.judges.metric import (
     JudgeMetric,
-    check_prompts,
     check_shape,
     load_prompts,
     mean,
@@ -113,7 +112,6 @@ class UnifiedReward2Metric(JudgeMetric):
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
         prompts, checked, count = pair(prompt, images)
-        check_prompts(prompts)
         pictures = [check_shape(image, f"image {i}") for i, image in enumerate(rgb_images(checked))]
         text = load_prompts("unified_reward_2")["user"]
         questions = [

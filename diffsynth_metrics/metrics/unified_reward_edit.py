@@ -20,7 +20,6 @@ from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import (
     JudgeMetric,
     Loading,
-    check_prompts,
     check_shape,
     load_prompts,
     mean,
@@ -165,7 +164,6 @@ class UnifiedRewardEditMetric(JudgeMetric):
         if both_orders and asked.images != _PAIR:
             raise ValueError(f"both_orders belongs to the pairwise tasks, and the task is {name}")
         prompts = as_prompts(prompt)
-        check_prompts(prompts)
         samples = [_sample(sample, index, name) for index, sample in enumerate(_samples(images))]
         if len(prompts) != len(samples) and not isinstance(prompt, str):
             raise ValueError(
