@@ -339,6 +339,23 @@ def test_bad_options_are_errors(folder: Path, options: dict[str, Any], message: 
         load(folder, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"positions": "other"}, ValueError, "positions must be 'official' or 'diffsynth'"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
+        ({"torch_dtype": torch.int8}, TypeError, "torch_dtype must be one of"),
+        ({"max_pixels": 100}, ValueError, "max_pixels"),
+        ({"processor_kwargs": {"local_files_only": True}}, TypeError, "local_files_only"),
+    ],
+)
+def test_options_are_checked_before_files_are_looked_for(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        HPSv3Metric.from_pretrained(ModelConfig(path="no such folder"), **options)
+
+
 def test_max_pixels_bounds_the_tokens_of_an_image(folder: Path, metric: HPSv3Metric) -> None:
     small = load(folder, max_pixels=28 * 28 * 16, min_pixels=28 * 28)
     with mock.patch.object(small.model.visual, "forward", wraps=small.model.visual.forward) as seen:

@@ -21,7 +21,13 @@ from diffsynth_metrics import (
     UnifiedReward2Metric,
     UnifiedRewardEditMetric,
 )
-from diffsynth_metrics.judges.answers import read_checklist, read_score_list
+from diffsynth_metrics.judges.answers import (
+    read_checklist,
+    read_labelled_scores,
+    read_pair_scores,
+    read_score_list,
+    read_winner,
+)
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 
 IMAGE = PIL.Image.new("RGB", (32, 32), "red")
@@ -88,6 +94,31 @@ UNIFIED_REWARD_2 = {
     "contradiction": (lines(3, 4, 2) + "\nAlignment Score (1-5): 4", (None, 4, 2)),
     "still thinking": ("<think>\n" + lines(3, 4, 2), (None, None, None)),
     "two numbers": (lines("3, or maybe 4", 4, 2), (None, 4, 2)),
+    "number words": (lines("3 or four", "3, or four", "3 and a half"), (None, None, None)),
+    "other scripts": (lines("3.４", "3 ½", "3²"), (None, None, None)),
+    "other dashes": (lines("3−4", "3～4", "3..4"), (None, None, None)),
+    "decimal comma": (lines("3,5", "4,5", "2;5"), (None, None, None)),
+    "units": (lines("5 %", "4 stars", "2nd"), (None, None, None)),
+    "approximate": (lines("~3", "3?", "3-ish"), (None, None, None)),
+    "marks in a number": (lines("2*.5", "4`5", "**3**.**5**"), (None, None, None)),
+    "labels in other words": (
+        lines(4, 5, 2)
+        .replace("Align", "Misalign")
+        .replace("Coh", "Incoh")
+        .replace("Style", "Lifestyle"),
+        (None, None, None),
+    ),
+    "foreign scales": (
+        "Alignment Score (0-100): 4\nCoherence Score (1-10): 5\nStyle Score (lower is better): 2",
+        (None, None, None),
+    ),
+    "its own scale": (lines(3, 4, 2).replace("1-5", "1 to 5"), (3, 4, 2)),
+    "corrected by what is no number": (
+        lines(3, 4, 2) + "\n\nOn reflection:\nAlignment Score (1-5): 4.5 out of 5",
+        (None, 4, 2),
+    ),
+    "corrected in a sentence": (lines(3, 4, 2) + "\nThe style score should be 1.", (3, 4, None)),
+    "conditional": ("If it were red, the " + lines(3, 4, 2), (None, 4, 2)),
     "infinite": (lines("inf", "9" * 400, 2), (None, None, 2)),
 }
 
@@ -121,6 +152,34 @@ POINTWISE = {
     "cut list": ('{"reasoning": "", "score": [20, 1', (None, None, None)),
     "nan": ('{"reasoning": "", "score": [NaN, 18]}', (None, None, None)),
     "empty": ("", (None, None, None)),
+    "a list in the reasoning": (
+        '{"reasoning": "A failed edit would have score: [0, 0].", "score": ["20", "18"]}',
+        (None, None, None),
+    ),
+    "a list in the reasoning, JSON broken": (
+        '{"reasoning": "A "failed" edit has score: [0, 0].", "score": [20 18]}',
+        (None, None, None),
+    ),
+    "another list of the JSON": ('{"max score": [25, 25], "given": [3, 4]}', (None, None, None)),
+    "a scalar beside a list": ('{"reasoning": "score: [1, 2]", "score": 19}', (None, None, None)),
+    "an unreadable correction": (
+        '{"score": [20, 18]}\nCorrected: {"score": [2/25, 3/25]}',
+        (None, None, None),
+    ),
+    "a correction in words": ('{"score": [20, 18]} The second should be 5.', (None, None, None)),
+    "an unreadable list after a good one": (
+        "score = [20, 18]\nscore = [2/25, 3/25]",
+        (None, None, None),
+    ),
+    "an exponent": ('{"score": [1e1, 18]}', (None, None, None)),
+    "true": ('{"score": [true, 18]}', (None, None, None)),
+    "huge": (f'{{"score": [{"9" * 5000}, 18]}}', (None, None, None)),
+    # the JSON decides
+    "a draft in the reasoning": (
+        '{"reasoning": "At first score: [25, 25].", "score": [2, 3]}',
+        (2, 3, "At first score: [25, 25]."),
+    ),
+    "the prompt's words": ("output score = [20, 18]", (20, 18, None)),
 }
 
 
@@ -161,6 +220,57 @@ RANK = {
     "conditional": ("If colour matters, edited image 1 is better.", None),
     "cut": ("Edited image 1 is bett", None),
     "empty": ("", None),
+    "although": (
+        "Although edited image 1 is better in colour, edited image 2 follows the instruction and "
+        "should be chosen.",
+        None,
+    ),
+    "while": (
+        "While edited image 1 is better at preserving the background, edited image 2 executes the "
+        "instruction, so edited image 2 is the one to pick.",
+        None,
+    ),
+    "in one respect": ("Edited image 1 is better at lighting. I choose edited image 2.", None),
+    "of a criterion": ("Instruction fidelity: edited image 1 is better. Overall: Image 2.", None),
+    "a question first": ("Edited image 1 is better? No, edited image 2.", None),
+    "false": ("It is false that edited image 1 is better.", None),
+    "doubt": ("I doubt that edited image 1 is better.", None),
+    "disagree": ("I disagree that edited image 1 is better.", None),
+    "in no way": ("Edited image 1 is better in no way.", None),
+    "less": ("Edited image 1 is preferred less.", None),
+    "partial tie": (
+        "Both edited images are equally good at keeping the background, and edited image 2 alone "
+        "adds the hat.",
+        None,
+    ),
+    "tie in one respect": (
+        "The two edits are equally successful in lighting. Only edited image 2 follows the instruction.",
+        None,
+    ),
+    "best at something else": ("Edited image 1 is best ignored.", None),
+    "worst": ("Edited image 1 is the winner of the worst edit award.", None),
+    "thought": ("Edited image 1 is better, I first thought. Edited image 2 follows the text.", None),
+    "retracted": ("Edited image 1 is better. No, the other one.", None),
+    "the other is named later": ("Edited image 1 is better. I choose edited image 2.", None),
+    "a reason that retracts": ("Edited image 1 is better because of colour, but it is worse.", None),
+    "denied in a word": ("Edited image 1 is better. It is not.", None),
+    "than itself": ("Edited image 1 is better than edited image 1.", None),
+    "answers that contradict": (
+        "<answer>Edited image 1 is better</answer> or <answer>Edited image 2 is better</answer>",
+        None,
+    ),
+    # reasoning first
+    "parts, then the verdict": (
+        "Edited image 1 is better in colour. Edited image 2 adds the hat. Overall, edited image 2 wins.",
+        2,
+    ),
+    "doubt, then the verdict": ("Is edited image 1 better? Edited image 2 is better.", 2),
+    "final output": ("### Final Output:\n**Final answer:** Edited image 1 is better.", 1),
+    "in the prompt's words": ("Based on the above evaluation, edited image 2 is better.", 2),
+    "both": ("Both edited images are equally good.", 0),
+    "it's a tie": ("It's a tie.", 0),
+    "preference": ("I prefer edited image 2 over edited image 1.", 2),
+    "twice": ("Edited image 1 is better.\nWinner: Image 1", 1),
 }
 
 
@@ -193,6 +303,54 @@ PAIR = {
     "fraction": ("Image 1: 7/10\nImage 2: 6/10", (None, None)),
     "huge": (f"Image 1: {'9' * 400}\nImage 2: 1", (None, None)),
     "empty": ("", (None, None)),
+    "sections": (
+        "**Edited Image 1:**\n1. Instruction Fidelity: red.\nScore: 3.5\n\n"
+        "**Edited Image 2:**\n1. Instruction Fidelity: blue.\nScore: -1.2",
+        (None, None),
+    ),
+    "decimal commas": ("Image 1: 2,5\nImage 2: 1,5", (None, None)),
+    "thousands": ("Image 1: 1,234.5\nImage 2: 2,345", (None, None)),
+    "apostrophes": ("Image 1: 1'000\nImage 2: 2", (None, None)),
+    "counts": (
+        "Image 1: 2 of 3 changes are made. Score: 4.5\nImage 2: 1 of 3 changes is made. Score: 1.5",
+        (None, None),
+    ),
+    "sums": ("Edited Image 1: 3.5 + 4.0 = 7.5\nEdited Image 2: 2 + 1 = 3", (None, None)),
+    "issues": ("Edited Image 1 - 3 issues found\nEdited Image 2 - 1 issue found", (None, None)),
+    "full-width range": ("Image 1: 2～3\nImage 2: 1", (None, None)),
+    "range with a minus": ("Image 1: 2−3\nImage 2: 1", (None, None)),
+    "range with dots": ("Image 1: 2..3\nImage 2: 1", (None, None)),
+    "range in words": ("Image 1: 2-to-3\nImage 2: 1", (None, None)),
+    "two numbers": ("Image 1: 2 and 3\nImage 2: 1", (None, None)),
+    "other digits": ("Image 1: 3.５\nImage 2: 1", (None, None)),
+    "marks in a number": ("Image 1: 2*3\nImage 2: 1", (None, None)),
+    "one number with a comma": ("Scores: 2,5", (None, None)),
+    "one score": ("Image 1: 2.5\nImage 2: 1\nScore: 9", (None, None)),
+    "parts of each image": (
+        '{"image_1": {"score": [8, 7]}, "image_2": {"score": [8, 7]}}',
+        (None, None),
+    ),
+    "parts of each image, in lines": (
+        '{"image_1": {\n"score": [8, 7]\n}, "image_2": {\n"score": [8, 7]\n}}',
+        (None, None),
+    ),
+    "corrected by fractions": (
+        "Image 1: 2.5\nImage 2: 1\nFinal: Image 1: 7/10, Image 2: 9/10",
+        (None, None),
+    ),
+    "corrected in a sentence": ("Image 1: 2.5\nImage 2: 1\nImage 1 should have 7.", (None, None)),
+    "a third image": ("Image 1: 2.5, Image 2: 1.5, Image 3: 4", (None, None)),
+    # ordinary forms
+    "a title": ("Scores:\n- **Edited Image 1:** 2.5\n- **Edited Image 2:** -1.5", (2.5, -1.5)),
+    "score for": ("Score for Edited Image 1: 2.5\nScore for Edited Image 2: 1", (2.5, 1)),
+    "comments": ("Edited Image 1: 2.5 (clean)\nEdited Image 2: 1.5 - visible seams", (2.5, 1.5)),
+    "sections, then the scores": (
+        "### Edited Image 1:\n1. **Fidelity** – good\n### Edited Image 2:\n1. **Fidelity** – bad\n"
+        "### Final Output:\nEdited Image 1 Score: 3.5\nEdited Image 2 Score: -1",
+        (3.5, -1),
+    ),
+    "long keys": ('{"edited_image_1_score": 2.5, "edited_image_2_score": 1}', (2.5, 1)),
+    "a sentence, then a list": ("Edited image 1 is better. score=[3,8]", (3, 8)),
 }
 
 
@@ -248,6 +406,32 @@ CHECKLIST = {
     "double key": ('</think>{"Noise": {"score": 1}, "Noise": {"score": 2}}', None),
     "two objects": ('</think>{"Noise": {"score": 1}} {"Noise": {"score": 2}}', None),
     "truncated": ('</think>{"Detail": {"Noise": {"score": 1}, "Edge Cl', None),
+    "a number beside level 2": (
+        '</think>{"Realism": {"Physical Logic": {"score": 1}}, "overall": 2, "version": 0}',
+        {"Realism": {"Physical Logic": 1}},
+    ),
+    "a number beside facets": ('</think>{"Noise": {"score": 1}, "overall": 2}', None),
+    "a text beside facets": ('</think>{"reasoning": "x", "Noise": {"score": 1}}', NOISE),
+    "a bare facet": ('</think>{"Noise": 1}', NOISE),
+    "only a score": ('</think>{"score": 2}', None),
+    "the score of level 2": ('</think>{"Realism": {"score": 2}}', None),
+    "the score of level 2 beside a facet": (
+        '</think>{"Realism": {"Physical Logic": {"score": 0}, "score": 2}}',
+        None,
+    ),
+    "a score beside parts": ('</think>{"Noise": {"score": 2, "Edge Clarity": {"score": 0}}}', None),
+    "a key in capitals": ('</think>{"Noise": {"Score": 1}}', None),
+    "lower case": ('</think>{"detail": {"noise": {"score": 1}}}', NOISE),
+    "no facet": ('</think>{"Detail": {"Overall": 2, "Noise": {"score": 1}}}', None),
+    "no facet, in the form of one": (
+        '</think>{"Detail": {"Noises": {"score": 2}, "Noise": {"score": 1}}}',
+        {"Detail": {"Noises": 2, "Noise": 1}},
+    ),
+    "one more level": ('</think>{"Quality": {"Detail": {"Noise": {"score": 1}}}}', None),
+    "corrected in words": ('</think>{"Noise": {"score": 1}} Correction: Noise deserves 0.', None),
+    "prose after": ('</think>{"Noise": {"score": 1}}\nI hope this helps.', None),
+    "an exponent": ('</think>{"Noise": {"score": 1e0}}', None),
+    "one and true": ('</think>{"Noise": {"score": 1}, "Noise": {"score": true}}', None),
     "nested deeply": ("</think>" + '{"a": ' * 5000, None),
     "empty": ("", None),
 }
@@ -280,6 +464,24 @@ def test_a_number_that_may_have_been_cut_is_not_read() -> None:
     assert (row["alignment"], row["coherence"], row["style"], row["score"]) == (3, 4, None, None)
     assert "cut off by max_new_tokens" in row["error"]
     assert row["raw_text"].endswith("2.8")
+
+
+def test_an_answer_that_was_cut_off_while_thinking_says_so() -> None:
+    row = UnifiedReward2Metric(Scripted(Answer("<think>\nLet me see", "length"))).evaluate("p", IMAGE)[0]
+    assert row["error"] == "the answer was cut off by max_new_tokens: it never stopped thinking"
+
+
+def test_a_row_says_how_its_answer_ended_also_where_everything_was_read() -> None:
+    cut = Answer(lines(3, 4, 2) + "\nBecause", "length")
+    row = UnifiedReward2Metric(Scripted(cut)).evaluate("p", IMAGE)[0]
+    assert (row["score"], row["error"], row["finish"]) == (3, None, "length")
+    assert UnifiedReward2Metric(Scripted(lines(3, 4, 2))).evaluate("p", IMAGE)[0]["finish"] == "stop"
+    cut = Answer('{"reasoning": "x", "score": [20, 18]', "length")
+    row = UnifiedRewardEditMetric(Scripted(cut)).evaluate("p", [IMAGE] * 2)[0]
+    assert (row["score"], row["error"], row["finish"]) == (19, None, "length")
+    answers = Scripted('</think>{"Noise": 1}', Answer("Let me think", "length"))
+    row = QwenImageBenchMetric(answers).evaluate("p", IMAGE, dimensions=["Quality", "Alignment"])[0]
+    assert row["finish"] == {"Quality": "stop", "Alignment": "length"}
 
 
 @pytest.mark.parametrize(
@@ -341,7 +543,16 @@ GOOD = {
     "qwen_image_bench": 'Let me see: 2 cats.\n</think>\n\n{"Realism": {"Physical Logic": {"score": 2}, '
     '"Material Texture": {"score": "N/A"}}, "Detail": {"Noise": {"score": 0}}}',
 }
-NOISY = [*'{}[]":,.-+0123456789eE/ \n', "NaN", "null", "true", "<think>", "</think>", "image 1", "not "]
+NOISY = [
+    *'{}[]":,.-+0123456789eE/*` \n',
+    "NaN",
+    "null",
+    "true",
+    "<think>",
+    "</think>",
+    "image 1",
+    "not ",
+]
 
 
 def mutated(text: str, rng: random.Random) -> str:
@@ -401,6 +612,30 @@ def test_readers_say_what_they_read_and_why_not() -> None:
     assert reading.values == {"a": None, "b": None, "reasoning": None}
     assert reading.problem == "a is 26, outside 0 to 25"
     reading = read_checklist(
-        Answer(json.dumps({"x": 2})), level2_of={}, rename={}, score_map={0: 0.0, 1: 60.0, 2: 100.0}
+        Answer(json.dumps({"y": 2})),
+        level2_of={"x": "a"},
+        rename={"y": "x"},
+        score_map={0: 0.0, 1: 60.0, 2: 100.0},
     )
-    assert reading.values == {"raw": {"x": {"x": 2}}, "scores": {"x": {"x": 100.0}}}
+    assert reading.values == {"raw": {"a": {"x": 2}}, "scores": {"a": {"x": 100.0}}}
+
+
+FLOODS = [" ", "\n", "\t\u00a0", '\\"', ", ", "image 1 ", "score=[", "<answer>"]
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_flood_is_refused_and_not_waited_for(flood: str) -> None:
+    for start in (
+        "Alignment Score",
+        "Alignment Score (1-5): 3",
+        "edited image 1",
+        "Image 1: 2",
+        "score:",
+    ):
+        answer = Answer(f'{{"score": [1, 2], "reasoning": "{start}{flood * (200_000 // len(flood))}x')
+        labels = {"alignment": "Alignment Score"}
+        assert read_labelled_scores(answer, labels, low=1, high=5).values
+        assert read_pair_scores(answer).values
+        assert read_score_list(answer, ("a", "b"), low=0, high=25).values
+        assert read_winner(answer).problem
+        assert read_checklist(answer, level2_of={}, rename={}, score_map={}).problem

@@ -17,11 +17,13 @@ import torch
 
 from diffsynth_metrics import (
     CheckpointError,
+    ImageError,
     ModelConfig,
     QwenImageBenchMetric,
     UnifiedReward2Metric,
     UnifiedRewardEditMetric,
 )
+from diffsynth_metrics.judges.architectures import build_judge, judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import JudgeMetric, load_prompts
 from diffsynth_metrics.testing import tiny_checkpoint
@@ -29,6 +31,8 @@ from diffsynth_metrics.testing import tiny_checkpoint
 RED = PIL.Image.new("RGB", (64, 48), "red")
 GREEN = PIL.Image.new("RGB", (48, 64), "green")
 BLUE = PIL.Image.new("RGB", (50, 50), "blue")
+WIDE = PIL.Image.new("RGB", (3000, 10))
+NOWHERE = ModelConfig(path="no such folder")
 
 CLASSES: dict[str, type[JudgeMetric]] = {
     "unified_reward_2": UnifiedReward2Metric,
@@ -43,6 +47,7 @@ DIGESTS = {
 SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|image_pad|>", "<|video_pad|>", "<think>", "</think>", "<tool_call>", "</tool_response>"),
+    "<|Reward|>",
 ]
 
 
@@ -180,6 +185,48 @@ def test_each_pair_may_have_dimensions_of_its_own() -> None:
     assert [row["dimensions"] for row in rows] == [["Quality"], ["Alignment"]]
     with pytest.raises(ValueError, match="got 1 sets of dimensions for 2 pairs"):
         metric.evaluate("a", [RED, GREEN], dimensions=[["Quality"]])
+    rows = metric.evaluate("a", [RED, GREEN], dimensions=["Quality, Aesthetics", None])
+    assert [len(row["dimensions"]) for row in rows] == [2, 5]
+
+
+def test_a_list_of_names_is_one_set_for_all_pairs() -> None:
+    rows = QwenImageBenchMetric(Scripted()).evaluate(
+        "a", [RED, GREEN], dimensions=["Quality", "Alignment"]
+    )
+    assert [row["dimensions"] for row in rows] == [["Quality", "Alignment"]] * 2
+
+
+@pytest.mark.parametrize(
+    "dimensions",
+    [
+        ["Quality, Aesthetics", "Alignment"],
+        [None, "Alignment"],
+        ["Quality", "Quality / Detail / Noise"],
+        [["Quality"], "Alignment"],
+    ],
+)
+def test_names_among_sets_of_pairs_are_ambiguous(dimensions: Any) -> None:
+    with pytest.raises(ValueError, match="dimensions mixes plain names"):
+        QwenImageBenchMetric(Scripted()).evaluate("a", [RED, GREEN], dimensions=dimensions)
+
+
+def test_dimensions_that_are_no_names_are_an_error() -> None:
+    with pytest.raises(TypeError, match="dimensions must be names of dimensions, got int"):
+        QwenImageBenchMetric(Scripted()).evaluate("a", RED, dimensions=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("side", [True, 1, 31, -5, 32.5, "1024", None])
+def test_the_side_of_large_images_is_checked(side: Any) -> None:
+    with pytest.raises(ValueError, match="resize_long_edge must be an int of at least 32, or 0"):
+        QwenImageBenchMetric(Scripted(), resize_long_edge=side)
+    with pytest.raises(ValueError, match="resize_long_edge must be"):
+        QwenImageBenchMetric.from_pretrained(NOWHERE, resize_long_edge=side)
+
+
+def test_large_images_are_left_as_they_are_on_request() -> None:
+    engine = Scripted()
+    QwenImageBenchMetric(engine, resize_long_edge=0).evaluate("a", PIL.Image.new("RGB", (2000, 300)))
+    assert engine.questions[0].content[1].size == (2000, 300)
 
 
 def test_an_unknown_dimension_is_an_error() -> None:
@@ -194,7 +241,8 @@ def test_unified_reward_2_returns_the_mean_and_its_parts() -> None:
     text = "Alignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 4.5"
     metric = UnifiedReward2Metric(Scripted(text))
     assert metric.evaluate("a", RED) == [
-        {"alignment": 2, "coherence": 3, "style": 4.5, "score": 9.5 / 3, "error": None, "raw_text": text}
+        {"alignment": 2, "coherence": 3, "style": 4.5, "score": 9.5 / 3}
+        | {"error": None, "raw_text": text, "finish": "stop"}
     ]
     assert metric.compute("a", RED) == metric.score("a", RED) == metric("a", RED) == [9.5 / 3]
     reward = metric.reward(["a", "b"], torch.rand(2, 3, 32, 32, requires_grad=True))
@@ -222,12 +270,50 @@ def test_unknown_tasks_and_wrong_numbers_of_images_are_errors() -> None:
     metric = UnifiedRewardEditMetric(Scripted())
     with pytest.raises(ValueError, match="there is no task 'rank'; there are edit_pointwise_score"):
         metric.evaluate("a", [RED, GREEN], task="rank")
-    with pytest.raises(ValueError, match=r"takes samples of 2 images \(source, edited\), and one has 3"):
+    with pytest.raises(
+        ValueError, match=r"takes samples of 2 images \(source, edited\), and sample 0 has 3"
+    ):
         metric.evaluate("a", [RED, GREEN, BLUE])
     with pytest.raises(ValueError, match="got 2 prompts and 1 samples"):
         metric.evaluate(["a", "b"], [RED, GREEN])
     with pytest.raises(ValueError, match="both_orders belongs to the pairwise tasks"):
         metric.evaluate("a", [RED, GREEN], both_orders=True)
+
+
+def test_an_error_of_an_edit_names_the_sample() -> None:
+    metric = UnifiedRewardEditMetric(Scripted())
+    good = [RED, GREEN]
+    with pytest.raises(ValueError, match=r"source, edited\), and sample 2 has 1"):
+        metric.evaluate("a", [good, good, [RED]])
+    with pytest.raises(FileNotFoundError, match=r"sample 1: image 1: there is no file 'nofile.png'"):
+        metric.evaluate("a", [good, [RED, "nofile.png"]])
+    with pytest.raises(TypeError, match="sample 1: image 0 must be a PIL image"):
+        metric.evaluate("a", [good, [None, RED]])
+    with pytest.raises(ImageError, match=r"sample 1: image 1: a float tensor must lie in 0..1"):
+        metric.evaluate("a", [good, [RED, torch.full((3, 8, 8), 2.0)]])
+    with pytest.raises(ImageError, match="sample 1: image 0: one side may be at most 200 times"):
+        metric.evaluate("a", [good, [WIDE, RED]])
+
+
+@pytest.mark.parametrize("name", ["unified_reward_2", "qwen_image_bench"])
+def test_an_extreme_aspect_ratio_is_an_error_that_names_the_image(name: str) -> None:
+    metric = CLASSES[name](Scripted())
+    with pytest.raises(
+        ImageError, match="image 1: one side may be at most 200 times the other, got 1000"
+    ):
+        metric.evaluate("a", [RED, PIL.Image.new("RGB", (1000, 4))])
+    assert len(metric.evaluate("a", [RED, PIL.Image.new("RGB", (800, 4))])) == 2
+
+
+def test_qwen_image_bench_takes_any_shape_that_it_makes_square() -> None:
+    assert len(QwenImageBenchMetric(Scripted()).evaluate("a", WIDE)) == 1
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_prompt_that_is_no_text_is_an_error_that_names_it(name: str) -> None:
+    images: Any = [[RED, GREEN]] * 2 if name == "unified_reward_edit" else [RED, GREEN]
+    with pytest.raises(ValueError, match="prompt 1 is not valid Unicode"):
+        CLASSES[name](Scripted()).evaluate(["a", "b \ud800"], images)
 
 
 def test_samples_of_an_edit_are_lists_of_images() -> None:
@@ -285,7 +371,17 @@ def test_a_dimension_that_cannot_be_read_leaves_no_total_but_the_others() -> Non
     assert row["total_score"] is None
     assert row["level1_scores"] == {"Quality": 60, "Alignment": None}
     assert row["parse_failures"] == ["Alignment"]
+    assert row["missing"]["Alignment"] is None
     assert row["errors"] == {"Alignment": "there is no JSON object"}
+
+
+def test_facets_that_an_answer_leaves_out_are_named_and_not_counted() -> None:
+    answer = '</think>{"Detail": {"Noise": {"score": 1}, "Edge Clarity": {"score": "N/A"}}}'
+    (row,) = QwenImageBenchMetric(Scripted(answer)).evaluate("a", RED, dimensions="Quality")
+    assert row["missing"] == {
+        "Quality": ["Physical Logic", "Material Texture", "Naturalness", "Resolution"]
+    }
+    assert row["total_score"] == 60
 
 
 def test_what_does_not_apply_is_left_out_of_the_total() -> None:
@@ -335,6 +431,41 @@ def test_a_checkpoint_of_another_architecture_is_an_error(name: str, folders: di
 def test_a_misspelt_argument_is_an_error_and_not_ignored(name: str) -> None:
     with pytest.raises(TypeError, match="unexpected argument 'batchsize'"):
         CLASSES[name].from_pretrained(batchsize=4)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"on_parse_error": "zero"}, ValueError, "on_parse_error must be one of"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a positive int, got 0"),
+        ({"batch_size": True}, ValueError, "batch_size must be a positive int, got True"),
+        ({"torch_dtype": torch.int8}, TypeError, "torch_dtype must be one of"),
+        ({"processor_config": "folder"}, TypeError, "a config must be a ModelConfig"),
+        ({"processor_kwargs": {"local_files_only": True}}, TypeError, "local_files_only"),
+        ({"processor_kwargs": ["size"]}, TypeError, "processor_kwargs must be a mapping, got list"),
+    ],
+)
+def test_arguments_are_checked_before_files_are_looked_for(
+    name: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CLASSES[name].from_pretrained(NOWHERE, **options)
+
+
+@pytest.mark.parametrize(
+    "published", [UnifiedReward2Metric.published, UnifiedRewardEditMetric.published]
+)
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rotary_frequencies_that_are_not_computed_here_are_an_error(published: Any, kind: str) -> None:
+    config = published().to_dict()
+    config["text_config"]["rope_parameters"] |= {
+        "rope_type": kind,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    }
+    with pytest.raises(CheckpointError, match=f"has the rope_type '{kind}'"):
+        build_judge(judge_config(config, published()))
 
 
 def test_a_missing_shard_is_an_error(folders: dict[str, Path], tmp_path: Path) -> None:

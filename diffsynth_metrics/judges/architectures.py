@@ -137,12 +137,20 @@ def build_judge(config: PreTrainedConfig) -> nn.Module:
 
     They are computed and not read, and whatever dtype the network runs in they stay float32: rounded to
     bfloat16, the angle at position 1000 is wrong by up to a radian.
+
+    Raises:
+        CheckpointError: The config asks for frequencies that are stretched for longer texts.
     """
+    rope = config.text_config.rope_parameters
+    if (kind := rope.get("rope_type", "default")) != "default":
+        raise CheckpointError(
+            f"the config.json next to the weights has the rope_type {kind!r}; the judges were trained "
+            "with 'default', and no other is computed here"
+        )
     _, network = _CLASSES[config.model_type]
     with torch.device("meta"):
         model: Any = network(config)
-    text_theta = config.text_config.rope_parameters["rope_theta"]
-    _set_frequencies(model.model.language_model.rotary_emb, text_theta)
+    _set_frequencies(model.model.language_model.rotary_emb, rope["rope_theta"])
     _set_frequencies(model.model.visual.rotary_pos_emb, _VISION_THETA)
     return model  # type: ignore[no-any-return]
 

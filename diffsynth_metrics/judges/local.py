@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedConfig
 from typing_extensions import Self
 
+from diffsynth_metrics.base import check_batch_size
 from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
@@ -20,7 +21,7 @@ from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.placement import DeviceMap, execution_device, place
 from diffsynth_metrics.plain_text import without_added_tokens
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "check_limits"]
 
 # A text of a question, while the chat template is rendered: from Unicode's private use area.
 _MARK = "\ue000"
@@ -38,9 +39,7 @@ class LocalEngine(Engine):
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
         """Wrap a loaded network and processor; metrics call :meth:`load`."""
-        for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        check_limits(batch_size, max_new_tokens)
         self.model: Any = model
         self.processor = processor
         self.batch_size = batch_size
@@ -203,6 +202,13 @@ class LocalEngine(Engine):
                 ids += [token] * (next(counts) if token == self._image_id else 1)
                 done = found.end()
         return ids
+
+
+def check_limits(batch_size: int, max_new_tokens: int) -> None:
+    """Raise a ValueError unless both are positive ints."""
+    check_batch_size(batch_size)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
 
 
 def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:

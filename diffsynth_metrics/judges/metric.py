@@ -17,19 +17,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from typing_extensions import Self, TypedDict, Unpack
 
-from diffsynth_metrics.base import BaseMetric, choose_device, choose_dtype
+from diffsynth_metrics.base import BaseMetric, check_loading
 from diffsynth_metrics.checkpoint import weight_files
-from diffsynth_metrics.errors import AnswerError
+from diffsynth_metrics.errors import AnswerError, ImageError
 from diffsynth_metrics.inputs import CheckedImages, open_image
 from diffsynth_metrics.judges.architectures import judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
-from diffsynth_metrics.judges.local import LocalEngine
+from diffsynth_metrics.judges.local import LocalEngine, check_limits
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.placement import DeviceMap
 
-__all__ = ["JudgeMetric", "Loading", "load_prompts", "mean", "rgb_images"]
+__all__ = [
+    "JudgeMetric",
+    "Loading",
+    "check_shape",
+    "load_prompts",
+    "mean",
+    "rgb_images",
+]
 
 _POLICIES = ("nan", "raise")
+_BATCH_SIZE, _MAX_NEW_TOKENS = 20, 4096
+_MAX_RATIO = 200
 
 
 class Loading(TypedDict, total=False):
@@ -44,7 +53,8 @@ class Loading(TypedDict, total=False):
             memory.
         max_new_tokens: Answers are cut off there, and then say so; 4096 by default, as the authors of
             all three judges have it.
-        processor_kwargs: What transformers' ``AutoProcessor.from_pretrained`` takes besides.
+        processor_kwargs: What transformers' ``AutoProcessor.from_pretrained`` takes besides, except
+            ``local_files_only``, which is always True.
         on_parse_error: ``"nan"`` (default) or ``"raise"``, see :class:`JudgeMetric`.
     """
 
@@ -76,10 +86,8 @@ class JudgeMetric(BaseMetric):
                 :meth:`compute` and None with the reason in :meth:`evaluate`, ``"raise"`` is an
                 :class:`~diffsynth_metrics.AnswerError` in both.
         """
-        if on_parse_error not in _POLICIES:
-            raise ValueError(f"on_parse_error must be one of {_POLICIES}, got {on_parse_error!r}")
         self.engine = engine
-        self.on_parse_error = on_parse_error
+        self.on_parse_error = _checked_policy(on_parse_error)
 
     @classmethod
     def from_pretrained(
@@ -101,12 +109,27 @@ class JudgeMetric(BaseMetric):
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
             TypeError: There is no such argument.
+            ValueError: An argument is out of its range, or `device` and `device_map` are both given.
         """
         if unknown := sorted(loading.keys() - Loading.__annotations__.keys()):
             raise TypeError(f"from_pretrained got an unexpected argument {unknown[0]!r}")
         device, device_map = loading.get("device"), loading.get("device_map")
         if device is not None and device_map is not None:
             raise ValueError("pass either device or device_map")
+        # The files may have 55 GB, so everything is checked before they are looked for.
+        batch_size = loading.get("batch_size", _BATCH_SIZE)
+        max_new_tokens = loading.get("max_new_tokens", _MAX_NEW_TOKENS)
+        check_limits(batch_size, max_new_tokens)
+        first, dtype = check_loading(
+            model_config,
+            processor_config,
+            device=device,
+            torch_dtype=loading.get("torch_dtype"),
+            batch_size=batch_size,
+            official=torch.bfloat16,
+        )
+        on_parse_error = _checked_policy(loading.get("on_parse_error", "nan"))
+        processor_kwargs = _checked_kwargs(loading.get("processor_kwargs"))
         weights, processor = cls._resolve(model_config, processor_config)
         files = weight_files(weights)
         engine = LocalEngine.load(
@@ -114,14 +137,14 @@ class JudgeMetric(BaseMetric):
             files,
             cls._processor_folder(processor),
             metric=cls.__name__,
-            device=choose_device(device),
+            device=first,
             device_map=device_map,
-            dtype=choose_dtype(loading.get("torch_dtype"), torch.bfloat16),
-            batch_size=loading.get("batch_size", 20),
-            max_new_tokens=loading.get("max_new_tokens", 4096),
-            processor_kwargs=loading.get("processor_kwargs") or {},
+            dtype=dtype,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            processor_kwargs=processor_kwargs,
         )
-        return cls(engine, on_parse_error=loading.get("on_parse_error", "nan"))
+        return cls(engine, on_parse_error=on_parse_error)
 
     @abstractmethod
     def evaluate(
@@ -187,12 +210,45 @@ class JudgeMetric(BaseMetric):
             raise AnswerError(f"the answer to pair {row} cannot be read: {problem}", text)
 
 
+def _checked_policy(on_parse_error: Any) -> str:
+    if on_parse_error not in _POLICIES:
+        raise ValueError(f"on_parse_error must be one of {_POLICIES}, got {on_parse_error!r}")
+    return str(on_parse_error)
+
+
+def _checked_kwargs(processor_kwargs: Any) -> Mapping[str, Any]:
+    if processor_kwargs is None:
+        return {}
+    if not isinstance(processor_kwargs, Mapping):
+        raise TypeError(f"processor_kwargs must be a mapping, got {type(processor_kwargs).__name__}")
+    if "local_files_only" in processor_kwargs:
+        raise TypeError(
+            "processor_kwargs may not have local_files_only: the processor's files are always local by "
+            "then; ModelConfig(skip_download=True) is what forbids downloads"
+        )
+    return processor_kwargs
+
+
 @cache
 def load_prompts(name: str) -> dict[str, Any]:
     """Return the texts of ``judges/prompts/<name>.json``; do not change them."""
     file = resources.files("diffsynth_metrics") / "judges" / "prompts" / f"{name}.json"
     prompts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return prompts
+
+
+def check_shape(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """Return a picture that the processors of the judges accept.
+
+    Raises:
+        ImageError: One side is more than 200 times the other.
+    """
+    if max(picture.size) > _MAX_RATIO * min(picture.size):
+        raise ImageError(
+            f"{name}: one side may be at most {_MAX_RATIO} times the other, got "
+            f"{picture.width}x{picture.height}"
+        )
+    return picture
 
 
 def rgb_images(images: CheckedImages) -> list[PIL.Image.Image]:

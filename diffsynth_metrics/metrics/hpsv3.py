@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
 from typing_extensions import Self
 
-from diffsynth_metrics.base import MetricCard, PromptMetric, choose_device, choose_dtype
+from diffsynth_metrics.base import MetricCard, PromptMetric, check_loading
 from diffsynth_metrics.checkpoint import load_weights, read_layout, weight_files
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
@@ -92,8 +92,7 @@ class HPSv3Metric(PromptMetric):
         batch_size: int,
     ) -> None:
         """Wrap a loaded network and tokenizer; users call :meth:`from_pretrained`."""
-        if positions not in ("official", "diffsynth"):
-            raise ValueError(f"positions must be 'official' or 'diffsynth', got {positions!r}")
+        _check_options(positions, None)
         super().__init__(model, batch_size=batch_size)
         self.transform = transform
         self.positions = positions
@@ -134,7 +133,8 @@ class HPSv3Metric(PromptMetric):
             positions: ``"official"`` numbers all tokens in sequence, as the authors trained the model.
                 ``"diffsynth"`` gives image tokens the rows and columns that Qwen2-VL has, which is what
                 ``diffsynth.metrics`` computes.
-            processor_kwargs: Goes to the tokenizer's ``from_pretrained``.
+            processor_kwargs: Goes to the tokenizer's ``from_pretrained``; without ``local_files_only``,
+                which is always True.
             gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
                 back, which takes less memory and more time. Scores and gradients are the same.
 
@@ -145,17 +145,25 @@ class HPSv3Metric(PromptMetric):
         """
         if device is not None and device_map is not None:
             raise ValueError("pass either device or device_map")
+        _check_options(positions, processor_kwargs)
+        first, dtype = check_loading(
+            model_config,
+            processor_config,
+            device=device,
+            torch_dtype=torch_dtype,
+            batch_size=batch_size,
+            official=torch.bfloat16,
+        )
         transform = SmartResize(min_pixels=min_pixels, max_pixels=max_pixels)
         weights, processor = cls._resolve(model_config, processor_config)
         files = weight_files(weights)
-        dtype = choose_dtype(torch_dtype, torch.bfloat16)
         model: Any = build_hpsv3(_qwen2_vl_config(cls._architecture(model_config, files), files), dtype)
         load_weights(
             model,
             files,
             metric=cls.__name__,
             # Mapped from the files on the CPU, where they are not copied, before they are spread.
-            device=choose_device(device) if device_map is None else torch.device("cpu"),
+            device=first if device_map is None else torch.device("cpu"),
             dtype=dtype,
             float32=("rm_head",),
             unused=("lm_head.weight",),
@@ -252,6 +260,14 @@ class HPSv3Metric(PromptMetric):
         inputs = (ids, ids == frame.image_id, last, positions)
         read: Tensor = self.model(*(value.to(self.device) for value in inputs), torch.cat(tokens))
         return read
+
+
+def _check_options(positions: object, processor_kwargs: Mapping[str, Any] | None) -> None:
+    """Check what is HPSv3's own and needs no files, so that a mistake does not cost loading 16 GB."""
+    if positions not in ("official", "diffsynth"):
+        raise ValueError(f"positions must be 'official' or 'diffsynth', got {positions!r}")
+    if "local_files_only" in (processor_kwargs or {}):
+        raise TypeError("processor_kwargs may not have local_files_only, which is always True")
 
 
 class _Frame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import PIL.Image
 from transformers import Qwen3_5Config
@@ -15,7 +15,14 @@ from diffsynth_metrics.inputs import ImagesInput, pair
 from diffsynth_metrics.judges.answers import Reading, read_checklist
 from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
-from diffsynth_metrics.judges.metric import JudgeMetric, Loading, load_prompts, mean, rgb_images
+from diffsynth_metrics.judges.metric import (
+    JudgeMetric,
+    Loading,
+    check_shape,
+    load_prompts,
+    mean,
+    rgb_images,
+)
 from diffsynth_metrics.model_config import ModelConfig
 
 __all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
@@ -23,6 +30,8 @@ __all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
 Dimensions: TypeAlias = "str | Iterable[str] | Mapping[str, Any] | None"
 
 _REPETITION_PENALTY = 1.05
+# The network sees squares of 32 pixels; a picture that is smaller says nothing.
+_SMALLEST_SIDE = 32
 
 
 def qwen_image_bench_config() -> Qwen3_5Config:
@@ -70,7 +79,7 @@ class QwenImageBenchMetric(JudgeMetric):
             on_parse_error: See :class:`JudgeMetric`.
         """
         super().__init__(engine, on_parse_error=on_parse_error)
-        self.resize_long_edge = resize_long_edge
+        self.resize_long_edge = _checked_side(resize_long_edge)
 
     @classmethod
     def from_pretrained(
@@ -87,9 +96,11 @@ class QwenImageBenchMetric(JudgeMetric):
             model_config: See there.
             processor_config: See there.
             resize_long_edge: An image with a longer side is made a **square** of this side, whatever
-                its shape, as the benchmark does it; 0 leaves all as they are. The name is upstream's.
+                its shape, as the benchmark does it; at least 32, or 0, which leaves all as they are.
+                The name is upstream's.
             **loading: See :class:`Loading`.
         """
+        _checked_side(resize_long_edge)
         metric = super().from_pretrained(model_config, processor_config, **loading)
         metric.resize_long_edge = resize_long_edge
         return metric
@@ -107,27 +118,34 @@ class QwenImageBenchMetric(JudgeMetric):
             prompt: One prompt for all images, or as many prompts as images.
             images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
                 ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
-            dimensions: None for all five, a name, names separated by commas, a list of names, or the
-                benchmark's ``dims_en`` string, of which the dimensions count; or a list of these, one
-                for each pair.
+            dimensions: What all pairs are asked: None for all five, a name, names separated by commas, a
+                list of names, or the benchmark's ``dims_en`` string, of which the dimensions count. Or
+                what each pair is asked: a list with one entry per pair, each of them None, a list of
+                names, names separated by commas, or a ``dims_en`` string. A list of plain names is
+                always one set for all pairs; the only dimension of one pair is ``["Quality"]``.
 
         Returns:
             One dict per pair: ``"total_score"`` (None where the answer about a dimension cannot be
             read, or nothing applies), ``"level1_scores"``, ``"level2_scores"``, ``"level3_scores"``
             (by dimension; None where it cannot be read or does not apply), ``"raw_scores"`` (0, 1, 2
-            or None), ``"raw_outputs"``, ``"parse_failures"`` (dimensions), ``"errors"`` (dimension to
-            reason), ``"error"`` (all reasons or None), ``"dimensions"`` (which were asked).
+            or None), ``"missing"`` (facets that the answer leaves out; None where it cannot be read),
+            ``"raw_outputs"``, ``"finish"`` (by dimension: ``"stop"``, or ``"length"`` where
+            ``max_new_tokens`` cut the answer off), ``"parse_failures"`` (dimensions), ``"errors"``
+            (dimension to reason), ``"error"`` (all reasons or None) and ``"dimensions"`` (those asked).
 
         Raises:
             TypeError: An argument is not a prompt or an image.
-            ValueError: A dimension is unknown, the numbers of prompts and images differ, or there are
-                none.
+            ValueError: A dimension is unknown, a list mixes plain names with sets of single pairs, the
+                numbers of prompts and images differ, or there are none.
             ImageError: An image cannot be read, or its values or channels are wrong.
             FileNotFoundError: A path does not exist.
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
         prompts, checked, count = pair(prompt, images)
-        pictures = [self._resized(picture) for picture in rgb_images(checked)]
+        pictures = [
+            check_shape(self._resized(picture), f"image {index}")
+            for index, picture in enumerate(rgb_images(checked))
+        ]
         asked = _dimensions_of_pairs(dimensions, count)
         questions = [
             _question(
@@ -174,12 +192,25 @@ class QwenImageBenchMetric(JudgeMetric):
             "level2_scores": level2,
             "level3_scores": level3,
             "raw_scores": {dimension: reading.values["raw"] for dimension, reading in readings.items()},
+            "missing": {d: _missing(d, reading.values["raw"]) for d, reading in readings.items()},
             "raw_outputs": {dimension: answer.text for dimension, answer in answers.items()},
+            "finish": {dimension: answer.finish for dimension, answer in answers.items()},
             "parse_failures": list(errors),
             "errors": errors,
             "error": error,
             "dimensions": list(answers),
         }
+
+
+def _checked_side(resize_long_edge: Any) -> int:
+    side = resize_long_edge
+    is_int = isinstance(side, int) and not isinstance(side, bool)
+    if not is_int or (side != 0 and side < _SMALLEST_SIDE):
+        raise ValueError(
+            f"resize_long_edge must be an int of at least {_SMALLEST_SIDE}, or 0 for no resizing, got "
+            f"{resize_long_edge!r}"
+        )
+    return int(side)
 
 
 def _question(prompt: str, picture: PIL.Image.Image, dimension: str) -> Question:
@@ -206,22 +237,41 @@ def _read(answer: Answer, dimension: str) -> Reading:
     )
 
 
+def _missing(dimension: str, raw: Mapping[str, Mapping[str, Any]] | None) -> list[str] | None:
+    """Return the facets of a dimension that an answer leaves out; None where it cannot be read."""
+    if raw is None:
+        return None
+    facets: Mapping[str, str] = load_prompts("qwen_image_bench")["level3_to_level2"][dimension]
+    return [name for name, level2 in facets.items() if name not in raw.get(level2, {})]
+
+
 def _mean_of_known(values: Iterable[float | None]) -> float | None:
     """Return the mean of what applies, or None where nothing does."""
     return mean([value for value in values if value is not None])
 
 
 def _dimensions_of_pairs(dimensions: Dimensions | Sequence[Dimensions], count: int) -> list[list[str]]:
-    """Return the dimensions to ask for each pair."""
-    if isinstance(dimensions, (list, tuple)) and any(_is_a_set(entry) for entry in dimensions):
-        if len(dimensions) != count:
-            raise ValueError(f"got {len(dimensions)} sets of dimensions for {count} pairs")
-        return [_names(entry) for entry in dimensions]
-    return [_names(dimensions)] * count
+    """Return the dimensions to ask for each pair.
+
+    A list without plain names has a set for each pair, any other is one set for all pairs.
+    """
+    plain = (
+        [_is_plain_name(entry) for entry in dimensions] if isinstance(dimensions, (list, tuple)) else []
+    )
+    if all(plain):
+        return [_names(dimensions)] * count
+    if any(plain):
+        raise ValueError(
+            "dimensions mixes plain names, of which a list is one set for all pairs, with sets of "
+            "single pairs; write the only dimension of a pair as a list, such as ['Quality']"
+        )
+    if len(plain) != count:
+        raise ValueError(f"got {len(plain)} sets of dimensions for {count} pairs")
+    return [_names(entry) for entry in cast("Sequence[Any]", dimensions)]
 
 
-def _is_a_set(entry: Any) -> bool:
-    return not isinstance(entry, str) or "/" in entry or ";" in entry
+def _is_plain_name(entry: Any) -> bool:
+    return isinstance(entry, str) and not any(sign in entry for sign in "/;,")
 
 
 def _names(dimensions: Any) -> list[str]:
@@ -233,6 +283,8 @@ def _names(dimensions: Any) -> list[str]:
         separator = ";" if "/" in dimensions or ";" in dimensions else ","
         parts = [part.partition("/")[0].strip() for part in dimensions.split(separator)]
         dimensions = [part for part in parts if part]
+    if not isinstance(dimensions, Iterable):
+        raise TypeError(f"dimensions must be names of dimensions, got {type(dimensions).__name__}")
     names = list(dimensions)
     if not names:
         return list(known.values())

@@ -14,7 +14,13 @@ from diffsynth_metrics.inputs import ImagesInput, pair
 from diffsynth_metrics.judges.answers import read_labelled_scores
 from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Question
-from diffsynth_metrics.judges.metric import JudgeMetric, load_prompts, mean, rgb_images
+from diffsynth_metrics.judges.metric import (
+    JudgeMetric,
+    check_shape,
+    load_prompts,
+    mean,
+    rgb_images,
+)
 from diffsynth_metrics.model_config import ModelConfig
 
 __all__ = ["UnifiedReward2Metric", "draft_scores", "unified_reward_2_config"]
@@ -95,7 +101,8 @@ class UnifiedReward2Metric(JudgeMetric):
         Returns:
             One dict per pair: ``"alignment"``, ``"coherence"``, ``"style"`` (1 to 5, None where the
             answer does not say it), ``"score"`` (their mean, None where one is missing), ``"error"``
-            (why one is missing, or None) and ``"raw_text"``.
+            (why one is missing, or None), ``"raw_text"`` and ``"finish"`` (``"stop"``, or ``"length"``
+            where ``max_new_tokens`` cut the answer off).
 
         Raises:
             TypeError: An argument is not a prompt or an image.
@@ -105,7 +112,7 @@ class UnifiedReward2Metric(JudgeMetric):
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
         prompts, checked, count = pair(prompt, images)
-        pictures = rgb_images(checked)
+        pictures = [check_shape(image, f"image {i}") for i, image in enumerate(rgb_images(checked))]
         text = load_prompts("unified_reward_2")["user"]
         questions = [
             Question(
@@ -124,6 +131,12 @@ class UnifiedReward2Metric(JudgeMetric):
             self._report(index, [answer], reading.problem)
             score = mean([reading.values[name] for name in _LABELS])
             rows.append(
-                {**reading.values, "score": score, "error": reading.problem, "raw_text": answer.text}
+                {
+                    **reading.values,
+                    "score": score,
+                    "error": reading.problem,
+                    "raw_text": answer.text,
+                    "finish": answer.finish,
+                }
             )
         return rows

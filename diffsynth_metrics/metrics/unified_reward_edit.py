@@ -12,11 +12,19 @@ import PIL.Image
 from typing_extensions import Self, Unpack
 
 from diffsynth_metrics.base import MetricCard
+from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import ImageInput, as_images, as_prompts
 from diffsynth_metrics.judges.answers import Reading, read_pair_scores, read_score_list, read_winner
 from diffsynth_metrics.judges.architectures import qwen3_vl_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
-from diffsynth_metrics.judges.metric import JudgeMetric, Loading, load_prompts, mean, rgb_images
+from diffsynth_metrics.judges.metric import (
+    JudgeMetric,
+    Loading,
+    check_shape,
+    load_prompts,
+    mean,
+    rgb_images,
+)
 from diffsynth_metrics.model_config import ModelConfig
 
 __all__ = ["UnifiedRewardEditMetric"]
@@ -138,14 +146,17 @@ class UnifiedRewardEditMetric(JudgeMetric):
 
         Returns:
             One dict per sample: the values of the task (None where the answer does not say it),
-            ``"score"`` or ``"reasoning"`` where the task has them, ``"error"`` (why a value is None)
-            and ``"raw_text"``. With `both_orders` also ``"swapped"``, the same of the second answer
+            ``"score"`` or ``"reasoning"`` where the task has them, ``"error"`` (why a value is None),
+            ``"raw_text"`` and ``"finish"`` (``"stop"``, or ``"length"`` where ``max_new_tokens`` cut the
+            answer off). With `both_orders` also ``"swapped"``, the same of the second answer
             with the images numbered as you passed them, and ``"agreement"``: whether both answers say
             the same (the same winner, or the same order of scores), None where one cannot be read.
 
         Raises:
             ValueError: The task is unknown, a sample has the wrong number of images, or prompts and
                 samples differ in number.
+            TypeError, ImageError, FileNotFoundError: An image is none, or cannot be read; the message
+                gives the sample.
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
         name = _checked_task(self.task if task is None else task)
@@ -153,7 +164,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
         if both_orders and asked.images != _PAIR:
             raise ValueError(f"both_orders belongs to the pairwise tasks, and the task is {name}")
         prompts = as_prompts(prompt)
-        samples = [self._sample(sample, name) for sample in _samples(images)]
+        samples = [_sample(sample, index, name) for index, sample in enumerate(_samples(images))]
         if len(prompts) != len(samples) and not isinstance(prompt, str):
             raise ValueError(
                 f"got {len(prompts)} prompts and {len(samples)} samples; pass one prompt (a str) for "
@@ -183,23 +194,18 @@ class UnifiedRewardEditMetric(JudgeMetric):
             return number("winner")
         return [number("image_1_score"), number("image_2_score")]
 
-    def _sample(self, images: Any, task: str) -> list[PIL.Image.Image]:
-        pictures = rgb_images(as_images(images))
-        wanted = _TASKS[task].images
-        if len(pictures) != len(wanted):
-            raise ValueError(
-                f"{task} takes samples of {len(wanted)} images ({', '.join(wanted)}), and one has "
-                f"{len(pictures)}"
-            )
-        return pictures
-
     def _row(self, task: _Task, sample: int, answer: Answer) -> dict[str, Any]:
         reading = task.read(answer)
         self._report(sample, [answer], reading.problem)
         row = dict(reading.values)
         if task.pointwise:
             row["score"] = mean([row[name] for name in task.values])
-        return {**row, "error": reading.problem, "raw_text": answer.text}
+        return {
+            **row,
+            "error": reading.problem,
+            "raw_text": answer.text,
+            "finish": answer.finish,
+        }
 
 
 def _checked_task(task: str) -> str:
@@ -217,6 +223,22 @@ def _samples(images: Any) -> list[Any]:
         ) == 4:
             return list(images)
     return [images]
+
+
+def _sample(images: Any, index: int, task: str) -> list[PIL.Image.Image]:
+    """Return the pictures of a sample; every error says which sample it is."""
+    wanted = _TASKS[task].images
+    try:
+        checked = as_images(images)
+        if len(checked) == len(wanted):
+            pictures = rgb_images(checked)
+            return [check_shape(picture, f"image {i}") for i, picture in enumerate(pictures)]
+    except (ImageError, FileNotFoundError, TypeError, ValueError) as error:
+        raise type(error)(f"sample {index}: {error}") from error
+    raise ValueError(
+        f"{task} takes samples of {len(wanted)} images ({', '.join(wanted)}), and sample {index} has "
+        f"{len(checked)}"
+    )
 
 
 def _question(task: str, instruction: str, pictures: list[PIL.Image.Image]) -> Question:
