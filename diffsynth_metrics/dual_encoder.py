@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 from typing_extensions import Self
 
-from diffsynth_metrics.base import PromptMetric, wants_gradients
+from diffsynth_metrics.base import PromptMetric, wants_gradients, weights_of
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
 from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.transforms import Transform
@@ -138,8 +138,10 @@ class DualEncoderMetric(PromptMetric):
         # An inference tensor has no version, and cannot be changed in place outside inference mode.
         return hash(
             tuple(
-                (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-                for weight in self.model.parameters()
+                [
+                    (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+                    for weight in weights_of(self.model)
+                ]
             )
         )
 

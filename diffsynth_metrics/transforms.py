@@ -227,8 +227,9 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     for size in ((images.shape[-2], width), (height, width)):
         if pixels.shape[-2:] != size:
             pixels = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
-            pixels = pixels.round().clamp(0, 255) if as_bytes else pixels.clamp(0, 1)
-    return pixels / 255 if as_bytes else pixels
+            pixels = pixels.round_().clamp_(0, 255) if as_bytes else pixels.clamp(0, 1)
+    # Bytes became floats above, in a tensor of our own that no gradient needs.
+    return pixels.div_(255) if as_bytes else pixels
 
 
 def normalize(pixels: Tensor, transform: Transform) -> Tensor:
@@ -242,10 +243,11 @@ def normalize(pixels: Tensor, transform: Transform) -> Tensor:
         float32 (float64 for float64 pixels) ``[B, 3, S, S]``.
     """
     if pixels.dtype == torch.uint8:
-        pixels = pixels.to(torch.float32) / 255
+        pixels = pixels.to(torch.float32).div_(255)
     mean = torch.tensor(transform.mean, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(transform.std, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
-    return (pixels - mean) / std
+    # In place from here on: the difference is a tensor of our own, which its gradient does not need.
+    return (pixels - mean).div_(std)
 
 
 def pixel_batches(
