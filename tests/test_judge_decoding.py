@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from diffsynth_metrics import ModelConfig, UnifiedReward2Metric, UnifiedRewardEditMetric
-from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
+from diffsynth_metrics.judges.decoding import Prompt, RoomyLayer, decode_greedily
 from diffsynth_metrics.judges.engine import Question
 from diffsynth_metrics.judges.local import LocalEngine
 from diffsynth_metrics.metrics.unified_reward_2 import draft_scores
@@ -298,3 +300,23 @@ def test_the_metrics_own_draft_changes_no_answer_and_saves_passes(folders: dict[
     assert ask(asked) == plain
     assert any("Coherence Score (1-5)" in answer.text for answer in plain)
     assert with_draft[0] < without[0]
+
+
+def test_a_cache_with_room_holds_what_it_was_given_and_copies_seldom() -> None:
+    layer, expected = DynamicLayer(), DynamicLayer()
+    for width in (7, *[1] * 300, 5, 2):
+        if width == 1:
+            layer.__class__ = RoomyLayer
+        keys, values = torch.randn(3, 2, width, 4), torch.randn(3, 2, width, 4)
+        before = layer.keys.data_ptr() if layer.is_initialized else None
+        found, wanted = layer.update(keys, values), expected.update(keys, values)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        moves = layer.keys.data_ptr() != before
+        assert not moves or layer.keys.shape[-2] in (7, 8, 7 + 256 + 2)
+    twin = copy.copy(layer)
+    for one in (layer, twin):
+        one.reorder_cache(torch.tensor([2, 0, 1]))
+    twin.update(torch.zeros(3, 2, 1, 4), torch.zeros(3, 2, 1, 4))
+    expected.reorder_cache(torch.tensor([2, 0, 1]))
+    assert torch.equal(layer.keys, expected.keys)
+    assert torch.equal(twin.values[..., :-1, :], expected.values)

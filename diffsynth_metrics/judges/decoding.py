@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 __all__ = ["Prompt", "decode_greedily"]
 
@@ -282,6 +283,9 @@ def _read_heads(model: Any, rows: list[_Row], pad_id: int, device: torch.device)
         **{_cache_name(type(model).forward): cache},
         **vision,
     )
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = RoomyLayer
     return _Batch(rows, cache, mask, output.logits[:, -1])
 
 
@@ -332,6 +336,40 @@ def _seen(batch: _Batch) -> tuple[Tensor, Tensor] | None:
 # of tensors in 5.23.
 
 _STATES = ("conv_states", "recurrent_states")
+_ROOM = 256
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values with room behind them: a new token does not copy all that came before it."""
+
+    keys: Tensor
+    values: Tensor
+    _rooms: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values ``[B, H, C, D]``; return all of them ``[B, H, T + C, D]``."""
+        rooms = self._rooms or (self.keys, self.values)
+        self._rooms = (
+            _appended(self.keys, key_states, rooms[0]),
+            _appended(self.values, value_states, rooms[1]),
+        )
+        end = self.keys.shape[-2] + key_states.shape[-2]
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+
+def _appended(held: Tensor, new: Tensor, room: Tensor) -> Tensor:
+    """Return a tensor that begins with both: `room`, or a larger one where it does not hold them."""
+    length, end = held.shape[-2], held.shape[-2] + new.shape[-2]
+    # Chosen or joined rows are a tensor of their own, and not the beginning of the room any more.
+    begins = held.data_ptr() == room.data_ptr() and len(held) == len(room)
+    if not begins or end > room.shape[-2]:
+        room = held.new_empty(*held.shape[:-2], end + _ROOM, held.shape[-1])
+        room[..., :length, :] = held
+    room[..., length:end, :] = new
+    return room
 
 
 @functools.cache
