@@ -61,7 +61,7 @@ class DynamicBatcher:
         """Begin without samples, in a thread that is started on first use."""
         self._waiting: deque[_Sample] = deque()
         self._changed = threading.Condition()
-        self._thread = ThreadPoolExecutor(1, "diffsynth_metrics_batcher")
+        self._thread = ThreadPoolExecutor(1, "diffsynth_rewards")
         self._busy = False
 
     def submit(self, prompt: str, image: Any) -> Future[float]:
@@ -74,9 +74,8 @@ class DynamicBatcher:
         future: Future[float] = Future()
         with self._changed:
             if not self._busy:
-                self._thread.submit(
-                    self._work
-                )  # it waits for the lock; if it cannot start, nobody waits
+                # It waits for the lock; if it cannot start, nobody waits for it.
+                self._thread.submit(self._work)
                 self._busy = True
             self._waiting.append((time.monotonic(), prompt, image, future))
             self._changed.notify()

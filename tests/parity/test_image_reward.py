@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 from official_image_reward import build_official, official_tokenizer, official_transform
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from skimage import data
 from torch import Tensor
 from transformers import BertTokenizer, BlipConfig
@@ -420,12 +421,25 @@ def test_tokens_equal_the_official_ones(
     expected = official(
         prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
     )
-    ids, mask = tokens_read(tiny_folder, tmp_path, prompts)
+    ids, mask = tokens_read(with_vocabulary(tiny_folder, tmp_path / "network"), tmp_path, prompts)
 
     for index, prompt in enumerate(prompts):
         assert ids[index].tolist() == expected["input_ids"][index].tolist(), repr(prompt)
     assert torch.equal(mask, expected["attention_mask"])
     assert mask.sum(dim=1).unique().numel() > 20
+
+
+def with_vocabulary(tiny_folder: Path, folder: Path) -> Path:
+    """Return a copy of the tiny network that has an embedding for each of the 30,524 real tokens."""
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["vocab_size"] = 30524
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    name = "blip.text_encoder.embeddings.word_embeddings.weight"
+    weights[name] = weights[name].repeat(-(-30524 // len(weights[name])), 1)[:30524].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def tokens_read(folder: Path, tokenizer_folder: Path, prompts: list[str]) -> tuple[Tensor, Tensor]:
