@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
@@ -14,20 +13,16 @@ from skimage import data
 from diffsynth_metrics import ModelConfig, PickScoreMetric
 from diffsynth_metrics.testing import tiny_checkpoint
 
-# On a busy machine, threads of a tiny network that wait for each other cost 100x. Set here, so that it
-# holds for fixtures of modules too; processes that the tests start inherit the variable.
+# On a busy machine, threads of a tiny network that wait for each other cost 100x; full-size networks get
+# all cores. Processes that the tests start inherit the variable.
 ALL_THREADS = torch.get_num_threads()
-torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.fixture(autouse=True)
-def all_torch_threads_for_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run full-size networks on all cores."""
-    if request.node.get_closest_marker("slow") is not None:
-        torch.set_num_threads(ALL_THREADS)
-    yield
-    torch.set_num_threads(1)
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, of which some run the network for a whole module
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Choose the number of threads for a test and its fixtures."""
+    torch.set_num_threads(1 if item.get_closest_marker("slow") is None else ALL_THREADS)
 
 
 @pytest.fixture(scope="session")
