@@ -338,7 +338,7 @@ def measure(arguments: argparse.Namespace) -> Measurements:
             ]
             cases += [("clip", "memory", "again")]
             repeats = 3 if quick else 21
-            rows, results.difference = measure_scores(pair, "tiny", paths, repeats, cases)
+            rows, results.difference, _ = measure_scores(pair, "tiny", paths, repeats, cases)
             results.rows["tiny"] = rows
             results.parts = measure_parts(pair, paths, repeats)
         if {"full", "peak"} & set(sections):
