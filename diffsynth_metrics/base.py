@@ -350,15 +350,14 @@ def check_batch_size(batch_size: int) -> int:
     return batch_size
 
 
-def check_max_length(max_length: int) -> int:
-    """Return a number of tokens that leaves room for a prompt between its begin and its end.
+def check_max_length(max_length: int) -> None:
+    """Check that a number of tokens leaves room for a prompt between its begin and its end.
 
     Raises:
         ValueError: It is not an int of at least 3.
     """
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 3:
         raise ValueError(f"max_length must be an int of at least 3, got {max_length!r}")
-    return max_length
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -386,7 +385,7 @@ def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torc
 
 
 def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return all weights; like ``parameters()``, at a fifth of its cost, for what every call asks."""
+    """Return all weights, like ``parameters()`` without its bookkeeping, for what every call asks."""
     weights: list[nn.Parameter] = []
     modules: list[nn.Module] = [model]
     for module in modules:

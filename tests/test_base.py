@@ -433,8 +433,6 @@ class TestProperties:
             ({"torch_dtype": "bf16"}, TypeError, "torch_dtype must be one of"),
             ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
             ({"device": "gpu"}, RuntimeError, "device"),
-            ({"max_length": 2}, ValueError, "max_length must be an int of at least 3, got 2"),
-            ({"max_length": "5"}, ValueError, "max_length must be an int of at least 3, got '5'"),
         ],
     )
     @pytest.mark.parametrize("name", ["PickScore", "HPSv2", "Aesthetic", "ImageReward"])
@@ -451,10 +449,15 @@ class TestProperties:
 
         monkeypatch.setattr(ModelConfig, "resolve", fetch)
         metric_class = getattr(diffsynth_metrics, f"{name}Metric")
-        if "max_length" in arguments and name in ("HPSv2", "Aesthetic"):
-            return
         with pytest.raises(error, match=message):
             metric_class.from_pretrained(**arguments)
+
+    @pytest.mark.parametrize("wrong", [2, -1, True, None, "5"])
+    @pytest.mark.parametrize("name", ["PickScore", "ImageReward"])
+    def test_a_length_without_room_for_a_prompt_is_refused(self, name: str, wrong: Any) -> None:
+        metric_class = getattr(diffsynth_metrics, f"{name}Metric")
+        with pytest.raises(ValueError, match=f"max_length must be an int of at least 3, got {wrong!r}"):
+            metric_class.from_pretrained(ModelConfig(path="absent"), max_length=wrong)
 
     def test_a_metric_can_be_copied_and_pickled(self, tiny_metric: PickScoreMetric) -> None:
         image = torch.zeros(3, 32, 32)

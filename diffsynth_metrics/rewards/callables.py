@@ -59,8 +59,8 @@ def settled_floats(
 def as_bytes(images: Any) -> Any:
     """Round float pictures to the bytes that are saved.
 
-    flow_grpo's scorers do the same in the precision of the images: of half-precision ones, up to 8 % of
-    their bytes differ from these by 1.
+    flow_grpo's scorers do the same in the precision of the images: of half-precision ones, some bytes
+    differ from these by 1.
 
     A tensor stays on its device. Anything that is not a float picture is returned as it is, and the
     metric says what is wrong with it; the other pictures of its batch are rounded all the same.
