@@ -5,11 +5,15 @@
 "Bare" is the shortest code that gives the same numbers from the same images: transform, tower, cosine,
 formula, under no_grad; no checks of the input, no names, no failure policy. Every figure is the median
 of many rounds in which all variants take turns, so that a slow moment of the machine hits all of them.
+glibc is told to keep freed memory: otherwise each variant maps its memory afresh or not depending on
+what the one before it left, which takes many times what is measured here.
 """
 
 import argparse
+import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,11 +26,14 @@ from diffsynth_metrics import AestheticMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.metrics.aesthetic import aesthetic_score
 from diffsynth_metrics.rewards import Component, RewardSet, to_dance_grpo, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
-from diffsynth_metrics.transforms import normalize
+from diffsynth_metrics.transforms import tensor_pixels
 
 IMAGES = 16
 PROMPTS = [f"prompt {number}" for number in range(IMAGES)]
 GROUPS = [number // 4 for number in range(IMAGES)]
+SIZES = (1024, 512, 224)
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+TARGET = 0.05
 RESULTS = Path(__file__).parent / "RESULTS_REWARDS.md"
 
 
@@ -34,7 +41,7 @@ def bare_pickscore(metric: PickScoreMetric, texts: torch.Tensor, images: torch.T
     model = metric.model
     with torch.no_grad():
         rows = []
-        for pixels in normalize(metric.transform.from_tensor(images), metric.transform).split(16):
+        for pixels in tensor_pixels(images, metric.transform).split(16):
             pooled = model.vision_model(pixel_values=pixels).pooler_output
             rows.append(l2_normalize(model.visual_projection(pooled), dim=-1))
         return model.logit_scale.exp() * (texts * torch.cat(rows)).sum(dim=-1)
@@ -44,7 +51,7 @@ def bare_aesthetic(metric: AestheticMetric, images: torch.Tensor) -> torch.Tenso
     model = metric.model
     with torch.no_grad():
         rows = []
-        for pixels in normalize(metric.transform.from_tensor(images), metric.transform).split(16):
+        for pixels in tensor_pixels(images, metric.transform).split(16):
             rows.append(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
         return aesthetic_score(torch.cat(rows), model.layers)
 
@@ -114,9 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     lines = [
         "# What an adapter and a RewardSet cost",
         "",
@@ -125,19 +134,31 @@ def main() -> None:
         f"Python {platform.python_version()}.",
         f"{IMAGES} uint8 images, tiny tower (2 layers of width 32), medians. "
         "The overhead is the median difference within a round to the "
-        '"bare" line above it.',
+        '"bare" line above it. glibc keeps freed memory.',
         "",
         "| images | what | ms | overhead |",
         "|---|---|---|---|",
     ]
-    for size in (224, 512):
+    verdicts = []
+    for size in SIZES:
+        highest = 0.0
         with tempfile.TemporaryDirectory() as folder:
             for name, seconds, overhead in measure(size, arguments.rounds, Path(folder)):
-                share = "" if name.startswith("bare") else f"{100 * overhead:+.1f} %"
+                is_bare = name.startswith("bare")
+                share = "" if is_bare else f"{100 * overhead:+.1f} %"
                 lines.append(f"| {size}×{size} | {name} | {1000 * seconds:.2f} | {share} |")
+                highest = max(highest, 0.0 if is_bare else overhead)
+        verdict = "reached" if highest < TARGET else "**not reached**"
+        verdicts.append(f"- {size}×{size}: at most {100 * highest:.1f} %, {verdict}.")
     lines += [
         "",
-        "Target: below 5 %. These two metrics share no transform, so a set of both saves nothing here.",
+        f"Target: below {TARGET:.0%}.",
+        "",
+        *verdicts,
+        "",
+        "Images of 224×224 are not resized: there the bare line is a network of a few milliseconds "
+        "alone, and the table shows what checks, names, statistics and the failure policy take in "
+        "absolute time. These two metrics share no transform, so a set of both saves nothing here.",
         "",
     ]
     arguments.output.write_text("\n".join(lines), encoding="utf-8")

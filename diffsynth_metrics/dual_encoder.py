@@ -156,8 +156,11 @@ class DualEncoderMetric(PromptMetric):
                 unknown.append(prompt)
             else:
                 features[prompt] = remembered
-        for start in range(0, len(unknown), self.batch_size):
-            batch = unknown[start : start + self.batch_size]
+        # One by one on a CPU, where batches gain nothing: products round differently in batches of
+        # another size, and what a prompt gets must not depend on what other threads asked before.
+        at_once = 1 if self.device.type == "cpu" else self.batch_size
+        for start in range(0, len(unknown), at_once):
+            batch = unknown[start : start + at_once]
             with torch.no_grad():
                 encoded = l2_normalize(self._embed_texts(batch), dim=-1)
             for prompt, row in zip(batch, encoded, strict=True):

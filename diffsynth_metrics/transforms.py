@@ -37,12 +37,17 @@ __all__ = [
     "pixel_batches",
     "pixel_lists",
     "resize",
+    "tensor_pixels",
 ]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _BATCHES_AHEAD = 2
+
+# On a CPU, a tensor of more than 32 MB is mapped afresh from the kernel (glibc's largest malloc
+# threshold), which takes as long as the resizing of what is in it.
+_BYTES_AT_ONCE_ON_CPU = 30_000_000
 
 
 class Transform(Protocol):
@@ -250,6 +255,16 @@ def normalize(pixels: Tensor, transform: Transform) -> Tensor:
     return (pixels - mean).div_(std)
 
 
+def tensor_pixels(images: Tensor, transform: Transform) -> Tensor:
+    """Map tensors ``[B, 3, H, W]`` to the network's inputs ``[B, 3, S, S]``, normalised."""
+    at_once = len(images)
+    if images.device.type == "cpu":
+        as_floats = images[0].numel() * max(4, images.element_size())
+        at_once = max(1, _BYTES_AT_ONCE_ON_CPU // as_floats)
+    parts = [transform.from_tensor(part) for part in torch.split(images, at_once)]
+    return normalize(parts[0] if len(parts) == 1 else torch.cat(parts), transform)
+
+
 def pixel_batches(
     images: CheckedImages, transform: Transform, *, batch_size: int, device: torch.device
 ) -> Iterator[Tensor]:
@@ -278,7 +293,7 @@ def pixel_batches(
     if isinstance(images, Tensor):
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size].to(device)
-            yield normalize(transform.from_tensor(chunk), transform)
+            yield tensor_pixels(chunk, transform)
         return
     for batch in _ahead(images, transform, batch_size):
         yield _collect(batch, transform, device)
@@ -362,7 +377,7 @@ def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device:
         # Bytes travel to the device, floats are made there.
         return normalize(torch.stack(prepared).to(device), transform)
     tensors = torch.stack([item for item in batch if isinstance(item, Tensor)])
-    return normalize(transform.from_tensor(tensors.to(device)), transform)
+    return tensor_pixels(tensors.to(device), transform)
 
 
 @contextmanager

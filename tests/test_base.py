@@ -344,6 +344,16 @@ class TestThreadsAndMemory:
             for _ in range(2):
                 assert list(pool.map(lambda pair: metric.compute(*pair), pairs)) == expected
 
+    def test_eight_threads_may_ask_for_overlapping_prompts(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        prompts = [f"prompt {number}" for number in range(40)]
+        calls = [prompts[start : start + 8] for start in range(33)]
+        expected = [metric.to("cpu").similarity_matrix(call, images[0]) for call in calls]
+        metric.to("cpu")
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda c: metric.similarity_matrix(c, images[0]), calls)) == expected
+
     def test_the_grad_mode_of_one_thread_is_not_that_of_another(self, metric: PickScoreMetric) -> None:
         pixels = noise(1)
         with ThreadPoolExecutor(8) as pool:

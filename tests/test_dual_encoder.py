@@ -217,7 +217,7 @@ class TestMemoryOfPrompts:
         self, metric: PickScoreMetric, images: list[Any], encoded: list[list[str]]
     ) -> None:
         metric.compute(["a", "b", "a", "a", "b"], images)
-        assert encoded == [["a", "b"]]
+        assert encoded == [["a"], ["b"]]
 
     def test_one_prompt_for_all_images_is_encoded_once(
         self, metric: PickScoreMetric, images: list[Any], encoded: list[list[str]]
@@ -234,13 +234,27 @@ class TestMemoryOfPrompts:
         metric.similarity_matrix(["b", "c"], images[:1])
         assert encoded == [["a"], ["b"], ["c"]]
 
-    def test_prompts_are_encoded_in_batches(
-        self, metric: PickScoreMetric, encoded: list[list[str]]
+    def test_an_accelerator_encodes_prompts_in_batches(
+        self, metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes: list[int] = []
+
+        def counted(prompts: list[str]) -> torch.Tensor:
+            sizes.append(len(prompts))
+            return torch.ones(len(prompts), 4)
+
+        monkeypatch.setattr(metric, "_embed_texts", counted)
+        monkeypatch.setattr(PickScoreMetric, "device", torch.device("cuda"))
+        assert metric._text_features([f"prompt {number}" for number in range(35)]).shape == (35, 4)
+        assert sizes == [16, 16, 3]
+
+    def test_features_are_the_same_to_the_bit_whatever_was_asked_before(
+        self, metric: PickScoreMetric
     ) -> None:
         prompts = [f"prompt {number}" for number in range(35)]
-        metric.encode_text(prompts)
-        assert [len(batch) for batch in encoded] == [16, 16, 3]
-        assert [prompt for batch in encoded for prompt in batch] == prompts
+        together = metric.to("cpu").encode_text(prompts)
+        metric.to("cpu").encode_text(prompts[::2])
+        assert torch.equal(metric.encode_text(prompts), together)
 
     def test_remembered_and_new_prompts_keep_their_order(self, metric: PickScoreMetric) -> None:
         alone = {prompt: metric.encode_text(prompt)[0] for prompt in ("c", "a")}

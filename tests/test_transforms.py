@@ -16,6 +16,7 @@ import torch
 import torchvision.transforms as tv
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from diffsynth_metrics import transforms
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import CheckedImages, as_images
 from diffsynth_metrics.transforms import (
@@ -26,6 +27,7 @@ from diffsynth_metrics.transforms import (
     normalize,
     pixel_batches,
     resize,
+    tensor_pixels,
 )
 
 Photographs = dict[str, PIL.Image.Image]
@@ -411,6 +413,26 @@ class TestPixelBatches:
                 in_mode(pictures[2], "RGBA"),
             ]
         )
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_large_tensors_are_resized_in_parts_without_a_difference(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        transform = ShortestEdgeCrop(size=16)
+        images = torch.randint(0, 256, (5, 3, 40, 30), generator=torch.Generator().manual_seed(0))
+        images = images.to(torch.uint8) if dtype == torch.uint8 else images / 255
+        whole = tensor_pixels(images, transform)
+        sizes: list[int] = []
+        resized = ShortestEdgeCrop.from_tensor
+
+        def counted(self: ShortestEdgeCrop, part: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(part))
+            return resized(self, part)
+
+        monkeypatch.setattr(ShortestEdgeCrop, "from_tensor", counted)
+        monkeypatch.setattr(transforms, "_BYTES_AT_ONCE_ON_CPU", 2 * 3 * 40 * 30 * 4)
+        assert torch.equal(tensor_pixels(images, transform), whole)
+        assert sizes == [2, 2, 1]
 
     def test_a_mixed_list_keeps_its_order(self, mixed: CheckedImages) -> None:
         transform = ShortestEdgeCrop(size=16)

@@ -120,12 +120,16 @@ class Moments:
     @classmethod
     def of(cls, scores: Tensor) -> Moments:
         """Return the moments of the scores that are not NaN."""
-        values = scores.detach().double()
-        values = values[~values.isnan()]
-        if not len(values):
+        # In Python, as the other statistics here: a device would be waited for after each operation.
+        return cls.of_values([score for score in scores.detach().tolist() if not math.isnan(score)])
+
+    @classmethod
+    def of_values(cls, values: list[float]) -> Moments:
+        """Return the moments of numbers."""
+        if not values:
             return cls()
-        mean = values.mean()
-        return cls(float(len(values)), float(mean), float((values - mean).square().sum()))
+        mean = math.fsum(values) / len(values)
+        return cls(float(len(values)), mean, math.fsum((value - mean) ** 2 for value in values))
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both lots together."""
@@ -250,15 +254,22 @@ class GroupRelative(Normalization):
         self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
     ) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
-        result = torch.full_like(scores, math.nan)
-        for members, counting in _members(scores, groups, counted):
-            values, known = scores[members], scores[counting].detach()
-            if len(known) and not _collapsed(known):
-                values = (values - known.mean()) / (known.std(correction=self.correction) + self.epsilon)
-            else:
-                values = values * 0
-            result = result.index_put((members,), values)
-        return result
+        numbers = groups.tolist()
+        known: dict[int, list[float]] = {number: [] for number in numbers}
+        counts = [True] * len(numbers) if counted is None else counted.tolist()
+        for number, score, is_counted in zip(numbers, scores.detach().tolist(), counts, strict=True):
+            if is_counted and not math.isnan(score):
+                known[number].append(score)
+        parts = {number: self._mean_and_divisor(values) for number, values in known.items()}
+        mean, divisor = scores.new_tensor([parts[number] for number in numbers]).T
+        advantages: Tensor = (scores - mean) / divisor
+        return advantages
+
+    def _mean_and_divisor(self, values: list[float]) -> tuple[float, float]:
+        if not values or _equal(min(values), max(values)):
+            return (values or [0.0])[0], math.inf
+        moments = Moments.of_values(values)
+        return moments.mean, math.sqrt(moments.squares / (len(values) - self.correction)) + self.epsilon
 
 
 class Rank(Normalization):
@@ -338,11 +349,6 @@ def _members(scores: Tensor, groups: Tensor, counted: Tensor | None) -> Iterator
     for group in sorted(set(groups.tolist())):
         members = (given & (groups == group)).nonzero().squeeze(1)
         yield members, members if counted is None else members[counted[members]]
-
-
-def _collapsed(values: Tensor) -> bool:
-    low, high = values.detach().aminmax()
-    return _equal(float(low), float(high))
 
 
 def _equal(low: float, high: float) -> bool:
