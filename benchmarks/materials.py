@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from safetensors.torch import save_file
+from transformers import BertTokenizer
 
 from diffsynth_metrics.checkpoint import KNOWN_LAYOUTS, fingerprint, read_layout
 from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
@@ -99,6 +100,8 @@ def metric_folder(name: str, size: str, folder: Path) -> None:
         for config in ("config.json", "open_clip_config.json"):  # they describe the tiny network
             (folder / config).unlink(missing_ok=True)
         layout = json.loads((_LAYOUTS / f"{name}.json").read_text())
+        if name == "image_reward":
+            _fill_vocabulary(folder, layout["blip.text_encoder.embeddings.word_embeddings.weight"][0])
         generator = torch.Generator().manual_seed(0)
         weights = {
             key: torch.arange(shape[-1])[None]
@@ -107,6 +110,13 @@ def metric_folder(name: str, size: str, folder: Path) -> None:
             for key, shape in layout.items()
         }
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _fill_vocabulary(folder: Path, count: int) -> None:
+    """Give a tokenizer of BERT as many pieces as a network has embeddings."""
+    pieces = BertTokenizer.from_pretrained(folder).get_vocab()
+    pieces |= {f"[unused{number}]": number for number in range(len(pieces), count)}
+    BertTokenizer(vocab=pieces, model_max_length=512).save_pretrained(folder)
 
 
 def _write_full(path: Path) -> None:
