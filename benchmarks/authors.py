@@ -32,7 +32,8 @@ prompt of 70 tokens, another in each round; medians, and the lowest and highest 
 **Above 1, ours is faster.** `upstream` is `diffsynth.metrics` 2.1.12, `authors` is the authors' code:
 `hpsv2.score`, which loads its checkpoint in every call and encodes the prompt once per picture;
 `ImageReward.score`, picture by picture; simple-aesthetics-predictor's network after OpenAI's own
-transform, picture by picture. The sizes and metrics may be of several runs of one day on the same machine."""
+transform, picture by picture. The sizes and metrics may be of several runs
+of one day on the same machine."""
 
 LIMITS = """**Two layers of width 32.** Nearly all of such a call is the making of pixels. The table
 gives what the official pixels of 16 pictures cost on all cores with nothing around them, next to
