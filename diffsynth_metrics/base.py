@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from diffsynth_metrics.checkpoint import is_published, read_config
 from diffsynth_metrics.errors import CheckpointError, DownloadError
-from diffsynth_metrics.inputs import CheckedImages, ImagesInput
+from diffsynth_metrics.inputs import CheckedImages, ImagesInput, SharedImages
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.transforms import Transform, pixel_batches
 
@@ -131,13 +131,15 @@ class BaseMetric(ABC):
     @contextmanager
     def _scoring(self, *, gradients: bool) -> Iterator[None]:
         """Set the grad mode and switch autocast off, for this thread and this call only."""
-        # Tensors made in inference mode could not be kept in a cache that a later call with
-        # gradients reads, so a caller's inference mode is left for the duration of the call.
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(gradients),
-            torch.autocast(self.device.type, enabled=False),
-        ):
+        device = self.device.type
+        with ExitStack() as stack:
+            # Tensors made in inference mode could not be kept in a cache that a later call with
+            # gradients reads, so a caller's inference mode is left for the duration of the call.
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
     @classmethod
@@ -384,20 +386,26 @@ def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torc
     return torch_dtype
 
 
-def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return all weights, like ``parameters()`` without its bookkeeping, for what every call asks."""
-    weights: list[nn.Parameter] = []
-    modules: list[nn.Module] = [model]
+def weights_of(model: nn.Module, *, without: nn.Module | None = None) -> list[nn.Parameter]:
+    """Return all weights but those of one part, without the bookkeeping of ``parameters()``.
+
+    It is for what every call asks.
+    """
+    weights: list[nn.Parameter | None] = []
+    modules: list[nn.Module | None] = [model]
     for module in modules:
-        weights += [weight for weight in module._parameters.values() if weight is not None]
-        modules += [child for child in module._modules.values() if child is not None]
-    return weights
+        if module is not None and module is not without:
+            weights += module._parameters.values()
+            modules += module._modules.values()
+    return [weight for weight in weights if weight is not None]
 
 
 def wants_gradients(images: ImagesInput) -> bool:
     """Tell whether the caller has gradients enabled and an image that requires one."""
     if not torch.is_grad_enabled():
         return False
+    if isinstance(images, SharedImages):
+        images = images.checked
     if isinstance(images, Tensor):
         return images.requires_grad
     return isinstance(images, Sequence) and any(

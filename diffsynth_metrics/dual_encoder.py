@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from operator import attrgetter
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ __all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
 
 _REMEMBERED_PROMPTS = 1024
 
+_version = attrgetter("_version")
+
 
 def paired_cosine(text_features: Tensor, image_features: Tensor) -> Tensor:
     """Return the cosine of each pair: ``[N, D]`` and ``[N, D]`` (or ``[1, D]``) to ``[N]``."""
@@ -37,6 +41,9 @@ def cosine_matrix(text_features: Tensor, image_features: Tensor) -> Tensor:
 
 class DualEncoderMetric(PromptMetric):
     """A metric whose score is a function of the cosine of a text and an image embedding."""
+
+    _image_tower: ClassVar[str] = ""
+    """Name of the part of the network that text features do not depend on."""
 
     def __init__(self, model: nn.Module, *, transform: Transform, batch_size: int) -> None:
         """Wrap a loaded network and its transform; users call ``from_pretrained``."""
@@ -135,27 +142,19 @@ class DualEncoderMetric(PromptMetric):
 
     def _text_state(self) -> Hashable:
         """Return what changes with the network's weights: remembered features are of one state."""
-        # An inference tensor has no version, and cannot be changed in place outside inference mode.
-        return hash(
-            tuple(
-                [
-                    (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-                    for weight in weights_of(self.model)
-                ]
-            )
-        )
+        weights = weights_of(self.model, without=getattr(self.model, self._image_tower, None))
+        try:
+            versions = tuple(map(_version, weights))
+        except RuntimeError:
+            # An inference tensor has no version, and cannot be changed in place outside inference mode.
+            versions = tuple([0 if weight.is_inference() else weight._version for weight in weights])
+        return hash((versions, tuple(map(Tensor.data_ptr, weights))))
 
     def _text_features(self, prompts: list[str]) -> Tensor:
         """Return the features of all prompts; each different prompt is encoded once."""
-        features: dict[str, Tensor] = {}
-        unknown: list[str] = []
         state = self._text_state()
-        for prompt in dict.fromkeys(prompts):
-            remembered = self._text_cache.get((state, prompt))
-            if remembered is None:
-                unknown.append(prompt)
-            else:
-                features[prompt] = remembered
+        features = self._text_cache.get(state, prompts)
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in features]
         # One by one on a CPU, where batches gain nothing: products round differently in batches of
         # another size, and what a prompt gets must not depend on what other threads asked before.
         at_once = 1 if self.device.type == "cpu" else self.batch_size
@@ -166,7 +165,7 @@ class DualEncoderMetric(PromptMetric):
             for prompt, row in zip(batch, encoded, strict=True):
                 # A copy of the row, so that the cache does not keep whole batches alive.
                 features[prompt] = row.clone()
-                self._text_cache.put((state, prompt), features[prompt])
+                self._text_cache.put(state, prompt, features[prompt])
         return torch.stack([features[prompt] for prompt in prompts])
 
 
@@ -175,22 +174,25 @@ class _TextCache:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._features: OrderedDict[tuple[Hashable, str], Tensor] = OrderedDict()
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[_TextCache], tuple[int]]:
         return _TextCache, (self._capacity,)
 
-    def get(self, key: Hashable) -> Tensor | None:
+    def get(self, state: Hashable, prompts: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         with self._lock:
-            feature = self._features.get(key)
-            if feature is not None:
-                self._features.move_to_end(key)
-            return feature
+            for prompt in prompts:
+                key = (state, prompt)
+                if key in self._features:
+                    self._features.move_to_end(key)
+                    found[prompt] = self._features[key]
+        return found
 
-    def put(self, key: Hashable, feature: Tensor) -> None:
+    def put(self, state: Hashable, prompt: str, feature: Tensor) -> None:
         with self._lock:
-            self._features[key] = feature
+            self._features[state, prompt] = feature
             if len(self._features) > self._capacity:
                 self._features.popitem(last=False)
 

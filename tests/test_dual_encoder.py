@@ -11,10 +11,16 @@ import PIL.Image
 import pytest
 import torch
 
-from diffsynth_metrics import ModelConfig, PickScoreMetric
-from diffsynth_metrics.dual_encoder import _TextCache, cosine_matrix, paired_cosine
+from diffsynth_metrics import CLIPMetric, HPSv2Metric, ModelConfig, PickScoreMetric
+from diffsynth_metrics.dual_encoder import (
+    DualEncoderMetric,
+    _TextCache,
+    cosine_matrix,
+    paired_cosine,
+)
 from diffsynth_metrics.metrics.clip import clip_score
 from diffsynth_metrics.metrics.pickscore import pick_probabilities
+from diffsynth_metrics.testing import tiny_checkpoint
 
 Photographs = dict[str, PIL.Image.Image]
 
@@ -282,13 +288,35 @@ class TestMemoryOfPrompts:
         assert not torch.allclose(first, second, atol=1e-3)
         assert not torch.allclose(second, third, atol=1e-3)
 
+    @pytest.mark.parametrize(("name", "metric_class"), [("clip", CLIPMetric), ("hpsv2", HPSv2Metric)])
+    def test_weights_that_are_not_watched_are_of_no_text(
+        self, name: str, metric_class: type[DualEncoderMetric], tmp_path: Path
+    ) -> None:
+        files = ModelConfig(path=tiny_checkpoint(name, tmp_path))
+        metric = metric_class.from_pretrained(files, device="cpu")  # type: ignore[attr-defined]
+        text = metric.encode_text("a")
+        watched = 0
+        for weight_name, weight in metric.model.named_parameters():
+            state, before = metric._text_state(), weight.detach().clone()
+            with torch.no_grad():
+                weight.add_(torch.randn_like(weight))
+            if metric._text_state() == state:
+                metric._text_cache.clear()
+                assert torch.equal(metric.encode_text("a"), text), weight_name
+            else:
+                watched += 1
+            with torch.no_grad():
+                weight.copy_(before)
+        assert 20 < watched < len(list(metric.model.parameters())) - 20
+
     def test_the_prompts_used_last_are_kept(self) -> None:
         cache = _TextCache(2)
         for prompt in ("a", "b"):
-            cache.put(prompt, torch.zeros(1))
-        assert cache.get("a") is not None
-        cache.put("c", torch.zeros(1))
-        assert [cache.get(prompt) is None for prompt in ("a", "b", "c")] == [False, True, False]
+            cache.put("state", prompt, torch.zeros(1))
+        assert list(cache.get("state", ["a"])) == ["a"]
+        cache.put("state", "c", torch.zeros(1))
+        assert list(cache.get("state", ["a", "b", "c"])) == ["a", "c"]
+        assert cache.get("another state", ["a", "b", "c"]) == {}
 
     def test_more_prompts_than_are_kept_are_scored_all_the_same(
         self, metric: PickScoreMetric, images: list[Any], monkeypatch: pytest.MonkeyPatch
@@ -300,8 +328,7 @@ class TestMemoryOfPrompts:
 
     def test_a_remembered_prompt_keeps_no_other_row_alive(self, metric: PickScoreMetric) -> None:
         metric.encode_text([f"prompt {number}" for number in range(16)])
-        remembered = metric._text_cache.get((metric._text_state(), "prompt 3"))
-        assert remembered is not None
+        remembered = metric._text_cache.get(metric._text_state(), ["prompt 3"])["prompt 3"]
         assert remembered.untyped_storage().nbytes() == 24 * 4
 
 

@@ -143,7 +143,8 @@ class AestheticMetric(ImageMetric):
         model = self.model
         rows = []
         for pixel_values in self._pixel_batches(as_images(images), self.transform):
-            pooled = model.vision_model(pixel_values=pixel_values.to(self.dtype)).pooler_output
+            # transformers' embeddings bring the pixels to the dtype of the tower.
+            pooled = model.vision_model(pixel_values=pixel_values).pooler_output
             rows.append(model.visual_projection(pooled.to(model.visual_projection.weight.dtype)))
         return torch.cat(rows)
 

@@ -89,6 +89,7 @@ class CLIPMetric(DualEncoderMetric):
         origin_file_pattern="CLIP-ViT-H-14-laion2B-s32B-b79K/*.[jt]*",
     )
     processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
+    _image_tower = "vision_model"
     model: CLIPModel
     transform: ShortestEdgeCrop
 
@@ -169,7 +170,8 @@ class CLIPMetric(DualEncoderMetric):
 
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
         model = self.model
-        pooled = model.vision_model(pixel_values=pixel_values.to(self.dtype)).pooler_output
+        # transformers' embeddings bring the pixels to the dtype of the tower.
+        pooled = model.vision_model(pixel_values=pixel_values).pooler_output
         projection: Tensor = model.visual_projection(pooled.to(model.visual_projection.weight.dtype))
         return projection
 

@@ -64,6 +64,7 @@ class HPSv2Metric(DualEncoderMetric):
     default_model: ClassVar[ModelConfig] = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv2/model.safetensors"
     )
+    _image_tower = "visual"
     model: open_clip.CLIP
 
     def __init__(

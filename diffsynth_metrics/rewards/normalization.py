@@ -326,7 +326,7 @@ def find_normalization(normalize: str | Normalization) -> Normalization:
     return _BY_NAME[normalize]()
 
 
-def spread(scores: Tensor, groups: Tensor) -> list[tuple[int, bool]]:
+def spread(scores: Tensor, groups: list[int]) -> list[tuple[int, bool]]:
     """Tell for each group of two readable samples or more whether all its scores are equal.
 
     Returns:
@@ -334,7 +334,7 @@ def spread(scores: Tensor, groups: Tensor) -> list[tuple[int, bool]]:
     """
     # In Python, because many small groups would be many small operations on the device.
     ranges: dict[int, tuple[int, float, float]] = {}
-    for group, score in zip(groups.tolist(), scores.detach().tolist(), strict=True):
+    for group, score in zip(groups, scores.detach().tolist(), strict=True):
         if not math.isnan(score):
             count, low, high = ranges.get(group, (0, score, score))
             ranges[group] = (count + 1, min(low, score), max(high, score))

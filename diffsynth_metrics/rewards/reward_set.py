@@ -207,6 +207,7 @@ class RewardSet:
         self, prompts: list[str], images: Any, groups: list[Hashable], *, update: bool, may_raise: bool
     ) -> Parts:
         numbers, keys = _numbered(groups, len(prompts))
+        as_tensor = torch.tensor(numbers)
         self._check_gradients(images)
         scores = self._scores(prompts, images, may_raise)
         collapsed: dict[str, list[Hashable]] = {}
@@ -221,7 +222,7 @@ class RewardSet:
         for name, component in self.components.items():
             scored = scores[name]
             note_collapse(name, scored.values)
-            group_numbers = numbers.to(scored.values.device)
+            group_numbers = as_tensor.to(scored.values.device)
             settled[name] = self._settled(name, scored, group_numbers)
             normalized[name] = self._normalized(name, scored, settled[name], group_numbers, update)
             part = component.weight * normalized[name]
@@ -372,7 +373,8 @@ class RewardSet:
 
     def _improving_mean(self, name: str, values: Tensor) -> float:
         """Return the mean, negated where training or the metric wants less."""
-        mean = float(values.detach().nanmean())
+        moments = Moments.of(values)
+        mean = moments.mean if moments.count else math.nan
         if name in self.components:
             return mean if self.components[name].weight >= 0 else -mean
         card = getattr(self._held_out[name].metric, "card", None)
@@ -431,7 +433,9 @@ def _failures(scores: Mapping[str, Scored]) -> dict[str, dict[int, str]]:
 def _errors(total: Tensor, failed: Mapping[str, Scored]) -> list[Exception | None]:
     """Return for each sample without a reward an error with the reasons of its components."""
     errors: list[Exception | None] = [None] * len(total)
-    for index in total.detach().isnan().nonzero().squeeze(1).tolist():
+    for index, value in enumerate(total.detach().tolist()):
+        if not math.isnan(value):
+            continue
         causes = {name: scored for name, scored in failed.items() if scored.errors[index] is not None}
         reasons = [f"{name}: {scored.reasons[index]}" for name, scored in causes.items()]
         error = RewardError("; ".join(reasons) or "the sum is not a number")
@@ -440,13 +444,13 @@ def _errors(total: Tensor, failed: Mapping[str, Scored]) -> list[Exception | Non
     return errors
 
 
-def _numbered(groups: list[Hashable], count: int) -> tuple[Tensor, list[Hashable]]:
+def _numbered(groups: list[Hashable], count: int) -> tuple[list[int], list[Hashable]]:
     """Number the groups in the order in which they appear."""
     if len(groups) != count:
         raise ValueError(f"got {len(groups)} groups for {count} samples")
     keys = list(dict.fromkeys(groups))
     positions = {key: number for number, key in enumerate(keys)}
-    return torch.tensor([positions[group] for group in groups]), keys
+    return [positions[group] for group in groups], keys
 
 
 def _with_group_means(values: Tensor, groups: Tensor) -> Tensor:

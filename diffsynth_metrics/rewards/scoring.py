@@ -137,7 +137,7 @@ class MetricScorer:
         prefix = self.scale.prefix
         texts = [prefix + prompt for prompt in prompts] if prefix else prompts
         values, errors = self._values(texts, images)
-        finite = torch.isfinite(values.detach()).tolist()
+        finite = [math.isfinite(value) for value in values.detach().tolist()]
         if all(finite):
             return Scored(self.scale.apply(values), errors)
         for index, is_finite in enumerate(finite):

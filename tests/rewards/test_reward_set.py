@@ -305,6 +305,7 @@ class TestFailures:
         result = rewards.score(PROMPTS, images)
         assert result.reward.isnan().all() and bright.calls == 1
         assert result.failures["bright"] == dict.fromkeys(range(4), "RuntimeError: out of memory")
+        assert rewards.state_dict()["history"] == {}, "a call without scores has no mean"
         with pytest.raises(RewardError, match="out of memory") as caught:
             RewardSet({"bright": bright}).score(PROMPTS, images)
         assert caught.value.__cause__ is bright.raises
