@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -119,7 +120,7 @@ class BaseMetric(ABC):
         by_few = self._is_large and self.device.type == "cpu"
         at_once = _IMAGES_AT_ONCE_ON_CPU if by_few else self.batch_size
         for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=self.device):
-            yield from torch.split(batch, at_once)
+            yield from torch.tensor_split(batch, math.ceil(len(batch) / at_once))
 
     def __repr__(self) -> str:
         """Show the class and where it runs."""

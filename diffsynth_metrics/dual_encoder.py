@@ -152,50 +152,57 @@ class DualEncoderMetric(PromptMetric):
 
     def _text_features(self, prompts: list[str]) -> Tensor:
         """Return the features of all prompts; each different prompt is encoded once."""
+        different = list(dict.fromkeys(prompts))
         state = self._text_state()
-        features = self._text_cache.get(state, prompts)
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in features]
-        # One by one on a CPU, where batches gain nothing: products round differently in batches of
-        # another size, and what a prompt gets must not depend on what other threads asked before.
-        at_once = 1 if self.device.type == "cpu" else self.batch_size
-        for start in range(0, len(unknown), at_once):
-            batch = unknown[start : start + at_once]
+        batches = (
+            tuple(different[start : start + self.batch_size])
+            for start in range(0, len(different), self.batch_size)
+        )
+        features = torch.cat([self._batch_of_texts(state, batch) for batch in batches])
+        if different == prompts:
+            return features
+        places = {prompt: place for place, prompt in enumerate(different)}
+        return features[[places[prompt] for prompt in prompts]]
+
+    def _batch_of_texts(self, state: Hashable, prompts: tuple[str, ...]) -> Tensor:
+        # Remembered as a batch, and not prompt by prompt: products round differently in batches of
+        # another size, and what a call gets must not depend on what other calls asked before.
+        features = self._text_cache.get((state, prompts))
+        if features is None:
             with torch.no_grad():
-                encoded = l2_normalize(self._embed_texts(batch), dim=-1)
-            for prompt, row in zip(batch, encoded, strict=True):
-                # A copy of the row, so that the cache does not keep whole batches alive.
-                features[prompt] = row.clone()
-                self._text_cache.put(state, prompt, features[prompt])
-        return torch.stack([features[prompt] for prompt in prompts])
+                features = l2_normalize(self._embed_texts(list(prompts)), dim=-1)
+            self._text_cache.put((state, prompts), features)
+        return features
 
 
 class _TextCache:
-    """The features of the prompts that were used last, for all threads; a copy of it is empty."""
+    """The features of the batches of prompts that were used last, for all threads; a copy is empty."""
 
     def __init__(self, capacity: int) -> None:
+        """Keep features of `capacity` prompts, or of a single batch that has more."""
         self._capacity = capacity
-        self._features: OrderedDict[tuple[Hashable, str], Tensor] = OrderedDict()
+        self._batches: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type[_TextCache], tuple[int]]:
         return _TextCache, (self._capacity,)
 
-    def get(self, state: Hashable, prompts: list[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        with self._lock:
-            for prompt in prompts:
-                key = (state, prompt)
-                if key in self._features:
-                    self._features.move_to_end(key)
-                    found[prompt] = self._features[key]
-        return found
+    def __len__(self) -> int:
+        return sum(map(len, self._batches.values()))
 
-    def put(self, state: Hashable, prompt: str, feature: Tensor) -> None:
+    def get(self, key: Hashable) -> Tensor | None:
         with self._lock:
-            self._features[state, prompt] = feature
-            if len(self._features) > self._capacity:
-                self._features.popitem(last=False)
+            features = self._batches.get(key)
+            if features is not None:
+                self._batches.move_to_end(key)
+            return features
+
+    def put(self, key: Hashable, features: Tensor) -> None:
+        with self._lock:
+            self._batches[key] = features
+            while len(self) > self._capacity and len(self._batches) > 1:
+                self._batches.popitem(last=False)
 
     def clear(self) -> None:
         with self._lock:
-            self._features.clear()
+            self._batches.clear()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -50,11 +51,19 @@ _BATCHES_AHEAD = 2
 _BYTES_AT_ONCE_ON_CPU = 30_000_000
 
 
+_Prepared: TypeAlias = "Future[Callable[[], Tensor]]"
+"""A decoded image on its way: its result makes the pixels, or has them already."""
+
+
 class Transform(Protocol):
     """What a metric needs of a transform: the same geometry for PIL images and for tensors."""
 
     uses_all_cores: ClassVar[bool]
-    """Whether :meth:`from_pil` is torch's work, which uses all cores itself, and not Pillow's."""
+    """Whether :meth:`from_pil` is torch's work, which uses all cores itself, and not Pillow's.
+
+    It is then called in the caller's thread: another one would have a team of threads and a part of the
+    heap of its own, which glibc gives back and maps again for every picture.
+    """
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -324,22 +333,26 @@ def pixel_lists(
 
 def _ahead(
     images: list[PIL.Image.Image | Path | Tensor], transform: Transform, batch_size: int
-) -> Iterator[list[Tensor | Future[Tensor]]]:
+) -> Iterator[list[Tensor | _Prepared]]:
     """Yield batches of tensors and of PIL images that are being prepared, in the order of the images."""
     starts = range(0, len(images), batch_size)
 
-    def prepare(index: int) -> Tensor:
-        item = images[index]
-        assert not isinstance(item, Tensor)
-        opened = open_image(item, f"image {index}")
+    def finish(index: int, opened: PIL.Image.Image) -> Tensor:
         with _naming(index):
-            if resizer is not None:
-                return resizer.submit(transform.from_pil, opened).result()
             return transform.from_pil(opened)
 
-    # Each thread that calls torch gets a team of threads for all cores: one caller is enough.
-    resizer = ThreadPoolExecutor(1, "diffsynth_metrics") if transform.uses_all_cores else None
-    pending: deque[list[Tensor | Future[Tensor]]] = deque()
+    def prepare(index: int) -> Callable[[], Tensor]:
+        item = images[index]
+        assert not isinstance(item, Tensor)
+        finished = partial(finish, index, open_image(item, f"image {index}"))
+        if transform.uses_all_cores:
+            return finished
+        pixels = finished()
+        return lambda: pixels
+
+    # Decoded pictures are large, so fewer of them wait than prepared ones.
+    batches_ahead = 1 if transform.uses_all_cores else _BATCHES_AHEAD
+    pending: deque[list[Tensor | _Prepared]] = deque()
     pool = ThreadPoolExecutor(min(_cpu_count(), len(images)), "diffsynth_metrics")
     try:
         for start in starts:
@@ -350,14 +363,12 @@ def _ahead(
                     for i in indices
                 ]
             )
-            if len(pending) > _BATCHES_AHEAD:
+            if len(pending) > batches_ahead:
                 yield pending.popleft()
         while pending:
             yield pending.popleft()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        if resizer is not None:
-            resizer.shutdown(wait=False)
 
 
 def _joined(batches: list[Tensor]) -> Tensor:
@@ -365,7 +376,7 @@ def _joined(batches: list[Tensor]) -> Tensor:
     return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
-def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device: torch.device) -> Tensor:
+def _collect(batch: list[Tensor | _Prepared], transform: Transform, device: torch.device) -> Tensor:
     """Join tensors and prepared PIL images of one batch, keeping their order."""
     kinds = {
         None if isinstance(item, Future) else (item.shape, item.dtype, item.device) for item in batch
@@ -373,7 +384,7 @@ def _collect(batch: list[Tensor | Future[Tensor]], transform: Transform, device:
     if len(kinds) > 1:
         return torch.cat([_collect([item], transform, device) for item in batch])
     if None in kinds:
-        prepared = [item.result() for item in batch if isinstance(item, Future)]
+        prepared = [item.result()() for item in batch if isinstance(item, Future)]
         # Bytes travel to the device, floats are made there.
         return normalize(torch.stack(prepared).to(device), transform)
     tensors = torch.stack([item for item in batch if isinstance(item, Tensor)])

@@ -296,6 +296,21 @@ class TestBatches:
         expected = metric.compute(PROMPTS, images)
         assert other.compute(PROMPTS, images) == pytest.approx(expected, abs=1e-4)
 
+    def test_a_large_network_on_a_cpu_gets_a_batch_in_few_equal_parts(
+        self, metric: PickScoreMetric, images: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected, embed = metric.compute("a cat", (images * 4)[:10]), metric._embed_images
+        sizes: list[int] = []
+
+        def counted(pixel_values: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(pixel_values))
+            return embed(pixel_values)
+
+        monkeypatch.setattr(metric, "_is_large", True)
+        monkeypatch.setattr(metric, "_embed_images", counted)
+        assert metric.compute("a cat", (images * 4)[:10]) == pytest.approx(expected, abs=1e-4)
+        assert sizes == [3, 3, 2, 2]
+
     def test_the_company_in_a_batch_changes_no_score(
         self, metric: PickScoreMetric, images: list[Any]
     ) -> None:

@@ -490,6 +490,23 @@ class TestPixelBatches:
         assert transform.started == transform.received == 1000
         assert 8 < transform.furthest <= 3 * 8
 
+    def test_what_uses_all_cores_runs_in_the_callers_thread_as_batches_are_taken(
+        self, files: list[Path]
+    ) -> None:
+        class OfTorch(Counting):
+            uses_all_cores = True
+
+            def from_pil(self, image: PIL.Image.Image) -> torch.Tensor:
+                assert threading.current_thread() is threading.main_thread()
+                return super().from_pil(image)
+
+        transform = OfTorch()
+        for number, batch in enumerate(batches(as_images(files * 20), transform, 8)):
+            assert len(batch) == min(8, 100 - 8 * number)
+            transform.received += len(batch)
+        assert transform.started == 100
+        assert transform.furthest == 8
+
     def test_a_consumer_that_stops_early_stops_the_work(self, files: list[Path]) -> None:
         cores = os.cpu_count() or 1
         transform = Counting(seconds=0.005)

@@ -908,11 +908,10 @@ class TestThreads:
     def test_calls_with_several_prompts_get_what_one_thread_gets(
         self, pickscore: PickScoreMetric
     ) -> None:
-        """No prompt is in two calls: which prompts are encoded together decides about the last bit."""
         generator = torch.Generator().manual_seed(8)
         reward_fn = to_flow_grpo(pickscore)("cpu")
         calls = [
-            (torch.rand(3, 3, 32, 40, generator=generator), [f"{call} {i} cats" for i in range(3)])
+            (torch.rand(3, 3, 32, 40, generator=generator), [f"{call + i} cats" for i in range(3)])
             for call in range(8)
         ]
         pickscore.to("cpu")
