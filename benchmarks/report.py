@@ -362,9 +362,12 @@ def _tiny_limits(results: Measurements) -> str:
 
 _FAULTS = """What is left between the tower and its matrix products is memory. An activation of more
 than 32 MB (glibc's largest threshold) is mapped from the kernel, zeroed page by page, and given back
-after each operation, unless the process happens to hold enough freed memory. Ours therefore gives the
-network three images at a time; upstream gives it all 16. Pages that were mapped anew in one call
-(`ru_minflt`, median):"""
+after each operation, unless the process happens to hold enough freed memory. Ours gives the network at
+most six images at a time, whose activations stay below; upstream gives it all 16, larger products,
+which are faster in a process that holds the memory and slower in one that does not. Both packages need
+the same products, so PickScore, where neither encodes a prompt twice, differs by that chance alone;
+upstream's CLIP encodes the prompt once per image. Pages that were mapped anew in one call (`ru_minflt`,
+median):"""
 
 
 def _faults(results: Measurements) -> str:

@@ -309,7 +309,7 @@ class TestBatches:
         monkeypatch.setattr(metric, "_is_large", True)
         monkeypatch.setattr(metric, "_embed_images", counted)
         assert metric.compute("a cat", (images * 4)[:10]) == pytest.approx(expected, abs=1e-4)
-        assert sizes == [3, 3, 2, 2]
+        assert sizes == [5, 5]
 
     def test_the_company_in_a_batch_changes_no_score(
         self, metric: PickScoreMetric, images: list[Any]
