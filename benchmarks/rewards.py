@@ -162,7 +162,7 @@ def main() -> None:
         "",
         "Images of 224×224 are not resized: there the bare line is a network of a few milliseconds "
         "alone, and the table shows what checks, names, statistics and the failure policy take in "
-        "absolute time. Much of a metric's part is the look at every weight of the text tower, which "
+        "absolute time. A part of it is the look at every weight of the text tower, which "
         "keeps remembered prompts from outliving weights that changed. These two metrics share no "
         "transform, so a set of both saves nothing here.",
         "",

@@ -68,9 +68,9 @@ class MetricCard:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # On a CPU, activations of more than 32 MB are mapped afresh, zeroed and given back for every operation
-# (glibc's largest malloc threshold), unless the process happens to hold as much freed memory. Those of
-# six images in a ViT-H/14 stay below it: 16 at once were 4 % slower on two cores where memory was mapped
-# afresh, and 4 % faster where not. A pass of a small network has a cost of its own, and nothing to gain.
+# (glibc's largest malloc threshold), unless the process happens to hold as much freed memory. No single
+# one of six images in a ViT-H/14 is larger. A pass of a small network has a cost of its own, and nothing
+# to gain.
 _IMAGES_AT_ONCE_ON_CPU = 6
 _LARGE_NETWORK = 50_000_000
 
