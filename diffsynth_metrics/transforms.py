@@ -34,7 +34,7 @@ __all__ = [
     "ShortestEdgeCrop",
     "SmartResize",
     "Transform",
-    "normalize",
+    "normalize_",
     "pixel_batches",
     "pixel_lists",
     "resize",
@@ -110,7 +110,7 @@ class ShortestEdgeCrop:
         """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, size, size]`` in 0..1."""
         height, width, top, left = self._geometry(*images.shape[-2:])
         resized = resize(images, height, width)
-        return resized[..., top : top + self.size, left : left + self.size]
+        return resized[..., top : top + self.size, left : left + self.size].contiguous()
 
     def _geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the size after resizing and the offset of the crop: height, width, top, left."""
@@ -243,13 +243,13 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     for size in ((images.shape[-2], width), (height, width)):
         if pixels.shape[-2:] != size:
             pixels = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
-            pixels = pixels.round_().clamp_(0, 255) if as_bytes else pixels.clamp(0, 1)
+            pixels = pixels.round_().clamp_(0, 255) if as_bytes else pixels.clamp_(0, 1)
     # Bytes became floats above, in a tensor of our own that no gradient needs.
     return pixels.div_(255) if as_bytes else pixels
 
 
-def normalize(pixels: Tensor, transform: Transform) -> Tensor:
-    """Subtract the mean and divide by the standard deviation of each channel.
+def normalize_(pixels: Tensor, transform: Transform) -> Tensor:
+    """Subtract the mean and divide by the standard deviation of each channel, of floats in place.
 
     Args:
         pixels: ``[B, 3, S, S]``, uint8 in 0..255 or float in 0..1.
@@ -262,18 +262,29 @@ def normalize(pixels: Tensor, transform: Transform) -> Tensor:
         pixels = pixels.to(torch.float32).div_(255)
     mean = torch.tensor(transform.mean, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(transform.std, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
-    # In place from here on: the difference is a tensor of our own, which its gradient does not need.
-    return (pixels - mean).div_(std)
+    return pixels.sub_(mean).div_(std)
 
 
-def tensor_pixels(images: Tensor, transform: Transform) -> Tensor:
-    """Map tensors ``[B, 3, H, W]`` to the network's inputs ``[B, 3, S, S]``, normalised."""
-    at_once = len(images)
-    if images.device.type == "cpu":
-        as_floats = images[0].numel() * max(4, images.element_size())
+def tensor_pixels(images: Tensor | list[Tensor], transform: Transform) -> Tensor:
+    """Map images ``[B, 3, H, W]``, or B of ``[3, H, W]``, to the network's inputs ``[B, 3, S, S]``."""
+    first, at_once = images[0], len(images)
+    if first.device.type == "cpu":
+        as_floats = first.numel() * max(4, first.element_size())
         at_once = max(1, _BYTES_AT_ONCE_ON_CPU // as_floats)
-    parts = [transform.from_tensor(part) for part in torch.split(images, at_once)]
-    return normalize(parts[0] if len(parts) == 1 else torch.cat(parts), transform)
+    parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
+    return normalize_(_joined([transform.from_tensor(_copied(part)) for part in parts]), transform)
+
+
+def _copied(images: Tensor | list[Tensor]) -> Tensor:
+    """Return images as a tensor whose floats are not the caller's; bytes become floats later anyway.
+
+    Resizing reads a pixel several times, and finds those of a small copy in the processor's caches.
+    """
+    if not isinstance(images, Tensor):
+        return torch.stack(images)
+    if images.dtype == torch.uint8:
+        return images
+    return images.clone(memory_format=torch.contiguous_format)
 
 
 def pixel_batches(
@@ -298,8 +309,11 @@ def pixel_batches(
     """
     if isinstance(images, SharedImages):
         batches = pixel_batches(images.checked, transform, batch_size=batch_size, device=device)
-        pixels = images.prepared((transform, device), lambda: _joined(list(batches)))
-        yield from torch.split(pixels, batch_size)
+        if images.keeps(transform):
+            pixels = images.prepared((transform, device), lambda: _joined(list(batches)))
+            yield from torch.split(pixels, batch_size)
+        else:
+            yield from batches
         return
     if isinstance(images, Tensor):
         for start in range(0, len(images), batch_size):
@@ -326,7 +340,7 @@ def pixel_lists(
         for item in batch:
             if isinstance(item, Tensor):
                 with _naming(index):
-                    pixels += normalize(transform.from_tensor(item[None].to(device)), transform)
+                    pixels += tensor_pixels(item[None].to(device), transform)
             else:
                 pixels += _collect([item], transform, device)
             index += 1
@@ -388,9 +402,8 @@ def _collect(batch: list[Tensor | _Prepared], transform: Transform, device: torc
     if None in kinds:
         prepared = [item.result()() for item in batch if isinstance(item, Future)]
         # Bytes travel to the device, floats are made there.
-        return normalize(torch.stack(prepared).to(device), transform)
-    tensors = torch.stack([item for item in batch if isinstance(item, Tensor)])
-    return tensor_pixels(tensors.to(device), transform)
+        return normalize_(torch.stack(prepared).to(device), transform)
+    return tensor_pixels([item.to(device) for item in batch if isinstance(item, Tensor)], transform)
 
 
 @contextmanager

@@ -280,9 +280,12 @@ class TestBadImages:
         with pytest.raises(ImageError, match=r"image 0: .* got values from nan to nan"):
             as_images(image)
 
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 1.5])
-    def test_a_bad_image_in_a_batch_is_named_by_its_position(self, value: float) -> None:
-        batch = torch.rand(5, 3, 4, 5)
+    def test_a_bad_image_in_a_batch_is_named_by_its_position(
+        self, value: float, layout: torch.memory_format
+    ) -> None:
+        batch = torch.rand(5, 3, 4, 5).to(memory_format=layout)
         batch[3, 1, 2, 2] = value
         with pytest.raises(ImageError, match=r"^image 3: a float tensor must lie in 0\.\.1"):
             as_images(batch)

@@ -18,13 +18,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from diffsynth_metrics import transforms
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.inputs import CheckedImages, as_images
+from diffsynth_metrics.inputs import CheckedImages, SharedImages, as_images
 from diffsynth_metrics.transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    Letterbox,
     ShortestEdgeCrop,
+    SmartResize,
     Transform,
-    normalize,
+    normalize_,
     pixel_batches,
     resize,
     tensor_pixels,
@@ -86,7 +88,7 @@ def by_torchvision(image: PIL.Image.Image, *, convert: str = "before") -> torch.
 
 
 def ours(transform: ShortestEdgeCrop, image: PIL.Image.Image) -> torch.Tensor:
-    return normalize(transform.from_pil(image)[None], transform)[0]
+    return normalize_(transform.from_pil(image)[None], transform)[0]
 
 
 def as_tensor(image: PIL.Image.Image) -> torch.Tensor:
@@ -205,7 +207,7 @@ class TestTensorPath:
     ) -> None:
         image = photographs["coffee"].resize(size)
         transform = ShortestEdgeCrop(crop_rounding=crop_rounding)
-        from_bytes = normalize(transform.from_tensor(as_tensor(image)), transform)[0]
+        from_bytes = normalize_(transform.from_tensor(as_tensor(image)), transform)[0]
         assert torch.equal(from_bytes, ours(transform, image))
 
     @pytest.mark.parametrize("size", [(1, 300), (300, 1)], ids=str)
@@ -234,7 +236,7 @@ class TestTensorPath:
         transform = ShortestEdgeCrop(size=16)
         pixels = transform.from_tensor(torch.ones(2, 3, 20, 31).to(given))
         assert (pixels.dtype, pixels.shape) == (expected, (2, 3, 16, 16))
-        assert normalize(pixels, transform).dtype == expected
+        assert normalize_(pixels, transform).dtype == expected
 
     @pytest.mark.parametrize("as_bytes", [True, False])
     def test_pixels_stay_in_range_where_bicubic_overshoots(self, as_bytes: bool) -> None:
@@ -244,11 +246,16 @@ class TestTensorPath:
         pixels = ShortestEdgeCrop(size=100).from_tensor(images)
         assert (pixels.min(), pixels.max()) == (0, 1)
 
-    def test_the_callers_tensor_is_not_changed(self) -> None:
-        images = torch.rand(2, 3, 20, 31)
-        before = images.clone()
-        normalize(ShortestEdgeCrop(size=20).from_tensor(images), ShortestEdgeCrop())
-        assert torch.equal(images, before)
+    @pytest.mark.parametrize("transform", [ShortestEdgeCrop(28), Letterbox(28), SmartResize(784, 784)])
+    @pytest.mark.parametrize("shape", [(28, 28), (28, 43), (50, 60)])
+    def test_the_callers_tensor_is_not_changed(
+        self, transform: Transform, shape: tuple[int, int]
+    ) -> None:
+        batch = torch.rand(2, 3, *shape)
+        for images in (batch, list(batch), batch[:1], [batch[0]]):
+            before = batch.clone()
+            tensor_pixels(images, transform)
+            assert torch.equal(batch, before)
 
 
 class TestGradients:
@@ -274,7 +281,7 @@ class TestGradients:
         transform = ShortestEdgeCrop(size=6)
 
         def pixel_values(images: torch.Tensor) -> torch.Tensor:
-            return normalize(transform.from_tensor(images), transform)
+            return tensor_pixels(images, transform)
 
         assert torch.autograd.gradcheck(pixel_values, (self.pixels(*shape),))
 
@@ -341,11 +348,11 @@ class TestNormalize:
     def test_bytes_and_floats_of_a_picture_agree(self) -> None:
         pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
         transform = ShortestEdgeCrop()
-        assert torch.equal(normalize(pixels, transform), normalize(pixels / 255, transform))
+        assert torch.equal(normalize_(pixels, transform), normalize_(pixels / 255, transform))
 
     def test_each_channel_has_its_own_mean_and_deviation(self) -> None:
         transform = ShortestEdgeCrop(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
-        normalized = normalize(torch.full((1, 3, 1, 1), 0.6, dtype=torch.float64), transform)
+        normalized = normalize_(torch.full((1, 3, 1, 1), 0.6, dtype=torch.float64), transform)
         assert normalized.flatten().tolist() == pytest.approx([1.0, 1.6, 2.4])
 
 
@@ -455,8 +462,27 @@ class TestPixelBatches:
     def test_a_batch_tensor_is_cut_without_changing_a_bit(self, batch_size: int) -> None:
         transform = ShortestEdgeCrop(size=16)
         images = torch.rand(7, 3, 30, 40)
-        expected = normalize(transform.from_tensor(images), transform)
+        expected = normalize_(transform.from_tensor(images), transform)
         assert torch.equal(torch.cat(list(batches(images, transform, batch_size))), expected)
+
+    def test_shared_images_are_prepared_once_if_two_metrics_want_them(self, files: list[Path]) -> None:
+        transform = Counting()
+        for wanted, times in ((1, 2), (2, 1)):
+            transform.started = 0
+            shared = SharedImages(files * 3, [transform] * wanted)
+            first, second = (torch.cat(list(batches(shared, transform, 2))) for _ in range(2))
+            assert transform.started == times * 3 * len(files)
+            assert torch.equal(first, second)
+
+    def test_shared_images_that_one_metric_wants_are_prepared_batch_by_batch(
+        self, files: list[Path]
+    ) -> None:
+        transform = Counting()
+        shared = SharedImages(files * 30, [transform])
+        for batch in batches(shared, transform, 2):
+            transform.received += len(batch)
+        assert transform.received == transform.started == 30 * len(files)
+        assert transform.furthest <= 2 * (2 + 1)
 
     def test_gradients_reach_each_tensor_of_a_list(self) -> None:
         images = [torch.rand(3, 20, 30, requires_grad=True), torch.rand(3, 25, 20, requires_grad=True)]

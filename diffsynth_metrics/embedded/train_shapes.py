@@ -36,7 +36,7 @@ from diffsynth_metrics.embedded.drawing import (
     draw_shape,
 )
 from diffsynth_metrics.transforms import CLIP_MEAN, CLIP_STD, ShortestEdgeCrop
-from diffsynth_metrics.transforms import normalize as normalize_pixels
+from diffsynth_metrics.transforms import normalize_ as normalize_pixels_
 
 __all__ = ["main", "train"]
 
@@ -135,7 +135,7 @@ def train(*, steps: int, examples: int, batch_size: int, seed: int) -> tuple[CLI
     for step in progress:
         chosen = [rng.randrange(examples) for _ in range(batch_size)]
         captions = [caption(attributes[index], rng) for index in chosen] + _PLAIN_CAPTIONS
-        images = normalize_pixels(_fade(pixels[chosen]), ShortestEdgeCrop(_IMAGE_SIZE))
+        images = normalize_pixels_(_fade(pixels[chosen]), ShortestEdgeCrop(_IMAGE_SIZE))
         images = images + 0.05 * rng.random() * torch.randn_like(images)
         text_features = _text_features(model, tokenizer, [text for text, _ in captions])
         image_features = normalize(
@@ -224,7 +224,7 @@ def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, count: int, stream: str
     pairs = [(shape, color) for shape in SHAPES for color in COLORS]
     with torch.no_grad():
         texts = _text_features(model, tokenizer, [describe(*pair) for pair in pairs])
-        images = normalize_pixels(pixels, ShortestEdgeCrop(_IMAGE_SIZE))
+        images = normalize_pixels_(pixels, ShortestEdgeCrop(_IMAGE_SIZE))
         pooled = model.vision_model(pixel_values=images).pooler_output
         picked = (model.visual_projection(pooled) @ texts.T).argmax(dim=1).tolist()
     right = [pairs[index] == shown[:2] for index, shown in zip(picked, attributes, strict=True)]

@@ -73,8 +73,12 @@ def as_bytes(images: Any) -> Any:
                 as_images(images)
             except ValueError:
                 return [as_bytes(image) for image in images] if images.ndim == 4 else images
-            # float32 holds every product exactly enough; half precision would round it twice.
-            return images.float().mul(255).round_().to(torch.uint8)
+            rounded = torch.empty_like(images, dtype=torch.uint8)
+            # One by one, so that what is between stays in a processor's caches. float32 holds every
+            # product exactly enough; half precision would round it twice.
+            for place, image in zip(rounded, images, strict=True):
+                place.copy_(image.float().mul(255).round_())
+            return rounded
     if isinstance(images, (list, tuple)):
         return [as_bytes(image) for image in images]
     return images

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_gradients
 from diffsynth_metrics.errors import RewardError
-from diffsynth_metrics.inputs import SharedImages, as_images, as_prompts
+from diffsynth_metrics.inputs import SharedImages, as_prompts
 from diffsynth_metrics.rewards.divergence import DivergenceMonitor
 from diffsynth_metrics.rewards.normalization import (
     Moments,
@@ -238,7 +238,9 @@ class RewardSet:
 
     def _scores(self, prompts: list[str], images: Any, may_raise: bool) -> dict[str, Scored]:
         """Ask every metric, the held-out ones without gradients."""
-        shared = _shared(images)
+        scorers = (*self._scorers.values(), *self._held_out.values())
+        transforms = [getattr(scorer.metric, "transform", None) for scorer in scorers]
+        shared = _shared(images, transforms)
 
         def ask(scorer: MetricScorer) -> Scored:
             takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
@@ -397,10 +399,10 @@ def _aligned(prompt: str | Sequence[str], images: Any) -> tuple[list[str], Any]:
     return prompts, images
 
 
-def _shared(images: Any) -> SharedImages | None:
+def _shared(images: Any, transforms: list[Hashable]) -> SharedImages | None:
     """Check and share the images; None where one of them is wrong, so that each metric says which."""
     try:
-        return SharedImages(as_images(images))
+        return SharedImages(images, transforms)
     except (OSError, TypeError, ValueError):
         return None
 

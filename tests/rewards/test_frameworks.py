@@ -48,6 +48,7 @@ from diffsynth_metrics.rewards import (
     to_verl_omni,
 )
 from diffsynth_metrics.testing import tiny_checkpoint
+from diffsynth_metrics.transforms import normalize_
 
 PROMPTS = ["a cat", "a dog", "a red circle"]
 
@@ -675,7 +676,7 @@ class TestLosses:
             PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
         )
         size = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        prepared = transforms_normalize(image_reward, size)
+        prepared = normalize_(size.clone(), image_reward.transform)
         rewards = to_refl(image_reward)(tokens.input_ids, tokens.attention_mask, prepared)
         assert rewards.shape == (3, 1)
         assert rewards[:, 0].tolist() == pytest.approx(
@@ -685,12 +686,6 @@ class TestLosses:
         assert size.grad is not None and size.grad.abs().sum() > 0
         with pytest.raises(TypeError, match="score_gard is ImageReward's"):
             to_refl(Brightness())  # type: ignore[arg-type]
-
-
-def transforms_normalize(metric: Any, pixels: torch.Tensor) -> torch.Tensor:
-    from diffsynth_metrics.transforms import normalize
-
-    return normalize(pixels, metric.transform)
 
 
 @dataclass
