@@ -3,8 +3,9 @@
     python benchmarks/rewards.py
 
 "Bare" is the shortest code that gives the same numbers from the same images: transform, tower, cosine,
-formula, under no_grad; no checks of the input, no names, no failure policy. Every figure is the median
-of many rounds in which all variants take turns, so that a slow moment of the machine hits all of them.
+formula, under no_grad; no checks of the input, no names, no failure policy. Only floats are looked at,
+in one pass that refuses NaN and what is not in 0..1. Every figure is the median of many rounds in which
+all variants take turns, so that a slow moment of the machine hits all of them.
 In its turn a variant is called three times and the third call counts: it finds in the caches of the
 processor what it left there itself, as a reward in a loop does, and not what the variant before it left.
 glibc is told to keep freed memory: otherwise each variant maps its memory afresh or not depending on
@@ -76,6 +77,12 @@ def timed(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
     return times
 
 
+def refuse_wrong_floats(images: torch.Tensor) -> torch.Tensor:
+    low, high = images.aminmax()
+    assert low >= 0 and high <= 1
+    return images
+
+
 def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, float]]:
     """Return (what, seconds, overhead) for images of one size."""
     pickscore = PickScoreMetric.from_pretrained(
@@ -85,6 +92,7 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
         ModelConfig(path=tiny_checkpoint("aesthetic", folder / "aesthetic")), device="cpu"
     )
     images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
+    floats = images / 255
     texts = pickscore.encode_text(PROMPTS)
     flow_grpo = to_flow_grpo(pickscore, scale=None)("cpu")
     dance_grpo = to_dance_grpo(pickscore, scale=None)
@@ -109,6 +117,15 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
             bare_pickscore(pickscore, texts, images) + bare_aesthetic(aesthetic, images)
         ).tolist(),
         "`RewardSet` of both": lambda: two.score(PROMPTS, images).reward.tolist(),
+        "bare PickScore, floats": lambda: bare_pickscore(
+            pickscore, texts, refuse_wrong_floats(floats)
+        ).tolist(),
+        "`metric.reward`, floats": lambda: pickscore.reward(PROMPTS, floats).tolist(),
+        "`RewardSet` of PickScore, floats": lambda: one.score(PROMPTS, floats).reward.tolist(),
+        "bare PickScore, floats rounded": lambda: bare_pickscore(
+            pickscore, texts, (floats * 255).round().clamp(0, 255).to(torch.uint8)
+        ).tolist(),
+        "`to_flow_grpo`, floats": lambda: flow_grpo(floats, PROMPTS, None),
     }
     assert flow_grpo(images, PROMPTS, None)[0] == variants["`metric.reward`"]()
     rows, bare = [], []
@@ -136,7 +153,8 @@ def main() -> None:
         f"`python benchmarks/rewards.py --rounds {arguments.rounds}` on {platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}.",
-        f"{IMAGES} uint8 images, tiny tower (2 layers of width 32), medians. "
+        f"{IMAGES} uint8 images (floats where the table says so), tiny tower (2 layers of width 32), "
+        "medians. "
         "The overhead is the median difference within a round to the "
         '"bare" line above it; every timed call follows two of the same. glibc keeps freed memory.',
         "",
@@ -165,6 +183,9 @@ def main() -> None:
         "absolute time. A part of it is the look at every weight of the text tower, which "
         "keeps remembered prompts from outliving weights that changed. These two metrics share no "
         "transform, so a set of both saves nothing here.",
+        "",
+        "The bare line of floats reads every value once, to refuse NaN and what is not in 0..1; `floats "
+        "rounded` is what flow_grpo does with floats, which rounds them to bytes first.",
         "",
     ]
     arguments.output.write_text("\n".join(lines), encoding="utf-8")

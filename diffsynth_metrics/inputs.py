@@ -26,6 +26,7 @@ __all__ = [
     "SharedImages",
     "as_images",
     "as_prompts",
+    "as_rgb",
     "open_image",
     "pair",
 ]
@@ -203,6 +204,11 @@ def open_image(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
             f"{name} has mode {opened.mode!r}: {_NOT_PICTURES[opened.mode]}; convert it first"
         )
     return opened
+
+
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return an image in RGB, not to be written to: itself if it is RGB, which convert() would copy."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_unicode(prompt: str, name: str) -> None:

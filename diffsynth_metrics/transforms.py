@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.inputs import CheckedImages, SharedImages, open_image
+from diffsynth_metrics.inputs import CheckedImages, SharedImages, as_rgb, open_image
 
 __all__ = [
     "CLIP_MEAN",
@@ -100,11 +100,11 @@ class ShortestEdgeCrop:
     def from_pil(self, image: PIL.Image.Image) -> Tensor:
         """Map an image of any mode to uint8 pixels ``[3, size, size]``, to the bit as Pillow does."""
         if self.convert == "before":
-            image = _rgb(image)
+            image = as_rgb(image)
         height, width, top, left = self._geometry(image.height, image.width)
         resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
         cropped = resized.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(_rgb(cropped))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(as_rgb(cropped))).permute(2, 0, 1)
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, size, size]`` in 0..1."""
@@ -140,7 +140,7 @@ class Letterbox:
 
     def from_pil(self, image: PIL.Image.Image) -> Tensor:
         """Map an image of any mode to float32 pixels ``[3, size, size]``."""
-        pixels = torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
         return self.from_tensor(pixels[None])[0]
 
     def from_tensor(self, images: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class SmartResize:
 
     def from_pil(self, image: PIL.Image.Image) -> Tensor:
         """Map an image of any mode to uint8 pixels ``[3, H, W]``, to the bit as Pillow does."""
-        image = _rgb(image)
+        image = as_rgb(image)
         height, width = self.size(image.height, image.width)
         resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
@@ -413,11 +413,6 @@ def _naming(index: int) -> Iterator[None]:
         yield
     except ImageError as error:
         raise ImageError(f"image {index}: {error}") from error
-
-
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    # convert() would copy an image that is RGB already; nobody writes to it here.
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _cpu_count() -> int:

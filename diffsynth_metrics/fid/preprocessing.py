@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
+from diffsynth_metrics.inputs import as_rgb
+
 __all__ = ["PREPROCESSINGS", "Preprocessing", "find_preprocessing"]
 
 _SIZE = (299, 299)
@@ -36,7 +38,7 @@ class Preprocessing:
 
         Every package converts to RGB first; alpha is dropped, 16-bit values above 255 become 255.
         """
-        pixels = self.resize(image if image.mode == "RGB" else image.convert("RGB"))
+        pixels = self.resize(as_rgb(image))
         pixels -= np.float32(self.centre)
         pixels /= np.float32(self.centre)
         return pixels

@@ -276,7 +276,7 @@ def _read_heads(model: Any, rows: list[_Row], pad_id: int, device: torch.device)
     mask = mask.to(device)
     output = model(
         input_ids=ids.to(device),
-        attention_mask=mask,
+        attention_mask=_attention_mask(mask, width, cache, model.dtype),
         position_ids=positions.to(device),
         use_cache=True,
         logits_to_keep=1,
@@ -305,19 +305,43 @@ def _feed(model: Any, batch: _Batch, tokens: list[list[int]], *, logits_to_keep:
     """Feed all rows the same number of tokens after their images; return logits ``[B, C, V]``."""
     device = batch.mask.device
     ids = torch.tensor(tokens, device=device)
-    places = torch.tensor([row.length for row in batch.rows], device=device)[:, None]
-    places = places + torch.arange(ids.shape[1], device=device)
-    rotary = places + torch.tensor([row.offset for row in batch.rows], device=device)[:, None]
+    places = [range(row.length, row.length + ids.shape[1]) for row in batch.rows]
+    rotary = [[place + row.offset for place in new] for row, new in zip(batch.rows, places, strict=True)]
     batch.mask = torch.cat([batch.mask, torch.ones_like(ids)], dim=1)
     logits: Tensor = model(
         input_ids=ids,
-        attention_mask=batch.mask,
-        position_ids=torch.stack([places, rotary, rotary, rotary]),
+        attention_mask=_attention_mask(batch.mask, ids.shape[1], batch.cache, batch.logits.dtype),
+        position_ids=torch.tensor([[*map(list, places)], rotary, rotary, rotary], device=device),
         use_cache=True,
         logits_to_keep=logits_to_keep,
         **{_cache_name(type(model).forward): batch.cache},
     ).logits
     return logits
+
+
+def _attention_mask(mask: Tensor, width: int, cache: Cache, dtype: torch.dtype) -> Tensor:
+    """Return what the network takes: `mask` itself, or what is added to the products of attention.
+
+    transformers takes the sum ``[B, 1, C, T]`` ready-made. It would make it anew in each pass as bools,
+    and torch floats of them in each layer. A layer with a recurrent state wants `mask` itself.
+
+    Args:
+        mask: ``[B, T]``, 1 where a row has a token.
+        width: C, how many of the T tokens are new.
+        cache: What the network remembers.
+        dtype: What the network computes in.
+    """
+    if mask.all() or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return mask
+    # Not infinite: a token that fills up a row sees nothing, and must not become NaN.
+    lowest = torch.finfo(dtype).min
+    hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask == 0, lowest)
+    added = hidden[:, None, None].expand(-1, -1, width, -1)
+    if width == 1:
+        return added
+    before = mask.shape[1] - width
+    later = torch.ones(width, mask.shape[1], dtype=torch.bool, device=mask.device).triu_(before + 1)
+    return added.masked_fill(later, lowest)
 
 
 def _seen(batch: _Batch) -> tuple[Tensor, Tensor] | None:

@@ -154,7 +154,10 @@ class LocalEngine(Engine):
         if key:
             if key not in prepared:
                 images = [part for part in question.content if not isinstance(part, str)]
-                features = self.processor.image_processor(images=images, return_tensors="pt")
+                # They are RGB, of which a conversion would make a copy.
+                features = self.processor.image_processor(
+                    images=images, return_tensors="pt", do_convert_rgb=False
+                )
                 prepared[key] = features["pixel_values"], features["image_grid_thw"]
             pixel_values, grid = prepared[key]
         ids = self._tokens(question, grid)

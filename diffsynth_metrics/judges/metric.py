@@ -20,7 +20,7 @@ from typing_extensions import Self, TypedDict, Unpack
 from diffsynth_metrics.base import BaseMetric, check_loading
 from diffsynth_metrics.checkpoint import weight_files
 from diffsynth_metrics.errors import AnswerError, ImageError
-from diffsynth_metrics.inputs import CheckedImages, open_image
+from diffsynth_metrics.inputs import CheckedImages, as_rgb, open_image
 from diffsynth_metrics.judges.architectures import judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.local import LocalEngine, check_limits
@@ -262,7 +262,7 @@ def rgb_images(images: CheckedImages) -> list[PIL.Image.Image]:
             array = pixels.permute(1, 2, 0).cpu().numpy()
             pictures.append(PIL.Image.fromarray(np.ascontiguousarray(array)))
         else:
-            pictures.append(open_image(image, f"image {index}").convert("RGB"))
+            pictures.append(as_rgb(open_image(image, f"image {index}")))
     return pictures
 
 
