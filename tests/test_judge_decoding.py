@@ -83,8 +83,7 @@ def questions_with_shared_prefixes(pictures: int, penalty: float) -> list[Questi
 
 
 def prompts_of(engine: LocalEngine, questions: list[Question]) -> list[Prompt]:
-    prepared: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-    return [engine._prompt(question, prepared) for question in questions]
+    return engine._prompts(questions)
 
 
 def decode(engine: LocalEngine, prompts: list[Prompt], **options: Any) -> list[list[int]]:

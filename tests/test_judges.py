@@ -524,10 +524,10 @@ def test_a_special_token_of_the_caller_is_plain_text(
     spy = Scripted()
     ask_one(CLASSES[name](spy), f"a {token} b")
     question = spy.questions[0]
-    ids = engine._prompt(question, {}).ids
+    ids = engine._prompts([question])[0].ids
     spy.questions.clear()
     ask_one(CLASSES[name](spy), "a  b")
-    without = engine._prompt(spy.questions[0], {}).ids
+    without = engine._prompts([spy.questions[0]])[0].ids
     special = engine.processor.tokenizer.convert_tokens_to_ids(token)
     assert ids.count(special) == without.count(special)
     assert token in engine.processor.tokenizer.decode(ids).replace("<|image_pad|>" * 2, "")
@@ -562,7 +562,7 @@ def test_ordinary_text_is_tokenized_as_the_official_processor_does(
     )
     images = [part for part in question.content if not isinstance(part, str)]
     official = engine.processor(text=[text], images=images)
-    assert engine._prompt(question, {}).ids == list(official["input_ids"][0])
+    assert engine._prompts([question])[0].ids == list(official["input_ids"][0])
     ending = {False: "<think>\n\n</think>\n\n", True: "<think>\n", None: "assistant\n"}
     assert text.endswith(ending[question.thinking])
 

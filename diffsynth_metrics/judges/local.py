@@ -100,11 +100,9 @@ class LocalEngine(Engine):
         """Answer in batches; neither the batches nor their order change an answer in float32."""
         answers: list[Answer | None] = [None] * len(questions)
         for indices in self._batches(questions):
-            prepared: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-            prompts = [self._prompt(questions[index], prepared) for index in indices]
             tokens = decode_greedily(
                 self.model,
-                prompts,
+                self._prompts([questions[index] for index in indices]),
                 max_new_tokens=self.max_new_tokens,
                 stop_ids=self._stop_ids,
                 pad_id=self._pad_id,
@@ -145,21 +143,35 @@ class LocalEngine(Engine):
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
+    def _prompts(self, questions: Sequence[Question]) -> list[Prompt]:
+        """Make questions into tokens and pixels; images that several ask about are prepared once."""
+        groups = {
+            _image_key(question): [part for part in question.content if not isinstance(part, str)]
+            for question in questions
+        }
+        pixels = self._pixels({key: images for key, images in groups.items() if images})
+        return [self._prompt(question, pixels) for question in questions]
+
+    def _pixels(
+        self, groups: dict[tuple[int, ...], list[PIL.Image.Image]]
+    ) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
+        """Return the patches and the grids of each group of images, all prepared in one call."""
+        if not groups:
+            return {}
+        images = [image for group in groups.values() for image in group]
+        # They are RGB, of which a conversion would make a copy.
+        features = self.processor.image_processor(
+            images=images, return_tensors="pt", do_convert_rgb=False
+        )
+        grids = features["image_grid_thw"].split([len(group) for group in groups.values()])
+        pixels = features["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
+        return dict(zip(groups, zip(pixels, grids, strict=True), strict=True))
+
     def _prompt(
-        self, question: Question, prepared: dict[tuple[int, ...], tuple[Tensor, Tensor]]
+        self, question: Question, pixels: Mapping[tuple[int, ...], tuple[Tensor, Tensor]]
     ) -> Prompt:
-        """Make a question into tokens and pixels; `prepared` keeps the pixels of images by identity."""
         key = _image_key(question)
-        pixel_values = grid = None
-        if key:
-            if key not in prepared:
-                images = [part for part in question.content if not isinstance(part, str)]
-                # They are RGB, of which a conversion would make a copy.
-                features = self.processor.image_processor(
-                    images=images, return_tensors="pt", do_convert_rgb=False
-                )
-                prepared[key] = features["pixel_values"], features["image_grid_thw"]
-            pixel_values, grid = prepared[key]
+        pixel_values, grid = pixels.get(key, (None, None))
         ids = self._tokens(question, grid)
         is_image = torch.tensor(ids).eq(self._image_id)
         positions, _ = self.model.model.get_rope_index(

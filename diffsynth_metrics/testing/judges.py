@@ -215,7 +215,7 @@ def _teach(
 
 def _hidden_states(engine: LocalEngine, question: Question, answer: str) -> tuple[Tensor, list[int]]:
     """Return what the last layer sees ``[T, D]`` before each token of an answer, and these T tokens."""
-    prompt = engine._prompt(question, {})
+    prompt = engine._prompts([question])[0]
     tokens = [*engine._encode(answer), engine.processor.tokenizer.eos_token_id]
     ids = torch.tensor([prompt.ids + tokens])
     rotary = torch.arange(len(tokens)) + int(prompt.positions.max()) + 1
