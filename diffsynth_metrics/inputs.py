@@ -261,7 +261,7 @@ def _check_tensor(images: torch.Tensor, name: str) -> None:
         return
     if not images.is_floating_point():
         raise TypeError(f"{name}: a tensor must be uint8 in 0..255 or float in 0..1, got {images.dtype}")
-    if _in_range(images):
+    if _in_range(images):  # all at once, which torch does much faster than one by one
         return
     index = next(index for index, image in enumerate(images) if not _in_range(image))
     low, high = (float(value) for value in _extremes(images[index]))
@@ -279,10 +279,7 @@ def _in_range(values: torch.Tensor) -> bool:
 
 
 def _extremes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the lowest and the highest value; both are NaN where there is one.
-
-    Over all images at once, which takes a fifth of the time that torch needs per image.
-    """
+    """Return the lowest and the highest value; both are NaN where there is one."""
     values = values.detach()
     if values.device.type == "cpu" and values.is_contiguous():
         low, high = values.aminmax()  # one pass where reading takes the time; it copies other layouts

@@ -82,10 +82,6 @@ def questions_with_shared_prefixes(pictures: int, penalty: float) -> list[Questi
     ]
 
 
-def prompts_of(engine: LocalEngine, questions: list[Question]) -> list[Prompt]:
-    return engine._prompts(questions)
-
-
 def decode(engine: LocalEngine, prompts: list[Prompt], **options: Any) -> list[list[int]]:
     with torch.no_grad():
         return decode_greedily(
@@ -139,7 +135,7 @@ def counted(engine: LocalEngine) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("penalty", [1.0, 1.05])
 def test_batched_equals_one_by_one_equals_transformers(engine: LocalEngine, penalty: float) -> None:
-    prompts = prompts_of(engine, mixed_questions(32, penalty))
+    prompts = engine._prompts(mixed_questions(32, penalty))
     assert len({len(prompt.ids) for prompt in prompts}) > 20, "mixed lengths"
     batched = decode(engine, prompts)
     assert batched == one_by_one(engine, prompts)
@@ -149,7 +145,7 @@ def test_batched_equals_one_by_one_equals_transformers(engine: LocalEngine, pena
 
 @pytest.mark.parametrize("penalty", [1.0, 1.05])
 def test_sharing_prefixes_equals_not_sharing_them(engine: LocalEngine, penalty: float) -> None:
-    prompts = prompts_of(engine, questions_with_shared_prefixes(6, penalty))
+    prompts = engine._prompts(questions_with_shared_prefixes(6, penalty))
     with counted(engine) as passes:
         shared = decode(engine, prompts)
     # One pass over all prefixes, one for each kind of ending, and the tokens after the first.
@@ -163,14 +159,14 @@ def test_prompts_that_share_an_image_but_no_prefix_are_answered_alike(engine: Lo
     image = picture(3)
     questions = [Question(content=(f"{name} cat", image, "b")) for name in ("A", "The", "One")]
     questions.append(Question(content=(image, "b")))
-    prompts = prompts_of(engine, questions)
+    prompts = engine._prompts(questions)
     assert decode(engine, prompts) == one_by_one(engine, prompts)
 
 
 def test_the_same_question_twice_has_the_same_answer(engine: LocalEngine) -> None:
     image = picture(4)
     question = Question(content=(image, "b"))
-    prompts = prompts_of(engine, [question, question, Question(content=(image, "b longer"))])
+    prompts = engine._prompts([question, question, Question(content=(image, "b longer"))])
     answers = decode(engine, prompts)
     assert answers[0] == answers[1]
     assert answers == one_by_one(engine, prompts)
@@ -178,7 +174,7 @@ def test_the_same_question_twice_has_the_same_answer(engine: LocalEngine) -> Non
 
 @pytest.mark.parametrize("wrong", [0.0, 0.03, 0.1, 0.3, 1.0])
 def test_drafts_equal_no_drafts_however_wrong_they_are(engine: LocalEngine, wrong: float) -> None:
-    prompts = prompts_of(engine, mixed_questions(32))
+    prompts = engine._prompts(mixed_questions(32))
     expected = decode(engine, prompts)
     rng = random.Random(1)
     drafted = []
@@ -202,7 +198,7 @@ def test_drafts_equal_no_drafts_however_wrong_they_are(engine: LocalEngine, wron
 
 
 def test_drafts_that_are_longer_than_the_limit_or_go_past_the_end(engine: LocalEngine) -> None:
-    prompts = prompts_of(engine, mixed_questions(4))
+    prompts = engine._prompts(mixed_questions(4))
     expected = decode(engine, prompts)
     stop = min(engine._stop_ids)
     for prompt, answer in zip(prompts, expected, strict=True):
@@ -211,7 +207,7 @@ def test_drafts_that_are_longer_than_the_limit_or_go_past_the_end(engine: LocalE
 
 
 def test_answers_end_at_a_stop_token(engine: LocalEngine) -> None:
-    prompts = prompts_of(engine, mixed_questions(8))
+    prompts = engine._prompts(mixed_questions(8))
     expected = one_by_one(engine, prompts)
     stops = frozenset(answer[5 + index] for index, answer in enumerate(expected) if len(answer) > 15)
     before = engine._stop_ids
@@ -242,7 +238,7 @@ def test_the_batch_size_does_not_change_answers_or_their_order(
 
 
 def test_a_question_without_an_image_is_answered(engine: LocalEngine) -> None:
-    prompts = prompts_of(engine, [Question(content=("a cat",)), *mixed_questions(2)])
+    prompts = engine._prompts([Question(content=("a cat",)), *mixed_questions(2)])
     assert decode(engine, prompts) == one_by_one(engine, prompts)
 
 
