@@ -83,7 +83,7 @@ class Worker:
         """Load a judge and count the passes through its network from then on."""
         load = load_ours if self._package == "ours" else load_upstream
         metric, network = load(name, folder, tokens, batch_size)
-        network.register_forward_pre_hook(self._count)
+        network.model.register_forward_pre_hook(self._count)
         self._metrics[key] = metric
         return {}
 

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from diffsynth_metrics.base import PromptMetric, wants_gradients, weights_of
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
 from diffsynth_metrics.locks import Lock
-from diffsynth_metrics.transforms import Transform
+from diffsynth_metrics.transforms import Transform, joined
 
 __all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
 
@@ -80,7 +80,9 @@ class DualEncoderMetric(PromptMetric):
             float32 ``[T, D]`` on the metric's device, each row of L2 norm 1.
         """
         with self._scoring(gradients=False):
-            return self._text_features(as_prompts(prompt))
+            return self._text_features(
+                as_prompts(prompt)
+            ).clone()  # what is remembered is not given away
 
     def score_from_features(self, text_features: Tensor, image_features: Tensor) -> Tensor:
         """Score pairs of features.
@@ -132,13 +134,14 @@ class DualEncoderMetric(PromptMetric):
 
     def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
         prompts, checked, count = pair(prompt, images)
-        cosine = paired_cosine(self._text_features(prompts), self._image_features(checked))
-        cosine = cosine.expand(count)
+        # Images first: an accelerator computes them while the prompts are looked up or tokenized.
+        image_features = self._image_features(checked)
+        cosine = paired_cosine(self._text_features(prompts), image_features).expand(count)
         return {"score": self._score(cosine), "cosine": cosine}
 
     def _image_features(self, images: CheckedImages) -> Tensor:
         batches = self._pixel_batches(images, self.transform)
-        return torch.cat([l2_normalize(self._embed_images(batch), dim=-1) for batch in batches])
+        return joined([l2_normalize(self._embed_images(batch), dim=-1) for batch in batches])
 
     def _text_state(self) -> Hashable:
         """Return what changes with the network's weights: remembered features are of one state."""
@@ -154,11 +157,9 @@ class DualEncoderMetric(PromptMetric):
         """Return the features of all prompts; each different prompt is encoded once."""
         different = list(dict.fromkeys(prompts))
         state = self._text_state()
-        batches = (
-            tuple(different[start : start + self.batch_size])
-            for start in range(0, len(different), self.batch_size)
-        )
-        features = torch.cat([self._batch_of_texts(state, batch) for batch in batches])
+        starts = range(0, len(different), self.batch_size)
+        batches = [tuple(different[start : start + self.batch_size]) for start in starts]
+        features = joined([self._batch_of_texts(state, batch) for batch in batches])
         if different == prompts:
             return features
         places = {prompt: place for place, prompt in enumerate(different)}

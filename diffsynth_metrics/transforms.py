@@ -34,6 +34,7 @@ __all__ = [
     "ShortestEdgeCrop",
     "SmartResize",
     "Transform",
+    "joined",
     "normalize_",
     "pixel_batches",
     "pixel_lists",
@@ -272,7 +273,7 @@ def tensor_pixels(images: Tensor | list[Tensor], transform: Transform) -> Tensor
         as_floats = first.numel() * max(4, first.element_size())
         at_once = max(1, _BYTES_AT_ONCE_ON_CPU // as_floats)
     parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
-    return normalize_(_joined([transform.from_tensor(_copied(part)) for part in parts]), transform)
+    return normalize_(joined([transform.from_tensor(_copied(part)) for part in parts]), transform)
 
 
 def _copied(images: Tensor | list[Tensor]) -> Tensor:
@@ -310,7 +311,7 @@ def pixel_batches(
     if isinstance(images, SharedImages):
         batches = pixel_batches(images.checked, transform, batch_size=batch_size, device=device)
         if images.keeps(transform):
-            pixels = images.prepared((transform, device), lambda: _joined(list(batches)))
+            pixels = images.prepared((transform, device), lambda: joined(list(batches)))
             yield from torch.split(pixels, batch_size)
         else:
             yield from batches
@@ -387,8 +388,8 @@ def _ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _joined(batches: list[Tensor]) -> Tensor:
-    # cat would copy a single batch.
+def joined(batches: list[Tensor]) -> Tensor:
+    """Join batches; a single one is returned as it is, and not copied."""
     return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 

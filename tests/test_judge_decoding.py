@@ -126,7 +126,7 @@ def counted(engine: LocalEngine) -> Iterator[list[int]]:
     def count(*_: object) -> None:
         passes[0] += 1
 
-    handle = engine.model.register_forward_pre_hook(count)
+    handle = engine.model.model.register_forward_pre_hook(count)
     try:
         yield passes
     finally:

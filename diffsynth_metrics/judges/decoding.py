@@ -2,7 +2,8 @@
 
 Three ways to need fewer passes through the network, none of which changes an answer in float32:
 
-- Prompts are decoded together. The first pass pads them on the left.
+- Prompts are decoded together. The first pass pads them behind their end, where causal attention does not
+  look and needs no mask; or in front, where there are recurrent states, which would see the padding.
 - Prompts that begin alike and have the same images run through what they share once. Each kind of
   ending then continues on a copy of the cache, without padding in between, which the recurrent state of
   a linear-attention layer would not survive.
@@ -252,17 +253,21 @@ def _shared_length(prompts: list[Prompt]) -> int:
 
 
 def _read_heads(model: Any, rows: list[_Row], pad_id: int, device: torch.device) -> _Batch:
-    """Read the first ``row.length`` tokens of rows with images, padded on the left."""
+    """Read the first ``row.length`` tokens of rows with images, padded to one width."""
+    # The decoder's config tells which layers attend and which carry a state.
+    cache = DynamicCache(config=model.config.get_text_config())
+    pads_behind = _only_attends(cache)
     width = max(row.length for row in rows)
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     positions = torch.zeros((4, len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
-        start, length = width - row.length, row.length
-        ids[i, start:] = torch.tensor(row.prompt.ids[:length])
-        mask[i, start:] = 1
-        positions[0, i, start:] = torch.arange(length)
-        positions[1:, i, start:] = row.prompt.positions[:, :length]
+        start = 0 if pads_behind else width - row.length
+        end = start + row.length
+        ids[i, start:end] = torch.tensor(row.prompt.ids[: row.length])
+        mask[i, start:end] = 1
+        positions[0, i, start:] = torch.arange(width - start)
+        positions[1:, i, start:end] = row.prompt.positions[:, : row.length]
     pixel_values = [r.prompt.pixel_values for r in rows if r.prompt.pixel_values is not None]
     grids = [row.prompt.image_grid for row in rows if row.prompt.image_grid is not None]
     vision = {}
@@ -271,22 +276,21 @@ def _read_heads(model: Any, rows: list[_Row], pad_id: int, device: torch.device)
             "pixel_values": torch.cat(pixel_values).to(device),
             "image_grid_thw": torch.cat(grids).to(device),
         }
-    # The decoder's config tells which layers attend and which carry a state.
-    cache = DynamicCache(config=model.config.get_text_config())
     mask = mask.to(device)
-    output = model(
+    states = _states(
+        model,
+        cache,
         input_ids=ids.to(device),
-        attention_mask=_attention_mask(mask, width, cache, model.dtype),
+        attention_mask=None if pads_behind else mask,
         position_ids=positions.to(device),
-        use_cache=True,
-        logits_to_keep=1,
-        **{_cache_name(type(model).forward): cache},
         **vision,
     )
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = RoomyLayer
-    return _Batch(rows, cache, mask, output.logits[:, -1])
+    last = torch.tensor([(row.length if pads_behind else width) - 1 for row in rows])
+    logits = model.lm_head(states[torch.arange(len(rows)), last])
+    return _Batch(rows, cache, mask, logits.to(device))
 
 
 def _read_endings(model: Any, heads: _Batch, rows: list[_Row], owner: dict[int, int]) -> _Batch:
@@ -295,28 +299,42 @@ def _read_endings(model: Any, heads: _Batch, rows: list[_Row], owner: dict[int, 
     batch = _Batch(rows, _select(heads.cache, index), heads.mask[index], heads.logits[index])
     endings = [row.prompt.ids[row.length :] for row in rows]
     if endings[0]:
-        batch.logits = _feed(model, batch, endings, logits_to_keep=1)[:, -1]
+        batch.logits = _feed(model, batch, endings, last=1)[:, -1]
         for row in rows:
             row.length = len(row.prompt.ids)
     return batch
 
 
-def _feed(model: Any, batch: _Batch, tokens: list[list[int]], *, logits_to_keep: int = 0) -> Tensor:
-    """Feed all rows the same number of tokens after their images; return logits ``[B, C, V]``."""
+def _feed(model: Any, batch: _Batch, tokens: list[list[int]], *, last: int = 0) -> Tensor:
+    """Feed all rows the same number of tokens after their images; return logits ``[B, C, V]``.
+
+    C is that number, or `last` where only so many of the last tokens are asked for.
+    """
     device = batch.mask.device
     ids = torch.tensor(tokens, device=device)
     places = [range(row.length, row.length + ids.shape[1]) for row in batch.rows]
     rotary = [[place + row.offset for place in new] for row, new in zip(batch.rows, places, strict=True)]
     batch.mask = torch.cat([batch.mask, torch.ones_like(ids)], dim=1)
-    logits: Tensor = model(
+    states = _states(
+        model,
+        batch.cache,
         input_ids=ids,
         attention_mask=_attention_mask(batch.mask, ids.shape[1], batch.cache, batch.logits.dtype),
         position_ids=torch.tensor([[*map(list, places)], rotary, rotary, rotary], device=device),
-        use_cache=True,
-        logits_to_keep=logits_to_keep,
-        **{_cache_name(type(model).forward): batch.cache},
-    ).logits
-    return logits
+    )
+    logits: Tensor = model.lm_head(states[:, -last:])
+    return logits.to(device)
+
+
+def _states(model: Any, cache: Cache, **inputs: Any) -> Tensor:
+    """Return the hidden states ``[B, C, D]``, from which the head makes the logits that are wanted."""
+    body = model.model
+    states: Tensor = body(use_cache=True, **{_cache_name(type(body).forward): cache}, **inputs)[0]
+    return states
+
+
+def _only_attends(cache: Cache) -> bool:
+    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 def _attention_mask(mask: Tensor, width: int, cache: Cache, dtype: torch.dtype) -> Tensor:
@@ -331,7 +349,7 @@ def _attention_mask(mask: Tensor, width: int, cache: Cache, dtype: torch.dtype) 
         cache: What the network remembers.
         dtype: What the network computes in.
     """
-    if mask.all() or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+    if mask.all() or not _only_attends(cache):
         return mask
     # Not infinite: a token that fills up a row sees nothing, and must not become NaN.
     lowest = torch.finfo(dtype).min

@@ -55,8 +55,6 @@ class DivergenceMonitor:
 
     def diverging(self, optimized: list[str], held_out: list[str]) -> dict[str, list[str]]:
         """Return the held-out metrics that fall, each with the optimised metrics that rise meanwhile."""
-        if not held_out:
-            return {}
         with self._lock:
             trends = {
                 name: trend(list(values))

@@ -36,13 +36,13 @@ class Normalization(ABC):
 
     @abstractmethod
     def __call__(
-        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
     ) -> Tensor:
         """Normalise scores; gradients flow to the scores, and none through statistics of them.
 
         Args:
             scores: ``[N]``, NaN where there is none.
-            groups: ``[N]`` int64, equal for samples of one group.
+            groups: N numbers, equal for samples of one group.
             update: Whether running statistics learn from these scores.
             counted: ``[N]`` bool, which scores statistics are of; by default all of them. The others
                 are normalised with what is known without them.
@@ -73,7 +73,7 @@ class Raw(Normalization):
     """Leaves scores as they are."""
 
     def __call__(
-        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
     ) -> Tensor:
         """Return the scores."""
         return scores
@@ -97,7 +97,7 @@ class FixedScale(Normalization):
             raise ValueError(f"mean must be finite and std positive, got {self.mean!r} and {self.std!r}")
 
     def __call__(
-        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
     ) -> Tensor:
         """Return (scores - mean) / std."""
         return (scores - self.mean) / self.std
@@ -178,7 +178,7 @@ class RunningZScore(Normalization):
         return self.shared.merge(self.since_synchronization)
 
     def __call__(
-        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
     ) -> Tensor:
         """Learn if wanted, and return z-scores; 0 while all scores seen are equal."""
         with self._lock:
@@ -251,17 +251,16 @@ class GroupRelative(Normalization):
             raise ValueError(f"correction must be 0 or 1, got {self.correction!r}")
 
     def __call__(
-        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
     ) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
-        numbers = groups.tolist()
-        known: dict[int, list[float]] = {number: [] for number in numbers}
-        counts = [True] * len(numbers) if counted is None else counted.tolist()
-        for number, score, is_counted in zip(numbers, scores.detach().tolist(), counts, strict=True):
+        known: dict[int, list[float]] = {group: [] for group in groups}
+        counts = [True] * len(groups) if counted is None else counted.tolist()
+        for group, score, is_counted in zip(groups, scores.detach().tolist(), counts, strict=True):
             if is_counted and not math.isnan(score):
-                known[number].append(score)
-        parts = {number: self._mean_and_divisor(values) for number, values in known.items()}
-        mean, divisor = scores.new_tensor([parts[number] for number in numbers]).T
+                known[group].append(score)
+        parts = {group: self._mean_and_divisor(values) for group, values in known.items()}
+        mean, divisor = scores.new_tensor([parts[group] for group in groups]).T
         advantages: Tensor = (scores - mean) / divisor
         return advantages
 
@@ -282,7 +281,7 @@ class Rank(Normalization):
     within_groups = True
 
     def __call__(
-        self, scores: Tensor, groups: Tensor, *, update: bool, counted: Tensor | None = None
+        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
     ) -> Tensor:
         """Return ranks."""
         scores = scores.detach()
@@ -326,12 +325,14 @@ def find_normalization(normalize: str | Normalization) -> Normalization:
     return _BY_NAME[normalize]()
 
 
-def spread(scores: Tensor, groups: list[int]) -> list[tuple[int, bool]]:
+def spread(scores: Tensor, groups: Sequence[int]) -> list[tuple[int, bool]]:
     """Tell for each group of two readable samples or more whether all its scores are equal.
 
     Returns:
         Pairs of the group's number and whether it has collapsed.
     """
+    if len(set(groups)) == len(groups):
+        return []
     # In Python, because many small groups would be many small operations on the device.
     ranges: dict[int, tuple[int, float, float]] = {}
     for group, score in zip(groups, scores.detach().tolist(), strict=True):
@@ -343,11 +344,14 @@ def spread(scores: Tensor, groups: list[int]) -> list[tuple[int, bool]]:
     ]
 
 
-def _members(scores: Tensor, groups: Tensor, counted: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _members(
+    scores: Tensor, groups: Sequence[int], counted: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the positions of each group's scores, and of those that its statistics are of."""
     given = ~scores.isnan()
-    for group in sorted(set(groups.tolist())):
-        members = (given & (groups == group)).nonzero().squeeze(1)
+    numbers = torch.tensor(groups, device=scores.device)
+    for group in sorted(set(groups)):
+        members = (given & (numbers == group)).nonzero().squeeze(1)
         yield members, members if counted is None else members[counted[members]]
 
 

@@ -187,8 +187,8 @@ class RewardSet:
             TypeError: A group is not hashable.
         """
         prompts, images = _aligned(prompt, images)
-        keys = _keys(prompts if groups is None else groups)
-        return self._parts(prompts, images, keys, update=update, may_raise=True).result
+        keys = [*prompts] if groups is None else _keys(groups)
+        return self._result(prompts, images, keys, update=update, may_raise=True)[0]
 
     def reward(self, prompt: str | Sequence[str], images: Any) -> Tensor:
         """Score like :meth:`score`, and return the reward alone."""
@@ -201,13 +201,15 @@ class RewardSet:
     def parts(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Parts:
         """Score like :meth:`scored`, and return everything that the reward is made of."""
         texts = as_prompts(as_batch(prompts, images))
-        return self._parts(texts, images, list(texts), update=update, may_raise=False)
+        result, scores, settled = self._result(texts, images, [*texts], update=update, may_raise=False)
+        missing = {name: scores[name] for name in self.components if name in result.failures}
+        return Parts(result, Scored(result.reward, _errors(result.reward, missing)), settled)
 
-    def _parts(
+    def _result(
         self, prompts: list[str], images: Any, groups: list[Hashable], *, update: bool, may_raise: bool
-    ) -> Parts:
+    ) -> tuple[RewardResult, dict[str, Scored], dict[str, Tensor]]:
+        """Return the result, what each metric said, and that with what stands in for missing scores."""
         numbers, keys = _numbered(groups, len(prompts))
-        as_tensor = torch.tensor(numbers)
         self._check_gradients(images)
         scores = self._scores(prompts, images, may_raise)
         collapsed: dict[str, list[Hashable]] = {}
@@ -222,19 +224,16 @@ class RewardSet:
         for name, component in self.components.items():
             scored = scores[name]
             note_collapse(name, scored.values)
-            group_numbers = as_tensor.to(scored.values.device)
-            settled[name] = self._settled(name, scored, group_numbers)
-            normalized[name] = self._normalized(name, scored, settled[name], group_numbers, update)
+            settled[name] = self._settled(name, scored, numbers)
+            normalized[name] = self._normalized(name, scored, settled[name], numbers, update)
             part = component.weight * normalized[name]
             total = part if total is None else total + part.to(total.device)
         assert total is not None
         note_collapse("reward", total)
         raw = {name: scored.values for name, scored in scores.items()}
         diverging = self._watched(raw, update)
-        failures = _failures(scores)
-        result = RewardResult(total, raw, normalized, failures, collapsed, diverging)
-        missing = {name: scores[name] for name in self.components if name in failures}
-        return Parts(result, Scored(total, _errors(total, missing)), settled)
+        result = RewardResult(total, raw, normalized, _failures(scores), collapsed, diverging)
+        return result, scores, settled
 
     def _scores(self, prompts: list[str], images: Any, may_raise: bool) -> dict[str, Scored]:
         """Ask every metric, the held-out ones without gradients."""
@@ -257,6 +256,8 @@ class RewardSet:
 
     def _watched(self, raw: dict[str, Tensor], update: bool) -> dict[str, list[str]]:
         """Return the held-out metrics that diverge, and tell of them."""
+        if not self._held_out:
+            return {}
         if update:
             self._monitor.add({name: self._improving_mean(name, values) for name, values in raw.items()})
         diverging = self._monitor.diverging(self._optimized(), list(self._held_out))
@@ -343,7 +344,7 @@ class RewardSet:
             normalization.load_state_dict(theirs[name])
         self._monitor.load_state_dict(state["history"])
 
-    def _settled(self, name: str, scored: Scored, groups: Tensor) -> Tensor:
+    def _settled(self, name: str, scored: Scored, groups: list[int]) -> Tensor:
         """Return the scores with what the component's policy puts in place of missing ones."""
         policy = self.components[name].on_failure
         if policy == "raise" or not any(scored.errors):
@@ -352,7 +353,7 @@ class RewardSet:
         return _with_group_means(values, groups) if policy == "mean" else values
 
     def _normalized(
-        self, name: str, scored: Scored, values: Tensor, groups: Tensor, update: bool
+        self, name: str, scored: Scored, values: Tensor, groups: list[int], update: bool
     ) -> Tensor:
         normalize = self._normalizations[name]
         # Statistics are of scores, not of what stands in for them. A number that was declared for
@@ -425,11 +426,11 @@ def _keys(groups: Sequence[Hashable] | Tensor) -> list[Hashable]:
 
 def _failures(scores: Mapping[str, Scored]) -> dict[str, dict[int, str]]:
     """Return name to {number of the sample: the reason}; only what failed."""
-    found = {
+    return {
         name: {i: reason for i, reason in enumerate(scored.reasons) if reason is not None}
         for name, scored in scores.items()
+        if any(scored.errors)
     }
-    return {name: failed for name, failed in found.items() if failed}
 
 
 def _errors(total: Tensor, failed: Mapping[str, Scored]) -> list[Exception | None]:
@@ -455,11 +456,11 @@ def _numbered(groups: list[Hashable], count: int) -> tuple[list[int], list[Hasha
     return [positions[group] for group in groups], keys
 
 
-def _with_group_means(values: Tensor, groups: Tensor) -> Tensor:
+def _with_group_means(values: Tensor, groups: list[int]) -> Tensor:
     """Put the mean of the group in the place of NaN, or that of the call where the group has none."""
-    filled = values
+    filled, numbers = values, torch.tensor(groups, device=values.device)
     for index in values.isnan().nonzero().squeeze(1).tolist():
-        mean = values[groups == groups[index]].detach().nanmean()
+        mean = values[numbers == groups[index]].detach().nanmean()
         mean = values.detach().nanmean() if mean.isnan() else mean
         filled = filled.index_put((torch.tensor([index], device=values.device),), mean)
     return filled

@@ -14,7 +14,7 @@ from diffsynth_metrics.rewards.normalization import Moments, find_normalization
 
 NAN = math.nan
 SCORES = torch.tensor([1.0, 3.0, 5.0, 10.0, 20.0, 20.0])
-GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
+GROUPS = [0, 0, 0, 1, 1, 1]
 
 
 def test_none_changes_nothing() -> None:
@@ -38,12 +38,12 @@ def test_group_relative_is_the_advantage_of_each_group() -> None:
 
 
 def test_epsilon_is_added_to_the_spread() -> None:
-    result = GroupRelative(epsilon=1.0)(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), update=True)
+    result = GroupRelative(epsilon=1.0)(torch.tensor([0.0, 2.0]), [0, 0], update=True)
     assert result.tolist() == [-0.5, 0.5]
 
 
 def test_the_spread_is_that_of_flow_grpo_or_with_a_correction_that_of_trl() -> None:
-    scores, one = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 0])
+    scores, one = torch.tensor([1.0, 2.0, 6.0]), [0, 0, 0]
     flow_grpo = [(x - 3) / (statistics.pstdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
     trl = [(x - 3) / (statistics.stdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
     assert GroupRelative()(scores, one, update=True).tolist() == pytest.approx(flow_grpo)
@@ -55,20 +55,20 @@ def test_the_spread_is_that_of_flow_grpo_or_with_a_correction_that_of_trl() -> N
 
 def test_equal_scores_of_a_group_are_zero_and_not_amplified_noise() -> None:
     scores = torch.tensor([20.0, 20.000002, 20.0, 7.0])
-    groups = torch.tensor([0, 0, 0, 1])
+    groups = [0, 0, 0, 1]
     assert GroupRelative()(scores, groups, update=True).tolist() == [0, 0, 0, 0]
 
 
 def test_ranks_are_shares_and_ties_share() -> None:
     assert Rank()(SCORES, GROUPS, update=True).tolist() == [0, 0.5, 1, 0, 0.75, 0.75]
-    assert Rank()(torch.tensor([3.0]), torch.tensor([0]), update=True).tolist() == [0.5]
+    assert Rank()(torch.tensor([3.0]), [0], update=True).tolist() == [0.5]
 
 
 def test_ranks_are_not_rounded_to_the_default_dtype() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        ranks = Rank()(torch.arange(12, dtype=torch.float32), torch.zeros(12).long(), update=True)
+        ranks = Rank()(torch.arange(12, dtype=torch.float32), [0] * 12, update=True)
     finally:
         torch.set_default_dtype(before)
     assert ranks.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_ranks_are_not_rounded_to_the_default_dtype() -> None:
 
 def test_what_is_not_counted_is_compared_with_what_is() -> None:
     scores = torch.tensor([1.0, 2.0, 3.0, 7.0])
-    groups = torch.tensor([0, 0, 0, 1])
+    groups = [0, 0, 0, 1]
     counted = torch.tensor([True, False, True, False])
     group = GroupRelative(epsilon=0.0)(scores, groups, update=True, counted=counted)
     assert group.tolist() == [-1, 0, 1, 0], "a group of which nothing counts says nothing"
@@ -93,7 +93,7 @@ def test_a_running_z_score_is_over_everything_seen() -> None:
     for batch in ([1.0, 2.0, 6.0], [4.0], [5.0, -3.0]):
         seen += batch
         scores = torch.tensor(batch)
-        result = normalize(scores, torch.zeros(len(batch)), update=True)
+        result = normalize(scores, [0] * len(batch), update=True)
         mean, std = statistics.fmean(seen), statistics.pstdev(seen)
         assert result.tolist() == pytest.approx([(x - mean) / std for x in batch], rel=1e-6)
 
@@ -114,7 +114,7 @@ def test_a_running_z_score_of_equal_scores_is_zero() -> None:
 @pytest.mark.parametrize("normalize", [Raw, FixedScale, RunningZScore, GroupRelative, Rank])
 def test_nan_stays_nan_and_changes_no_other_sample(normalize: Any) -> None:
     holes = torch.tensor([1.0, NAN, 3.0, 5.0, 10.0, 20.0, 20.0, NAN])
-    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])
+    groups = [0, 0, 0, 0, 1, 1, 1, 2]
     result = normalize()(holes, groups, update=True)
     assert result.isnan().tolist() == holes.isnan().tolist()
     kept = ~holes.isnan()

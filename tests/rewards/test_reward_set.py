@@ -301,9 +301,10 @@ class TestFailures:
         self, bright: Brightness, images: torch.Tensor
     ) -> None:
         bright.raises = RuntimeError("out of memory")
-        rewards = RewardSet({"bright": Component(bright, on_failure="nan")})
+        component = Component(bright, on_failure="nan")
+        rewards = RewardSet({"bright": component}, held_out={"dark": bright})
         result = rewards.score(PROMPTS, images)
-        assert result.reward.isnan().all() and bright.calls == 1
+        assert result.reward.isnan().all() and bright.calls == 2
         assert result.failures["bright"] == dict.fromkeys(range(4), "RuntimeError: out of memory")
         assert rewards.state_dict()["history"] == {}, "a call without scores has no mean"
         with pytest.raises(RewardError, match="out of memory") as caught:
