@@ -80,9 +80,8 @@ class DualEncoderMetric(PromptMetric):
             float32 ``[T, D]`` on the metric's device, each row of L2 norm 1.
         """
         with self._scoring(gradients=False):
-            return self._text_features(
-                as_prompts(prompt)
-            ).clone()  # what is remembered is not given away
+            # A copy, because what is remembered must not be written to.
+            return self._text_features(as_prompts(prompt)).clone()
 
     def score_from_features(self, text_features: Tensor, image_features: Tensor) -> Tensor:
         """Score pairs of features.

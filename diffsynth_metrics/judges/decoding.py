@@ -2,8 +2,8 @@
 
 Three ways to need fewer passes through the network, none of which changes an answer in float32:
 
-- Prompts are decoded together. The first pass pads them behind their end, where causal attention does not
-  look and needs no mask; or in front, where there are recurrent states, which would see the padding.
+- Prompts are decoded together. The first pass pads them behind their ends, where causal attention never
+  looks and needs no mask; or in front, where there are recurrent states, which would see the padding.
 - Prompts that begin alike and have the same images run through what they share once. Each kind of
   ending then continues on a copy of the cache, without padding in between, which the recurrent state of
   a linear-attention layer would not survive.
@@ -87,6 +87,7 @@ class _Batch:
     """float ``[B, V]``: of the token after the last one that was fed."""
 
 
+@torch.inference_mode()
 def decode_greedily(
     model: Any,
     prompts: Sequence[Prompt],
@@ -398,7 +399,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             _appended(self.values, value_states, rooms[1]),
         )
         end = self.keys.shape[-2] + key_states.shape[-2]
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        self.keys, self.values = (room.narrow(-2, 0, end) for room in self._rooms)
         return self.keys, self.values
 
 
@@ -409,8 +410,8 @@ def _appended(held: Tensor, new: Tensor, room: Tensor) -> Tensor:
     begins = held.data_ptr() == room.data_ptr() and len(held) == len(room)
     if not begins or end > room.shape[-2]:
         room = held.new_empty(*held.shape[:-2], end + _ROOM, held.shape[-1])
-        room[..., :length, :] = held
-    room[..., length:end, :] = new
+        room.narrow(-2, 0, length).copy_(held)
+    room.narrow(-2, length, end - length).copy_(new)
     return room
 
 

@@ -187,7 +187,7 @@ class RewardSet:
             TypeError: A group is not hashable.
         """
         prompts, images = _aligned(prompt, images)
-        keys = [*prompts] if groups is None else _keys(groups)
+        keys: list[Hashable] = [*prompts] if groups is None else _keys(groups)
         return self._result(prompts, images, keys, update=update, may_raise=True)[0]
 
     def reward(self, prompt: str | Sequence[str], images: Any) -> Tensor:
