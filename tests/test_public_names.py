@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import json
 import pkgutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import ModuleType
 
 import pytest
 
@@ -94,6 +97,31 @@ def test_importing_the_package_changes_neither_environment_nor_logging() -> None
         "print(state() == before)"
     )
     assert output == "True\n"
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_garbage_collector_rests_during_an_import_and_is_then_as_before(
+    monkeypatch: pytest.MonkeyPatch, collects: bool, fails: bool
+) -> None:
+    during: list[bool] = []
+
+    def import_module(name: str) -> ModuleType:
+        during.append(gc.isenabled())
+        if fails:
+            raise ImportError(name)
+        return importlib.import_module(name)
+
+    monkeypatch.setattr("diffsynth_metrics.import_module", import_module)
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with pytest.raises(ImportError) if fails else nullcontext():
+            diffsynth_metrics.__getattr__("ImageError")
+        after = gc.isenabled()
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert during == [False] and after == collects
 
 
 def test_model_config_is_had_without_torch() -> None:
