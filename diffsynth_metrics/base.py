@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,14 +134,15 @@ class BaseMetric(ABC):
     def _scoring(self, *, gradients: bool) -> Iterator[None]:
         """Set the grad mode and switch autocast off, for this thread and this call only."""
         device = self.device.type
-        with ExitStack() as stack:
+        with (
             # Tensors made in inference mode could not be kept in a cache that a later call with
             # gradients reads, so a caller's inference mode is left for the duration of the call.
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(gradients))
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+            torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(),
+            torch.set_grad_enabled(gradients),
+            torch.autocast(device, enabled=False)
+            if torch.is_autocast_enabled(device)
+            else nullcontext(),
+        ):
             yield
 
     @classmethod

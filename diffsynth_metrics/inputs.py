@@ -25,10 +25,12 @@ __all__ = [
     "ImagesInput",
     "SharedImages",
     "as_images",
+    "as_pil",
     "as_prompts",
     "as_rgb",
     "open_image",
     "pair",
+    "rounded",
 ]
 
 ImageInput: TypeAlias = "PIL.Image.Image | str | os.PathLike[str] | np.ndarray | torch.Tensor"
@@ -206,6 +208,20 @@ def open_image(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return an image in RGB, not to be written to: itself if it is RGB, which convert() would copy."""
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def rounded(pixels: torch.Tensor) -> torch.Tensor:
+    """Return checked pixels of any shape as the bytes that a file would have, without a gradient."""
+    pixels = pixels.detach()
+    if pixels.dtype == torch.uint8:
+        return pixels
+    # float32 holds every product exactly enough; half precision would round it twice.
+    return pixels.float().mul(255).round_().to(torch.uint8)
+
+
+def as_pil(pixels: torch.Tensor) -> PIL.Image.Image:
+    """Return a copy of checked pixels ``[3, H, W]`` as the picture that a file would have."""
+    return PIL.Image.fromarray(np.array(rounded(pixels).permute(1, 2, 0).cpu().numpy()))
 
 
 def _check_prompt(prompt: object, name: str) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.fid.preprocessing import Preprocessing
-from diffsynth_metrics.inputs import ImagesInput, as_images, open_image
+from diffsynth_metrics.inputs import ImagesInput, as_images, as_pil, open_image
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -264,9 +264,4 @@ def _as_pil(
 
     It is a copy, so the caller may write to the tensor before a worker has read it.
     """
-    if not isinstance(image, torch.Tensor):
-        return image
-    pixels = image.detach()
-    if pixels.dtype != torch.uint8:
-        pixels = (pixels.float() * 255).round().to(torch.uint8)
-    return PIL.Image.fromarray(np.array(pixels.permute(1, 2, 0).cpu().numpy()))
+    return as_pil(image) if isinstance(image, torch.Tensor) else image

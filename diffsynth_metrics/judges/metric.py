@@ -10,7 +10,6 @@ from functools import cache
 from importlib import resources
 from typing import Any, ClassVar
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from typing_extensions import Self, TypedDict, Unpack
 from diffsynth_metrics.base import BaseMetric, check_loading
 from diffsynth_metrics.checkpoint import weight_files
 from diffsynth_metrics.errors import AnswerError, ImageError
-from diffsynth_metrics.inputs import CheckedImages, as_rgb, open_image
+from diffsynth_metrics.inputs import CheckedImages, as_pil, as_rgb, open_image
 from diffsynth_metrics.judges.architectures import judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.local import LocalEngine, check_limits
@@ -256,11 +255,7 @@ def rgb_images(images: CheckedImages) -> list[PIL.Image.Image]:
     pictures = []
     for index, image in enumerate(images):
         if isinstance(image, Tensor):
-            pixels = image.detach()
-            if pixels.is_floating_point():
-                pixels = (pixels.float() * 255).round().to(torch.uint8)
-            array = pixels.permute(1, 2, 0).cpu().numpy()
-            pictures.append(PIL.Image.fromarray(np.ascontiguousarray(array)))
+            pictures.append(as_pil(image))
         else:
             pictures.append(as_rgb(open_image(image, f"image {index}")))
     return pictures

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_metrics.base import BaseMetric
-from diffsynth_metrics.inputs import as_images
+from diffsynth_metrics.inputs import as_images, rounded
 from diffsynth_metrics.rewards.reward_set import RewardSet
 from diffsynth_metrics.rewards.scales import Scale
 from diffsynth_metrics.rewards.scoring import (
@@ -73,12 +73,11 @@ def as_bytes(images: Any) -> Any:
                 as_images(images)
             except ValueError:
                 return [as_bytes(image) for image in images] if images.ndim == 4 else images
-            rounded = torch.empty_like(images, dtype=torch.uint8)
-            # One by one, so that what is between stays in a processor's caches. float32 holds every
-            # product exactly enough; half precision would round it twice.
-            for place, image in zip(rounded, images, strict=True):
-                place.copy_(image.float().mul(255).round_())
-            return rounded
+            result = torch.empty_like(images, dtype=torch.uint8)
+            # One by one, so that what is between stays in a processor's caches.
+            for place, image in zip(result, images, strict=True):
+                place.copy_(rounded(image))
+            return result
     if isinstance(images, (list, tuple)):
         return [as_bytes(image) for image in images]
     return images
