@@ -363,7 +363,7 @@ def _tiny_limits(results: Measurements) -> str:
 _FAULTS = """What is left between the tower and its matrix products is memory. An activation of more
 than 32 MB (glibc's largest threshold) is mapped from the kernel, zeroed page by page, and given back
 after each operation, unless the process happens to hold enough freed memory. Ours gives the network at
-most six images at a time, no activation of which is larger, but freed memory at the end of the heap is
+most four images at a time, no activation of which is larger, but freed memory at the end of the heap is
 given back all the same; upstream gives it all 16, larger products. How much is mapped anew depends on
 what a process did before, for both packages, and moves the ratio from run to run. Both need the same
 products, and only upstream's CLIP encodes a prompt more than once. Pages that were mapped anew in one
