@@ -69,7 +69,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # On a CPU, activations of more than 32 MB are mapped afresh, zeroed and given back for every operation
 # (glibc's largest malloc threshold), unless the process happens to hold as much freed memory. Those of
-# four images in a ViT-H/14 are 21 MB, and what is freed together is seldom given back either; three are
+# four images in a ViT-H/14 are 21 MB. Six are no faster and have more memory given back; three make
 # slower products. A pass of a small network has a cost of its own, and nothing to gain.
 _IMAGES_AT_ONCE_ON_CPU = 4
 _LARGE_NETWORK = 50_000_000

@@ -68,16 +68,15 @@ def as_bytes(images: Any) -> Any:
     if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
         images = torch.from_numpy(images).movedim(-1, -3)
     if isinstance(images, Tensor) and images.is_floating_point():
-        with torch.no_grad():
-            try:
-                as_images(images)
-            except ValueError:
-                return [as_bytes(image) for image in images] if images.ndim == 4 else images
-            result = torch.empty_like(images, dtype=torch.uint8)
-            # One by one, so that what is between stays in a processor's caches.
-            for place, image in zip(result, images, strict=True):
-                place.copy_(rounded(image))
-            return result
+        try:
+            as_images(images)
+        except ValueError:
+            return [as_bytes(image) for image in images] if images.ndim == 4 else images
+        result = torch.empty_like(images, dtype=torch.uint8)
+        # One by one, so that what is between stays in a processor's caches.
+        for place, image in zip(result, images, strict=True):
+            place.copy_(rounded(image))
+        return result
     if isinstance(images, (list, tuple)):
         return [as_bytes(image) for image in images]
     return images
