@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,17 +32,11 @@ class _Recomputed:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.own = block.__dict__.get("forward")  # where the block has another one than its class
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        forward = type(self.block).forward
+        forward = self.own or partial(type(self.block).forward, self.block)
         if not torch.is_grad_enabled():
-            return forward(self.block, *arguments, **options)
+            return forward(*arguments, **options)
         # There is no dropout in evaluation, so there is no random state to restore.
-        return checkpoint(
-            forward,
-            self.block,
-            *arguments,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            **options,
-        )
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
