@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
-import torch
 from torch import Tensor
+
+from diffsynth_metrics.rewards.scoring import Scored
 
 __all__ = [
     "FixedScale",
@@ -36,16 +39,22 @@ class Normalization(ABC):
 
     @abstractmethod
     def __call__(
-        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
+        self,
+        scored: Scored,
+        groups: Sequence[int],
+        *,
+        update: bool,
+        counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Normalise scores; gradients flow to the scores, and none through statistics of them.
 
         Args:
-            scores: ``[N]``, NaN where there is none.
+            scored: N scores, NaN where there is none. Statistics are computed from its plain numbers: a
+                device is waited for once, and not after each operation on a few numbers.
             groups: N numbers, equal for samples of one group.
             update: Whether running statistics learn from these scores.
-            counted: ``[N]`` bool, which scores statistics are of; by default all of them. The others
-                are normalised with what is known without them.
+            counted: N times whether statistics are of that score; by default of all. The others are
+                normalised with what is known without them.
         """
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -73,10 +82,15 @@ class Raw(Normalization):
     """Leaves scores as they are."""
 
     def __call__(
-        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
+        self,
+        scored: Scored,
+        groups: Sequence[int],
+        *,
+        update: bool,
+        counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Return the scores."""
-        return scores
+        return scored.values
 
 
 @dataclass
@@ -97,10 +111,15 @@ class FixedScale(Normalization):
             raise ValueError(f"mean must be finite and std positive, got {self.mean!r} and {self.std!r}")
 
     def __call__(
-        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
+        self,
+        scored: Scored,
+        groups: Sequence[int],
+        *,
+        update: bool,
+        counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Return (scores - mean) / std."""
-        return (scores - self.mean) / self.std
+        return (scored.values - self.mean) / self.std
 
 
 @dataclass(frozen=True)
@@ -118,14 +137,9 @@ class Moments:
     squares: float = 0.0
 
     @classmethod
-    def of(cls, scores: Tensor) -> Moments:
+    def of(cls, scores: Iterable[float]) -> Moments:
         """Return the moments of the scores that are not NaN."""
-        # In Python, as the other statistics here: a device would be waited for after each operation.
-        return cls.of_values([score for score in scores.detach().tolist() if not math.isnan(score)])
-
-    @classmethod
-    def of_values(cls, values: list[float]) -> Moments:
-        """Return the moments of numbers."""
+        values = [score for score in scores if not math.isnan(score)]
         if not values:
             return cls()
         mean = math.fsum(values) / len(values)
@@ -133,9 +147,11 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both lots together."""
-        count = self.count + other.count
-        if not count:
+        if not other.count:
             return self
+        if not self.count:
+            return other
+        count = self.count + other.count
         distance = other.mean - self.mean
         return Moments(
             count,
@@ -178,17 +194,23 @@ class RunningZScore(Normalization):
         return self.shared.merge(self.since_synchronization)
 
     def __call__(
-        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
+        self,
+        scored: Scored,
+        groups: Sequence[int],
+        *,
+        update: bool,
+        counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Learn if wanted, and return z-scores; 0 while all scores seen are equal."""
         with self._lock:
             if update:
-                new = Moments.of(scores if counted is None else scores[counted])
+                numbers = scored.numbers
+                new = Moments.of(numbers if counted is None else compress(numbers, counted))
                 self._local = self._local.merge(new)
             moments = self.moments
         if moments.std <= 1e-6 * max(1.0, abs(moments.mean)):
-            return (scores - moments.mean) * 0
-        return (scores - moments.mean) / moments.std
+            return (scored.values - moments.mean) * 0
+        return (scored.values - moments.mean) / moments.std
 
     def offer_local(self) -> Moments:
         """Return what was learned since the last synchronisation, to be told to all processes.
@@ -251,23 +273,25 @@ class GroupRelative(Normalization):
             raise ValueError(f"correction must be 0 or 1, got {self.correction!r}")
 
     def __call__(
-        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
+        self,
+        scored: Scored,
+        groups: Sequence[int],
+        *,
+        update: bool,
+        counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
-        known: dict[int, list[float]] = {group: [] for group in groups}
-        counts = [True] * len(groups) if counted is None else counted.tolist()
-        for group, score, is_counted in zip(groups, scores.detach().tolist(), counts, strict=True):
-            if is_counted and not math.isnan(score):
-                known[group].append(score)
+        known = _by_group(scored.numbers, groups, counted)
         parts = {group: self._mean_and_divisor(values) for group, values in known.items()}
-        mean, divisor = scores.new_tensor([parts[group] for group in groups]).T
-        advantages: Tensor = (scores - mean) / divisor
-        return advantages
+        values = scored.values
+        means = values.new_tensor([parts[group][0] for group in groups])
+        divisors = values.new_tensor([parts[group][1] for group in groups])
+        return (values - means) / divisors
 
     def _mean_and_divisor(self, values: list[float]) -> tuple[float, float]:
         if not values or _equal(min(values), max(values)):
             return (values or [0.0])[0], math.inf
-        moments = Moments.of_values(values)
+        moments = Moments.of(values)
         return moments.mean, math.sqrt(moments.squares / (len(values) - self.correction)) + self.epsilon
 
 
@@ -281,21 +305,32 @@ class Rank(Normalization):
     within_groups = True
 
     def __call__(
-        self, scores: Tensor, groups: Sequence[int], *, update: bool, counted: Tensor | None = None
+        self,
+        scored: Scored,
+        groups: Sequence[int],
+        *,
+        update: bool,
+        counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Return ranks."""
-        scores = scores.detach()
-        result = torch.full_like(scores, math.nan)
-        for members, counting in _members(scores, groups, counted):
-            values, known = scores[members, None], scores[None, counting]
-            others = members[:, None] != counting[None]
-            below = ((known < values) & others).sum(dim=1)
-            equal = ((known == values) & others).sum(dim=1)
-            count = others.sum(dim=1)
-            # In whole numbers as long as possible: a quotient of them has the caller's default dtype.
-            ranks = (2 * below + equal).to(scores.dtype) / (2 * count.clamp_min(1))
-            result[members] = torch.where(count > 0, ranks, 0.5)
-        return result
+        known = _by_group(scored.numbers, groups, counted)
+        ordered = {group: sorted(numbers) for group, numbers in known.items()}
+        counts = [True] * len(groups) if counted is None else counted
+        ranks = [
+            _rank(number, ordered[group], itself=is_counted)
+            for group, number, is_counted in zip(groups, scored.numbers, counts, strict=True)
+        ]
+        return scored.values.new_tensor(ranks)
+
+
+def _rank(score: float, others: list[float], *, itself: bool) -> float:
+    """Return the rank of a score among sorted ones, of which one may be itself."""
+    if math.isnan(score):
+        return score
+    below = bisect_left(others, score)
+    equal = bisect_right(others, score) - below - itself
+    count = len(others) - itself
+    return (below + equal / 2) / count if count else 0.5
 
 
 _BY_NAME: dict[str, Callable[[], Normalization]] = {
@@ -325,34 +360,29 @@ def find_normalization(normalize: str | Normalization) -> Normalization:
     return _BY_NAME[normalize]()
 
 
-def spread(scores: Tensor, groups: Sequence[int]) -> list[tuple[int, bool]]:
+def spread(scores: list[float], groups: Sequence[int]) -> list[tuple[int, bool]]:
     """Tell for each group of two readable samples or more whether all its scores are equal.
 
     Returns:
         Pairs of the group's number and whether it has collapsed.
     """
-    if len(set(groups)) == len(groups):
-        return []
-    # In Python, because many small groups would be many small operations on the device.
-    ranges: dict[int, tuple[int, float, float]] = {}
-    for group, score in zip(groups, scores.detach().tolist(), strict=True):
-        if not math.isnan(score):
-            count, low, high = ranges.get(group, (0, score, score))
-            ranges[group] = (count + 1, min(low, score), max(high, score))
     return [
-        (group, _equal(low, high)) for group, (count, low, high) in sorted(ranges.items()) if count > 1
+        (group, _equal(min(values), max(values)))
+        for group, values in sorted(_by_group(scores, groups).items())
+        if len(values) > 1
     ]
 
 
-def _members(
-    scores: Tensor, groups: Sequence[int], counted: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the positions of each group's scores, and of those that its statistics are of."""
-    given = ~scores.isnan()
-    numbers = torch.tensor(groups, device=scores.device)
-    for group in sorted(set(groups)):
-        members = (given & (numbers == group)).nonzero().squeeze(1)
-        yield members, members if counted is None else members[counted[members]]
+def _by_group(
+    scores: list[float], groups: Sequence[int], counted: Sequence[bool] | None = None
+) -> dict[int, list[float]]:
+    """Return the scores of each group that count and are not NaN."""
+    known: dict[int, list[float]] = {group: [] for group in groups}
+    counts = [True] * len(groups) if counted is None else counted
+    for group, score, is_counted in zip(groups, scores, counts, strict=True):
+        if is_counted and not math.isnan(score):
+            known[group].append(score)
+    return known
 
 
 def _equal(low: float, high: float) -> bool:

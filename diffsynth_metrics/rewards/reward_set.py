@@ -214,8 +214,10 @@ class RewardSet:
         scores = self._scores(prompts, images, may_raise)
         collapsed: dict[str, list[Hashable]] = {}
 
-        def note_collapse(name: str, values: Tensor) -> None:
-            if flat := [keys[number] for number, is_flat in spread(values, numbers) if is_flat]:
+        def note_collapse(name: str, scored: Scored) -> None:
+            if len(keys) == len(prompts):
+                return
+            if flat := [keys[number] for number, is_flat in spread(scored.numbers, numbers) if is_flat]:
                 collapsed[name] = flat
 
         settled: dict[str, Tensor] = {}
@@ -223,15 +225,15 @@ class RewardSet:
         total: Tensor | None = None
         for name, component in self.components.items():
             scored = scores[name]
-            note_collapse(name, scored.values)
+            note_collapse(name, scored)
             settled[name] = self._settled(name, scored, numbers)
             normalized[name] = self._normalized(name, scored, settled[name], numbers, update)
             part = component.weight * normalized[name]
             total = part if total is None else total + part.to(total.device)
         assert total is not None
-        note_collapse("reward", total)
+        note_collapse("reward", Scored(total, []))
         raw = {name: scored.values for name, scored in scores.items()}
-        diverging = self._watched(raw, update)
+        diverging = self._watched(scores, update) if self._held_out else {}
         result = RewardResult(total, raw, normalized, _failures(scores), collapsed, diverging)
         return result, scores, settled
 
@@ -239,7 +241,7 @@ class RewardSet:
         """Ask every metric, the held-out ones without gradients."""
         scorers = (*self._scorers.values(), *self._held_out.values())
         transforms = [getattr(scorer.metric, "transform", None) for scorer in scorers]
-        shared = _shared(images, transforms)
+        shared = _shared(images, transforms) if len(scorers) > 1 else None
 
         def ask(scorer: MetricScorer) -> Scored:
             takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
@@ -250,16 +252,16 @@ class RewardSet:
             scores[name] = ask(scorer)
             if may_raise and self.components[name].on_failure == "raise":
                 settle(scores[name], "raise", name)
-        with torch.no_grad():
-            scores.update({name: ask(scorer) for name, scorer in self._held_out.items()})
+        if self._held_out:
+            with torch.no_grad():
+                scores.update({name: ask(scorer) for name, scorer in self._held_out.items()})
         return scores
 
-    def _watched(self, raw: dict[str, Tensor], update: bool) -> dict[str, list[str]]:
+    def _watched(self, scores: dict[str, Scored], update: bool) -> dict[str, list[str]]:
         """Return the held-out metrics that diverge, and tell of them."""
-        if not self._held_out:
-            return {}
         if update:
-            self._monitor.add({name: self._improving_mean(name, values) for name, values in raw.items()})
+            means = {name: self._improving_mean(name, one.numbers) for name, one in scores.items()}
+            self._monitor.add(means)
         diverging = self._monitor.diverging(self._optimized(), list(self._held_out))
         for name, rising in diverging.items():
             logger.warning("%s falls while %s rises: look at the images", name, ", ".join(rising))
@@ -360,8 +362,10 @@ class RewardSet:
         # failures takes part in its group all the same: measured by the spread of the others, often
         # tiny, it would be an advantage of hundreds.
         takes_part = normalize.within_groups and self.components[name].on_failure != "mean"
-        counted = None if takes_part or not any(scored.errors) else ~scored.values.isnan()
-        return normalize(values, groups, update=update, counted=counted)
+        if not any(scored.errors):
+            return normalize(scored, groups, update=update)
+        counted = None if takes_part else [not math.isnan(number) for number in scored.numbers]
+        return normalize(Scored(values, scored.errors), groups, update=update, counted=counted)
 
     def _check_gradients(self, images: Any) -> None:
         ranked = [n for n, normalize in self._normalizations.items() if not normalize.differentiable]
@@ -374,9 +378,9 @@ class RewardSet:
     def _optimized(self) -> list[str]:
         return [name for name, component in self.components.items() if component.weight != 0]
 
-    def _improving_mean(self, name: str, values: Tensor) -> float:
+    def _improving_mean(self, name: str, scores: list[float]) -> float:
         """Return the mean, negated where training or the metric wants less."""
-        moments = Moments.of(values)
+        moments = Moments.of(scores)
         mean = moments.mean if moments.count else math.nan
         if name in self.components:
             return mean if self.components[name].weight >= 0 else -mean

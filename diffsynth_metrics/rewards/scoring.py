@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -54,6 +55,12 @@ class Scored:
 
     values: Tensor
     errors: list[Exception | None]
+
+    @cached_property
+    def numbers(self) -> list[float]:
+        """The values as plain numbers, read once: a device is waited for."""
+        numbers: list[float] = self.values.tolist()
+        return numbers
 
     @property
     def reasons(self) -> list[str | None]:
@@ -136,10 +143,12 @@ class MetricScorer:
     def _score(self, prompts: list[str], images: Any) -> Scored:
         prefix = self.scale.prefix
         texts = [prefix + prompt for prompt in prompts] if prefix else prompts
-        values, errors = self._values(texts, images)
-        finite = [math.isfinite(value) for value in values.detach().tolist()]
+        own = Scored(*self._values(texts, images))
+        values, errors = own.values, own.errors
+        finite = list(map(math.isfinite, own.numbers))
         if all(finite):
-            return Scored(self.scale.apply(values), errors)
+            scaled = self.scale.apply(values)
+            return own if scaled is values else Scored(scaled, errors)
         for index, is_finite in enumerate(finite):
             if not is_finite and errors[index] is None:
                 errors[index] = RewardError("the score is not a finite number")

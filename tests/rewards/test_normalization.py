@@ -11,18 +11,30 @@ import torch
 
 from diffsynth_metrics.rewards import FixedScale, GroupRelative, Rank, Raw, RunningZScore
 from diffsynth_metrics.rewards.normalization import Moments, find_normalization
+from diffsynth_metrics.rewards.scoring import Scored
 
 NAN = math.nan
 SCORES = torch.tensor([1.0, 3.0, 5.0, 10.0, 20.0, 20.0])
 GROUPS = [0, 0, 0, 1, 1, 1]
 
 
+def scored(values: torch.Tensor) -> Scored:
+    return Scored(values, [None] * len(values))
+
+
 def test_none_changes_nothing() -> None:
-    assert torch.equal(Raw()(SCORES, GROUPS, update=True), SCORES)
+    assert torch.equal(Raw()(scored(SCORES), GROUPS, update=True), SCORES)
 
 
 def test_a_fixed_scale_subtracts_and_divides() -> None:
-    assert FixedScale(2, 4)(SCORES, GROUPS, update=True).tolist() == [-0.25, 0.25, 0.75, 2, 4.5, 4.5]
+    assert FixedScale(2, 4)(scored(SCORES), GROUPS, update=True).tolist() == [
+        -0.25,
+        0.25,
+        0.75,
+        2,
+        4.5,
+        4.5,
+    ]
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0, 0), (0, -1), (NAN, 1), (0, math.inf)])
@@ -32,13 +44,13 @@ def test_a_fixed_scale_must_be_one(mean: float, std: float) -> None:
 
 
 def test_group_relative_is_the_advantage_of_each_group() -> None:
-    result = GroupRelative(epsilon=0.0)(SCORES, GROUPS, update=True).tolist()
+    result = GroupRelative(epsilon=0.0)(scored(SCORES), GROUPS, update=True).tolist()
     assert result[:3] == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
     assert result[3:] == pytest.approx([-math.sqrt(2), math.sqrt(0.5), math.sqrt(0.5)])
 
 
 def test_epsilon_is_added_to_the_spread() -> None:
-    result = GroupRelative(epsilon=1.0)(torch.tensor([0.0, 2.0]), [0, 0], update=True)
+    result = GroupRelative(epsilon=1.0)(scored(torch.tensor([0.0, 2.0])), [0, 0], update=True)
     assert result.tolist() == [-0.5, 0.5]
 
 
@@ -46,9 +58,9 @@ def test_the_spread_is_that_of_flow_grpo_or_with_a_correction_that_of_trl() -> N
     scores, one = torch.tensor([1.0, 2.0, 6.0]), [0, 0, 0]
     flow_grpo = [(x - 3) / (statistics.pstdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
     trl = [(x - 3) / (statistics.stdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
-    assert GroupRelative()(scores, one, update=True).tolist() == pytest.approx(flow_grpo)
-    assert GroupRelative(correction=1)(scores, one, update=True).tolist() == pytest.approx(trl)
-    assert GroupRelative(correction=1)(scores[:1], one[:1], update=True).tolist() == [0]
+    assert GroupRelative()(scored(scores), one, update=True).tolist() == pytest.approx(flow_grpo)
+    assert GroupRelative(correction=1)(scored(scores), one, update=True).tolist() == pytest.approx(trl)
+    assert GroupRelative(correction=1)(scored(scores[:1]), one[:1], update=True).tolist() == [0]
     with pytest.raises(ValueError, match="correction must be 0 or 1, got 2"):
         GroupRelative(correction=2)
 
@@ -56,19 +68,19 @@ def test_the_spread_is_that_of_flow_grpo_or_with_a_correction_that_of_trl() -> N
 def test_equal_scores_of_a_group_are_zero_and_not_amplified_noise() -> None:
     scores = torch.tensor([20.0, 20.000002, 20.0, 7.0])
     groups = [0, 0, 0, 1]
-    assert GroupRelative()(scores, groups, update=True).tolist() == [0, 0, 0, 0]
+    assert GroupRelative()(scored(scores), groups, update=True).tolist() == [0, 0, 0, 0]
 
 
 def test_ranks_are_shares_and_ties_share() -> None:
-    assert Rank()(SCORES, GROUPS, update=True).tolist() == [0, 0.5, 1, 0, 0.75, 0.75]
-    assert Rank()(torch.tensor([3.0]), [0], update=True).tolist() == [0.5]
+    assert Rank()(scored(SCORES), GROUPS, update=True).tolist() == [0, 0.5, 1, 0, 0.75, 0.75]
+    assert Rank()(scored(torch.tensor([3.0])), [0], update=True).tolist() == [0.5]
 
 
 def test_ranks_are_not_rounded_to_the_default_dtype() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        ranks = Rank()(torch.arange(12, dtype=torch.float32), [0] * 12, update=True)
+        ranks = Rank()(scored(torch.arange(12, dtype=torch.float32)), [0] * 12, update=True)
     finally:
         torch.set_default_dtype(before)
     assert ranks.dtype == torch.float32
@@ -78,12 +90,12 @@ def test_ranks_are_not_rounded_to_the_default_dtype() -> None:
 def test_what_is_not_counted_is_compared_with_what_is() -> None:
     scores = torch.tensor([1.0, 2.0, 3.0, 7.0])
     groups = [0, 0, 0, 1]
-    counted = torch.tensor([True, False, True, False])
-    group = GroupRelative(epsilon=0.0)(scores, groups, update=True, counted=counted)
+    counted = [True, False, True, False]
+    group = GroupRelative(epsilon=0.0)(scored(scores), groups, update=True, counted=counted)
     assert group.tolist() == [-1, 0, 1, 0], "a group of which nothing counts says nothing"
-    assert Rank()(scores, groups, update=True, counted=counted).tolist() == [0, 0.5, 1, 0.5]
+    assert Rank()(scored(scores), groups, update=True, counted=counted).tolist() == [0, 0.5, 1, 0.5]
     running = RunningZScore()
-    assert running(scores, groups, update=True, counted=counted).tolist() == [-1, 0, 1, 5]
+    assert running(scored(scores), groups, update=True, counted=counted).tolist() == [-1, 0, 1, 5]
     assert running.moments.as_list() == [2, 2, 2]
 
 
@@ -93,38 +105,42 @@ def test_a_running_z_score_is_over_everything_seen() -> None:
     for batch in ([1.0, 2.0, 6.0], [4.0], [5.0, -3.0]):
         seen += batch
         scores = torch.tensor(batch)
-        result = normalize(scores, [0] * len(batch), update=True)
+        result = normalize(scored(scores), [0] * len(batch), update=True)
         mean, std = statistics.fmean(seen), statistics.pstdev(seen)
         assert result.tolist() == pytest.approx([(x - mean) / std for x in batch], rel=1e-6)
 
 
 def test_an_evaluation_does_not_teach_a_running_z_score() -> None:
     normalize = RunningZScore()
-    normalize(SCORES, GROUPS, update=True)
+    normalize(scored(SCORES), GROUPS, update=True)
     before = normalize.state_dict()
-    normalize(SCORES * 100, GROUPS, update=False)
+    normalize(scored(SCORES * 100), GROUPS, update=False)
     assert normalize.state_dict() == before
 
 
 def test_a_running_z_score_of_equal_scores_is_zero() -> None:
     for _ in range(2):
-        assert RunningZScore()(torch.full((3,), 20.0), GROUPS[:3], update=True).tolist() == [0, 0, 0]
+        assert RunningZScore()(scored(torch.full((3,), 20.0)), GROUPS[:3], update=True).tolist() == [
+            0,
+            0,
+            0,
+        ]
 
 
 @pytest.mark.parametrize("normalize", [Raw, FixedScale, RunningZScore, GroupRelative, Rank])
 def test_nan_stays_nan_and_changes_no_other_sample(normalize: Any) -> None:
     holes = torch.tensor([1.0, NAN, 3.0, 5.0, 10.0, 20.0, 20.0, NAN])
     groups = [0, 0, 0, 0, 1, 1, 1, 2]
-    result = normalize()(holes, groups, update=True)
+    result = normalize()(scored(holes), groups, update=True)
     assert result.isnan().tolist() == holes.isnan().tolist()
     kept = ~holes.isnan()
-    assert torch.equal(result[kept], normalize()(SCORES, GROUPS, update=True))
+    assert torch.equal(result[kept], normalize()(scored(SCORES), GROUPS, update=True))
 
 
 @pytest.mark.parametrize("normalize", [Raw, FixedScale, RunningZScore, GroupRelative])
 def test_gradients_flow_through_what_is_differentiable(normalize: Any) -> None:
     scores = SCORES.clone().requires_grad_()
-    (normalize()(scores, GROUPS, update=True) * torch.arange(6.0)).sum().backward()
+    (normalize()(scored(scores), GROUPS, update=True) * torch.arange(6.0)).sum().backward()
     assert scores.grad is not None and scores.grad.isfinite().all() and scores.grad.abs().sum() > 0
 
 
@@ -132,7 +148,7 @@ def test_gradients_flow_through_what_is_differentiable(normalize: Any) -> None:
 def test_statistics_carry_no_gradient(normalize: Any) -> None:
     """Otherwise the gradient of a sum over a group is zero: whatever raises a score raises the mean."""
     scores = SCORES.clone().requires_grad_()
-    normalize()(scores, GROUPS, update=True).sum().backward()
+    normalize()(scored(scores), GROUPS, update=True).sum().backward()
     assert scores.grad is not None and (scores.grad > 0).all()
 
 
@@ -140,7 +156,7 @@ def test_moments_of_parts_are_the_moments_of_the_whole() -> None:
     values = 20 + torch.randn(1000, generator=torch.Generator().manual_seed(0)).double() / 100
     merged = Moments()
     for part in values.split([1, 0, 400, 99, 500]):
-        merged = merged.merge(Moments.of(part))
+        merged = merged.merge(Moments.of(part.tolist()))
     assert merged.count == 1000
     assert merged.mean == pytest.approx(float(values.mean()), rel=1e-12)
     assert merged.std == pytest.approx(float(values.std(correction=0)), rel=1e-9)
