@@ -118,9 +118,10 @@ class BaseMetric(ABC):
 
     def _pixel_batches(self, images: CheckedImages, transform: Transform) -> Iterator[Tensor]:
         """Yield normalised pixels ``[B, 3, S, S]`` as the network gets them, B at most `batch_size`."""
-        by_few = self._is_large and self.device.type == "cpu"
+        device = self.device
+        by_few = self._is_large and device.type == "cpu"
         at_once = _IMAGES_AT_ONCE_ON_CPU if by_few else self.batch_size
-        for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=self.device):
+        for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=device):
             yield from torch.tensor_split(batch, math.ceil(len(batch) / at_once))
 
     def __repr__(self) -> str:
