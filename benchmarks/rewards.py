@@ -2,10 +2,11 @@
 
     python benchmarks/rewards.py
 
-"Bare" is the shortest code that gives the same numbers from the same images: transform, tower, cosine,
-formula, under no_grad; no checks of the input, no names, no failure policy. Only floats are looked at,
-in one pass that refuses NaN and what is not in 0..1. Every figure is the median of many rounds in which
-all variants take turns, so that a slow moment of the machine hits all of them.
+"Bare" is the shortest code that gives the same numbers from the same images: transform, the tower as
+transformers computes it, cosine, formula, under no_grad; no checks of the input, no names, no failure
+policy. Only floats are looked at, in one pass that refuses NaN and what is not in 0..1. Every figure is
+the median of many rounds in which all variants take turns, so that a slow moment of the machine hits all
+of them.
 In its turn a variant is called three times and the third call counts: it finds in the caches of the
 processor what it left there itself, as a reward in a loop does, and not what the variant before it left.
 glibc is told to keep freed memory: otherwise each variant maps its memory afresh or not depending on
@@ -24,12 +25,13 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize as l2_normalize
+from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from diffsynth_metrics import AestheticMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.metrics.aesthetic import aesthetic_score
 from diffsynth_metrics.rewards import Component, RewardSet, to_dance_grpo, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
-from diffsynth_metrics.transforms import tensor_pixels
+from diffsynth_metrics.transforms import Transform, tensor_pixels
 
 IMAGES = 16
 PROMPTS = [f"prompt {number}" for number in range(IMAGES)]
@@ -40,23 +42,28 @@ TARGET = 0.05
 RESULTS = Path(__file__).parent / "RESULTS_REWARDS.md"
 
 
-def bare_pickscore(metric: PickScoreMetric, texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    model = metric.model
+def bare_pickscore(
+    model: CLIPModel, transform: Transform, texts: torch.Tensor, images: torch.Tensor
+) -> torch.Tensor:
     with torch.no_grad():
         rows = []
-        for pixels in tensor_pixels(images, metric.transform).split(16):
+        for pixels in tensor_pixels(images, transform).split(16):
             pooled = model.vision_model(pixel_values=pixels).pooler_output
             rows.append(l2_normalize(model.visual_projection(pooled), dim=-1))
         return model.logit_scale.exp() * (texts * torch.cat(rows)).sum(dim=-1)
 
 
-def bare_aesthetic(metric: AestheticMetric, images: torch.Tensor) -> torch.Tensor:
-    model = metric.model
+def bare_aesthetic(
+    model: CLIPVisionModelWithProjection,
+    head: torch.nn.Module,
+    transform: Transform,
+    images: torch.Tensor,
+) -> torch.Tensor:
     with torch.no_grad():
         rows = []
-        for pixels in tensor_pixels(images, metric.transform).split(16):
-            rows.append(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
-        return aesthetic_score(torch.cat(rows), model.layers)
+        for pixels in tensor_pixels(images, transform).split(16):
+            rows.append(model(pixel_values=pixels).image_embeds)
+        return aesthetic_score(torch.cat(rows), head)
 
 
 def timed(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -94,6 +101,15 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
     images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
     floats = images / 255
     texts = pickscore.encode_text(PROMPTS)
+    network = CLIPModel(pickscore.model.config).eval()
+    network.load_state_dict(pickscore.model.state_dict())
+    tower = CLIPVisionModelWithProjection(aesthetic.model.config).eval()
+    tower.load_state_dict(aesthetic.model.state_dict(), strict=False)  # all but the head
+    head = aesthetic.model.layers
+
+    def bare(images: torch.Tensor) -> torch.Tensor:
+        return bare_pickscore(network, pickscore.transform, texts, images)
+
     flow_grpo = to_flow_grpo(pickscore, scale=None)("cpu")
     dance_grpo = to_dance_grpo(pickscore, scale=None)
     one = RewardSet({"pickscore": Component(pickscore, 1.0, "zscore")})
@@ -105,7 +121,7 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
         }
     )
     variants: dict[str, Callable[[], object]] = {
-        "bare PickScore": lambda: bare_pickscore(pickscore, texts, images).tolist(),
+        "bare PickScore": lambda: bare(images).tolist(),
         "`metric.reward`": lambda: pickscore.reward(PROMPTS, images).tolist(),
         "`to_flow_grpo`": lambda: flow_grpo(images, PROMPTS, None),
         "`to_dance_grpo`": lambda: dance_grpo(images, PROMPTS).tolist(),
@@ -114,26 +130,26 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
             PROMPTS, images, groups=GROUPS
         ).reward.tolist(),
         "bare PickScore and Aesthetic": lambda: (
-            bare_pickscore(pickscore, texts, images) + bare_aesthetic(aesthetic, images)
+            bare(images) + bare_aesthetic(tower, head, aesthetic.transform, images)
         ).tolist(),
         "`RewardSet` of both": lambda: two.score(PROMPTS, images).reward.tolist(),
-        "bare PickScore, floats": lambda: bare_pickscore(
-            pickscore, texts, refuse_wrong_floats(floats)
-        ).tolist(),
+        "bare PickScore, floats": lambda: bare(refuse_wrong_floats(floats)).tolist(),
         "`metric.reward`, floats": lambda: pickscore.reward(PROMPTS, floats).tolist(),
         "`RewardSet` of PickScore, floats": lambda: one.score(PROMPTS, floats).reward.tolist(),
-        "bare PickScore, floats rounded": lambda: bare_pickscore(
-            pickscore, texts, (floats * 255).round().clamp(0, 255).to(torch.uint8)
+        "bare PickScore, floats rounded": lambda: bare(
+            (floats * 255).round().clamp(0, 255).to(torch.uint8)
         ).tolist(),
         "`to_flow_grpo`, floats": lambda: flow_grpo(floats, PROMPTS, None),
     }
-    assert flow_grpo(images, PROMPTS, None)[0] == variants["`metric.reward`"]()
-    rows, bare = [], []
+    scores = variants["`metric.reward`"]()
+    assert flow_grpo(images, PROMPTS, None)[0] == scores
+    torch.testing.assert_close(bare(images).tolist(), scores, rtol=1e-5, atol=1e-5)
+    rows, below = [], []
     for name, seconds in timed(variants, rounds).items():
-        bare = seconds if name.startswith("bare") else bare
+        below = seconds if name.startswith("bare") else below
         # Of one round, so that a slow moment of the machine, longer than a round, is in both.
-        more = statistics.median(a - b for a, b in zip(seconds, bare, strict=True))
-        rows.append((name, statistics.median(seconds), more / statistics.median(bare)))
+        more = statistics.median(a - b for a, b in zip(seconds, below, strict=True))
+        rows.append((name, statistics.median(seconds), more / statistics.median(below)))
     return rows
 
 
