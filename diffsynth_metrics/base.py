@@ -73,6 +73,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # slower products. A pass of a small network has a cost of its own, and nothing to gain.
 _IMAGES_AT_ONCE_ON_CPU = 4
 _LARGE_NETWORK = 50_000_000
+_LARGEST_THRESHOLD = 32 * 2**20
 
 
 class BaseMetric(ABC):
@@ -99,6 +100,8 @@ class BaseMetric(ABC):
         self.model = model
         self.batch_size = batch_size
         self._is_large = sum(weight.numel() for weight in model.parameters()) > _LARGE_NETWORK
+        if self._is_large:
+            _let_freed_memory_be_kept()
 
     def to(self, device: str | torch.device) -> Self:
         """Move the network to a device and return the metric."""
@@ -415,6 +418,17 @@ def wants_gradients(images: ImagesInput) -> bool:
     return isinstance(images, Sequence) and any(
         isinstance(image, Tensor) and image.requires_grad for image in images
     )
+
+
+def _let_freed_memory_be_kept() -> None:
+    """Let glibc keep the memory of activations from one operation of a network to the next.
+
+    It learns from what a program frees: from then on it serves blocks of up to that size, at most 32 MB,
+    from memory that it keeps, of which it gives back what is above twice as much. A program that never
+    freed a large block has every activation mapped and zeroed again, a tenth of the time of a ViT-L/14.
+    Nothing is written to this block, so it takes no memory; other allocators do not mind it.
+    """
+    torch.empty(_LARGEST_THRESHOLD - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _floats(values: Tensor) -> list[float]:

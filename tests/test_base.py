@@ -6,7 +6,11 @@ import copy
 import dataclasses
 import gc
 import inspect
+import os
 import pickle
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -518,3 +522,38 @@ class TestCards:
     def test_a_card_cannot_be_changed(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             PickScoreMetric.card.name = "mine"  # type: ignore[misc]
+
+
+_FAULTS_OF_A_LARGE_METRIC = """
+import resource
+import torch
+from diffsynth_metrics import AestheticMetric
+
+class Large(AestheticMetric):
+    def __init__(self):
+        with torch.device("meta"):
+            super(AestheticMetric, self).__init__(torch.nn.Linear({width}, 10_000), batch_size=1)
+
+def activations():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(4_000_000) for _ in range(3)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+Large()
+print([activations() for _ in range(4)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other rules")
+def test_memory_of_activations_is_kept_from_one_operation_to_the_next() -> None:
+    faults = {}
+    for width in (1, 10_000):
+        code = _FAULTS_OF_A_LARGE_METRIC.format(width=width)
+        environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        faults[width] = int(done.stdout)
+    if faults[1] < 4000:  # of 12,000 pages
+        pytest.skip("this system does not give the memory back, or in large pages")
+    assert faults[10_000] < 1000
