@@ -21,14 +21,17 @@ from compare import HERE, LOGS, WORK, Process, peer_python, say
 
 METRICS = {"hpsv2": "HPSv2", "aesthetic": "Aesthetic", "image_reward": "ImageReward"}
 PACKAGES = ("ours", "upstream", "authors")
+SOURCES = {"tiny": ("memory", "files"), "full": ("memory",)}
 WANTED = {"tiny": {"upstream": 2.0}, "full": {"upstream": 1.0, "authors": 1.1}}
 PICTURES = 16
 
 Seconds = dict[str, list[float]]
 Result = dict[str, Any]  # "seconds", "differences" by package, "prepare" in seconds
+Results = dict[str, dict[str, Result]]  # by metric, by source
 
-TEXT = """Images per second of one call with 16 pictures of 1024x1024 that lie decoded in memory, one
-prompt of 70 tokens, another in each round; medians, and the lowest and highest ratio of one round.
+TEXT = """Images per second of one call with 16 pictures of 1024x1024, which lie decoded in memory or
+are PNG files, one prompt of 70 tokens, another in each round; medians, and the lowest and highest ratio
+of one round.
 **Above 1, ours is faster.** `upstream` is `diffsynth.metrics` 2.1.12, `authors` is the authors' code:
 `hpsv2.score`, which loads its checkpoint in every call and encodes the prompt once per picture;
 `ImageReward.score`, picture by picture; simple-aesthetics-predictor's network after OpenAI's own
@@ -36,14 +39,16 @@ transform, picture by picture. The sizes and metrics may be of several runs
 of one day on the same machine."""
 
 LIMITS = """**Two layers of width 32.** Nearly all of such a call is the making of pixels. The table
-gives what the official pixels of 16 pictures cost on all cores with nothing around them, next to
-upstream's whole call: their ratio is what an implementation without any other cost could reach.
+gives what the official pixels of 16 pictures cost on all cores with nothing around them (those of files
+with the decoding), next to upstream's whole call: their ratio is what an implementation without any
+other cost could reach.
 Upstream resizes with torch's uint8 kernel, which is faster and whose pixels are not the official ones;
 for HPSv2 it crops the centre, where the authors' letterbox resizes floats.
 
-**Full size.** All three run the same matrix products, and on this machine a call is little else. The
-authors' Aesthetic reads no prompt, and their ImageReward lets the prompt attend to each picture, which
-nobody can do once for all: only HPSv2's loop does work that can be left out."""
+**Full size.** All three run nearly the same matrix products (ours leaves out what nobody reads of the
+last block of HPSv2's and Aesthetic's tower), and on this machine a call is little else. The authors'
+Aesthetic reads no prompt, and their ImageReward lets the prompt attend to each picture, which nobody can
+do once for all: only HPSv2's loop does work that can be left out."""
 
 
 def folder_of(name: str, size: str) -> Path:
@@ -56,49 +61,67 @@ def folder_of(name: str, size: str) -> Path:
     return folder
 
 
-def measure(
-    name: str, size: str, pythons: dict[str, str], rounds: int
-) -> tuple[Seconds, dict[str, float]]:
-    """Time the calls of all three, and our preparation of the pictures."""
+def measure(name: str, size: str, pythons: dict[str, str], rounds: int) -> dict[str, Result]:
+    """Time the calls of all three, and our preparation of the pictures, for each source of pictures."""
     folder = folder_of(name, size)
     paths = materials.pictures(WORK / "pictures", PICTURES, 1024)["png"]
-    seconds: Seconds = {package: [] for package in PACKAGES}
-    scores: dict[str, list[float]] = {package: [] for package in PACKAGES}
+    results: dict[str, Result] = {}
     workers = {p: Process(p, pythons[p], script="authors_worker.py") for p in PACKAGES}
     try:
         for package, worker in workers.items():
             say(f"{size} {name}: loading {package}")
             worker("load", name=name, folder=str(folder), size=size)
             few = paths if size == "tiny" else paths[:1]
-            worker("score", prompt="warm up", paths=few)
-        for index in range(rounds):
-            prompt = materials.prompt_of(70, f"{size}/{name}/{index}")
-            for package in PACKAGES[index % 3 :] + PACKAGES[: index % 3]:
-                answer = workers[package]("score", prompt=prompt, paths=paths)
-                seconds[package].append(answer["seconds"])
-                scores[package] += answer["scores"]
-            say(f"{size} {name}: " + ", ".join(f"{p} {seconds[p][-1]:.3f} s" for p in PACKAGES))
-        prepare = workers["ours"]("prepare", name=name, paths=paths)["seconds"]
+            worker("score", prompt="warm up", paths=few, source="memory")
+        for source in SOURCES[size]:
+            results[source] = _rounds(workers, f"{size} {name}", paths, source, rounds)
+            prepared = workers["ours"]("prepare", name=name, paths=paths, source=source)
+            results[source]["prepare"] = prepared["seconds"]
     finally:
         for worker in workers.values():
             worker.__exit__()
+    return results
+
+
+def _rounds(
+    workers: dict[str, Process], label: str, paths: list[str], source: str, rounds: int
+) -> Result:
+    seconds: Seconds = {package: [] for package in PACKAGES}
+    scores: dict[str, list[float]] = {package: [] for package in PACKAGES}
+    for index in range(rounds):
+        prompt = materials.prompt_of(70, f"{label}/{source}/{index}")
+        for package in PACKAGES[index % 3 :] + PACKAGES[: index % 3]:
+            answer = workers[package]("score", prompt=prompt, paths=paths, source=source)
+            seconds[package].append(answer["seconds"])
+            scores[package] += answer["scores"]
+        say(f"{label}, {source}: " + ", ".join(f"{p} {seconds[p][-1]:.3f} s" for p in PACKAGES))
     differences = {
         package: max(abs(a - b) for a, b in zip(scores["ours"], scores[package], strict=True))
         for package in PACKAGES[1:]
     }
-    return {"seconds": seconds, "differences": differences, "prepare": prepare}
+    return {"seconds": seconds, "differences": differences}
 
 
-def table(size: str, results: dict[str, Result]) -> str:
+def _labelled(results: Results) -> list[tuple[str, Result]]:
+    """Return what a row is called, and its result."""
+    titles = {"memory": "", "files": ", PNG files"}
+    return [
+        (METRICS[name] + titles[source], result)
+        for name, by_source in results.items()
+        for source, result in by_source.items()
+    ]
+
+
+def table(size: str, results: Results) -> str:
     rows = [
         "| | ours | upstream | authors | ours / upstream | ours / authors | rounds |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, result in results.items():
+    for label, result in _labelled(results):
         seconds = result["seconds"]
         rates = [f"{PICTURES / statistics.median(seconds[p]):.3g}" for p in PACKAGES]
         cells = [_ratio(seconds, package, WANTED[size].get(package)) for package in PACKAGES[1:]]
-        rows.append(f"| {METRICS[name]} | {' | '.join(rates + cells)} | {len(seconds['ours'])} |")
+        rows.append(f"| {label} | {' | '.join(rates + cells)} | {len(seconds['ours'])} |")
     return "\n".join(rows)
 
 
@@ -111,13 +134,13 @@ def _ratio(seconds: Seconds, package: str, wanted: float | None) -> str:
     return f"**{ratio:.2f}** ({min(each):.2f} to {max(each):.2f}{verdict})"
 
 
-def _floor(results: dict[str, Result]) -> str:
+def _floor(results: Results) -> str:
     rows = ["| 16 pictures, milliseconds | our pixels | our call | upstream's call | largest ratio |"]
     rows.append("|---|--:|--:|--:|--:|")
-    for name, result in results.items():
+    for label, result in _labelled(results):
         ours, upstream = (statistics.median(result["seconds"][p]) for p in PACKAGES[:2])
         cells = [f"{seconds * 1e3:.0f}" for seconds in (result["prepare"], ours, upstream)]
-        rows.append(f"| {METRICS[name]} | {' | '.join(cells)} | {upstream / result['prepare']:.2f} |")
+        rows.append(f"| {label} | {' | '.join(cells)} | {upstream / result['prepare']:.2f} |")
     return "\n".join(rows)
 
 
@@ -132,7 +155,7 @@ def main() -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     peer = arguments.peer_python or peer_python()
     pythons = {"ours": sys.executable, "authors": sys.executable, "upstream": peer}
-    start, found = time.perf_counter(), WORK / "authors.json"
+    start, found = time.perf_counter(), WORK / "authors_by_source.json"
     results: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {}
     for size in arguments.sizes:
         rounds = arguments.tiny_rounds if size == "tiny" else arguments.full_rounds
@@ -154,11 +177,11 @@ def main() -> None:
         (HERE / "RESULTS_AUTHORS.md").write_text(text, encoding="utf-8")
 
 
-def _differences(results: dict[str, Result]) -> str:
+def _differences(results: Results) -> str:
     found = [
-        f"{METRICS[name]} {result['differences']['upstream']:.1g} from upstream, "
+        f"{label} {result['differences']['upstream']:.1g} from upstream, "
         f"{result['differences']['authors']:.1g} from the authors"
-        for name, result in results.items()
+        for label, result in _labelled(results)
     ]
     return f"Largest difference of a score of ours in these calls: {'; '.join(found)}."
 

@@ -213,6 +213,7 @@ class Worker:
 
     def __init__(self, package: str) -> None:
         """Nothing is imported before the first request."""
+        self._package = package
         self._build = {"ours": ours, "upstream": upstream, "authors": authors}[package]
         self._score: Score | None = None
 
@@ -221,26 +222,38 @@ class Worker:
         seconds, self._score = timed(lambda: self._build(name, Path(folder), size))
         return {"seconds": seconds}
 
-    def prepare(self, name: str, paths: list[str]) -> Answer:
+    def prepare(self, name: str, paths: list[str], source: str) -> Answer:
         """Time the official pixels of all pictures, made by ours on all cores and nothing else."""
         from concurrent.futures import ThreadPoolExecutor
 
+        import PIL.Image
         from worker import cores
 
         from diffsynth_metrics.transforms import Letterbox, ShortestEdgeCrop
 
         transform = Letterbox() if name == "hpsv2" else ShortestEdgeCrop(convert="after")
-        images = _decoded(paths)
+        make: Callable[[Any], Any] = transform.from_pil
+        if source == "files":
+            images, make = list(paths), lambda path: transform.from_pil(PIL.Image.open(path))
+        else:
+            images = _decoded(paths)
         with ThreadPoolExecutor(cores()) as pool:
-            timings = [timed(lambda: list(pool.map(transform.from_pil, images)))[0] for _ in range(9)]
+            timings = [timed(lambda: list(pool.map(make, images)))[0] for _ in range(9)]
         return {"seconds": sorted(timings)[len(timings) // 2]}
 
-    def score(self, prompt: str, paths: list[str]) -> Answer:
-        """Time one call on pictures that lie decoded in memory."""
-        images = _decoded(paths)
-        assert self._score is not None
-        seconds, scores = timed(lambda: self._score(prompt, images))
+    def score(self, prompt: str, paths: list[str], source: str) -> Answer:
+        """Time one call on pictures that lie decoded in memory, or on files that belong to the call."""
+        score = self._score
+        assert score is not None
+        decoded = [] if source == "files" else _decoded(paths)
+        seconds, scores = timed(lambda: score(prompt, decoded or self._opened(paths)))
         return {"seconds": seconds, "scores": [float(score) for score in scores]}
+
+    def _opened(self, paths: list[str]) -> Images:
+        """Return what the package takes for files: ours their paths, the others opened pictures."""
+        import PIL.Image
+
+        return list(paths) if self._package == "ours" else [PIL.Image.open(path) for path in paths]
 
 
 def _decoded(paths: list[str]) -> Images:
