@@ -195,11 +195,11 @@ def main() -> None:
         *verdicts,
         "",
         "Images of 224×224 are not resized: there the bare line is a network of a few milliseconds "
-        "alone. What checks, names, statistics and the failure policy take, 0.1 to 0.25 ms, is the same "
-        "at every size; a part of it is the look at every weight of the text tower, which keeps "
-        "remembered prompts from outliving weights that changed. Against it stands what the metric "
-        "saves in the last block of the tower, of which it computes the class token alone: about "
-        "0.17 ms here. These two metrics share no transform, so a set of both saves nothing.",
+        "alone. What checks, names, statistics and the failure policy take is the same at every size; a "
+        "part of it is the look at every weight of the text tower, which keeps remembered prompts from "
+        "outliving weights that changed. The bare network is transformers' own: what the metric saves "
+        "in the last block of the tower, of which it computes the class token alone, is set off against "
+        "that. These two metrics share no transform, so a set of both saves nothing.",
         "",
         "The bare line of floats reads every value once, to refuse NaN and what is not in 0..1; `floats "
         "rounded` is what flow_grpo does with floats, which rounds them to bytes first.",

@@ -425,7 +425,7 @@ def _let_freed_memory_be_kept() -> None:
 
     It learns from what a program frees: from then on it serves blocks of up to that size, at most 32 MB,
     from memory that it keeps, of which it gives back what is above twice as much. A program that never
-    freed a large block has every activation mapped and zeroed again, a tenth of the time of a ViT-L/14.
+    freed a large block has every activation mapped and zeroed again.
     Nothing is written to this block, so it takes no memory; other allocators do not mind it.
     """
     torch.empty(_LARGEST_THRESHOLD - 2**16, dtype=torch.uint8, device="cpu")
