@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_blocks"]
+__all__ = ["checkpoint_blocks", "compute_block"]
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
@@ -27,16 +27,25 @@ def checkpoint_blocks(model: nn.Module) -> None:
                     block.forward = _Recomputed(block)
 
 
+def compute_block(function: Callable[[Any, Tensor], Tensor], block: nn.Module, tokens: Tensor) -> Tensor:
+    """Compute another function of a block than its forward; again on the way back where that one is."""
+    recomputed = isinstance(block.forward, _Recomputed)
+    result: Tensor = _recompute(function, block, tokens) if recomputed else function(block, tokens)
+    return result
+
+
 class _Recomputed:
     """The forward of a block; an object and no closure, so that a copied block computes with itself."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.own = block.__dict__.get("forward")  # where the block has another one than its class
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        forward = self.own or partial(type(self.block).forward, self.block)
-        if not torch.is_grad_enabled():
-            return forward(*arguments, **options)
-        # There is no dropout in evaluation, so there is no random state to restore.
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+        return _recompute(type(self.block).forward, self.block, *arguments, **options)
+
+
+def _recompute(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return function(*arguments, **options)
+    # There is no dropout in evaluation, so there is no random state to restore.
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options)

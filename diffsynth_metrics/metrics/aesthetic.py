@@ -16,7 +16,7 @@ from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_images
 from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.class_token import read_class_token_of_clip
+from diffsynth_metrics.models.class_token import class_token_of_clip
 from diffsynth_metrics.models.score_head import score_head
 from diffsynth_metrics.transforms import ShortestEdgeCrop
 
@@ -124,7 +124,6 @@ class AestheticMetric(ImageMetric):
             dtype=dtype,
             float32=("visual_projection", "layers"),
         )
-        read_class_token_of_clip(model.vision_model)
         if gradient_checkpointing:
             checkpoint_blocks(model)
         return cls(model, batch_size=batch_size)
@@ -145,8 +144,7 @@ class AestheticMetric(ImageMetric):
         model = self.model
         rows = []
         for pixel_values in self._pixel_batches(as_images(images), self.transform):
-            # transformers' embeddings bring the pixels to the dtype of the tower.
-            pooled = model.vision_model(pixel_values=pixel_values).pooler_output
+            pooled = class_token_of_clip(model.vision_model, pixel_values)
             rows.append(model.visual_projection(pooled.to(model.visual_projection.weight.dtype)))
         return torch.cat(rows)
 

@@ -18,7 +18,7 @@ from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.class_token import read_class_token_of_clip
+from diffsynth_metrics.models.class_token import class_token_of_clip
 from diffsynth_metrics.transforms import ShortestEdgeCrop
 
 __all__ = ["CLIPMetric", "build_clip", "clip_score", "vit_h_14_config"]
@@ -157,7 +157,6 @@ class CLIPMetric(DualEncoderMetric):
             dtype=dtype,
             float32=("logit_scale", "text_projection", "visual_projection"),
         )
-        read_class_token_of_clip(model.vision_model)
         if gradient_checkpointing:
             checkpoint_blocks(model)
         folder = cls._processor_folder(processor)
@@ -172,8 +171,7 @@ class CLIPMetric(DualEncoderMetric):
 
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
         model = self.model
-        # transformers' embeddings bring the pixels to the dtype of the tower.
-        pooled = model.vision_model(pixel_values=pixel_values).pooler_output
+        pooled = class_token_of_clip(model.vision_model, pixel_values)
         projection: Tensor = model.visual_projection(pooled.to(model.visual_projection.weight.dtype))
         return projection
 

@@ -17,7 +17,7 @@ from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.class_token import read_class_token_of_open_clip
+from diffsynth_metrics.models.class_token import class_token_of_open_clip
 from diffsynth_metrics.transforms import Letterbox
 
 __all__ = ["HPSv2Metric", "build_open_clip", "hps_v2"]
@@ -138,7 +138,6 @@ class HPSv2Metric(DualEncoderMetric):
             float32=("logit_scale", "text_projection", "visual.proj"),
         )
         _detach_heads(model)
-        read_class_token_of_open_clip(model.visual)
         if gradient_checkpointing:
             checkpoint_blocks(model)
         return cls(model, scale=scale, antialias=antialias, batch_size=batch_size)
@@ -148,7 +147,7 @@ class HPSv2Metric(DualEncoderMetric):
         return {**components, "percent": 100 * components["cosine"]}
 
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
-        pooled: Tensor = self.model.encode_image(pixel_values.to(self.dtype))
+        pooled = class_token_of_open_clip(self.model.visual, pixel_values.to(self.dtype))
         head: Tensor = self.model.heads["visual"]
         return pooled.to(head.dtype) @ head
 
