@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,7 +125,8 @@ class BaseMetric(ABC):
         by_few = self._is_large and device.type == "cpu"
         at_once = _IMAGES_AT_ONCE_ON_CPU if by_few else self.batch_size
         for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=device):
-            yield from torch.tensor_split(batch, math.ceil(len(batch) / at_once))
+            parts = math.ceil(batch.shape[0] / at_once)
+            yield from torch.tensor_split(batch, parts) if parts > 1 else [batch]
 
     def __repr__(self) -> str:
         """Show the class and where it runs."""
@@ -134,20 +135,15 @@ class BaseMetric(ABC):
             f"batch_size={self.batch_size})"
         )
 
-    @contextmanager
-    def _scoring(self, *, gradients: bool) -> Iterator[None]:
-        """Set the grad mode and switch autocast off, for this thread and this call only."""
+    def _scoring(self, *, gradients: bool) -> AbstractContextManager[Any]:
+        """Set the grad mode and switch autocast off, for this thread and this call only.
+
+        It is for a ``with`` statement alone: torch's own context sets the mode before it is entered.
+        """
         device = self.device.type
-        with (
-            # Tensors made in inference mode could not be kept in a cache that a later call with
-            # gradients reads, so a caller's inference mode is left for the duration of the call.
-            torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(),
-            torch.set_grad_enabled(gradients),
-            torch.autocast(device, enabled=False)
-            if torch.is_autocast_enabled(device)
-            else nullcontext(),
-        ):
-            yield
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device):
+            return _plain_modes(device, gradients)
+        return torch.set_grad_enabled(gradients)
 
     @classmethod
     def _resolve(
@@ -418,6 +414,19 @@ def wants_gradients(images: ImagesInput) -> bool:
     return isinstance(images, Sequence) and any(
         isinstance(image, Tensor) and image.requires_grad for image in images
     )
+
+
+@contextmanager
+def _plain_modes(device: str, gradients: bool) -> Iterator[None]:
+    """Leave the caller's inference mode and autocast, and set the grad mode."""
+    with (
+        # Tensors made in inference mode could not be kept in a cache that a later call with gradients
+        # reads, so a caller's inference mode is left for the duration of the call.
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        torch.autocast(device, enabled=False),
+    ):
+        yield
 
 
 def _let_freed_memory_be_kept() -> None:

@@ -132,10 +132,10 @@ class DualEncoderMetric(PromptMetric):
         return super().to(device)
 
     def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
-        prompts, checked, count = pair(prompt, images)
+        prompts, checked, _ = pair(prompt, images)
         # Images first: an accelerator computes them while the prompts are looked up or tokenized.
         image_features = self._image_features(checked)
-        cosine = paired_cosine(self._text_features(prompts), image_features).expand(count)
+        cosine = paired_cosine(self._text_features(prompts), image_features)
         return {"score": self._score(cosine), "cosine": cosine}
 
     def _image_features(self, images: CheckedImages) -> Tensor:

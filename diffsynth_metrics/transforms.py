@@ -318,9 +318,8 @@ def pixel_batches(
             yield from batches
         return
     if isinstance(images, Tensor):
-        for start in range(0, len(images), batch_size):
-            chunk = images[start : start + batch_size].to(device)
-            yield tensor_pixels(chunk, transform)
+        for chunk in torch.split(images, batch_size) if images.shape[0] > batch_size else [images]:
+            yield tensor_pixels(chunk.to(device), transform)
         return
     for batch in _ahead(images, transform, batch_size):
         yield _collect(batch, transform, device)

@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, filterfalse
+from operator import sub, truediv
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -17,14 +19,19 @@ from diffsynth_metrics.rewards.scoring import Scored
 __all__ = [
     "FixedScale",
     "GroupRelative",
+    "Groups",
     "Moments",
     "Normalization",
     "Rank",
     "Raw",
     "RunningZScore",
+    "collapsed",
     "find_normalization",
-    "spread",
 ]
+
+
+Groups: TypeAlias = "Sequence[Sequence[int]]"
+"""The numbers of the samples of each group."""
 
 
 class Normalization(ABC):
@@ -41,7 +48,7 @@ class Normalization(ABC):
     def __call__(
         self,
         scored: Scored,
-        groups: Sequence[int],
+        groups: Groups,
         *,
         update: bool,
         counted: Sequence[bool] | None = None,
@@ -51,7 +58,7 @@ class Normalization(ABC):
         Args:
             scored: N scores, NaN where there is none. Statistics are computed from its plain numbers: a
                 device is waited for once, and not after each operation on a few numbers.
-            groups: N numbers, equal for samples of one group.
+            groups: The samples of each group; every sample is in one.
             update: Whether running statistics learn from these scores.
             counted: N times whether statistics are of that score; by default of all. The others are
                 normalised with what is known without them.
@@ -84,7 +91,7 @@ class Raw(Normalization):
     def __call__(
         self,
         scored: Scored,
-        groups: Sequence[int],
+        groups: Groups,
         *,
         update: bool,
         counted: Sequence[bool] | None = None,
@@ -113,7 +120,7 @@ class FixedScale(Normalization):
     def __call__(
         self,
         scored: Scored,
-        groups: Sequence[int],
+        groups: Groups,
         *,
         update: bool,
         counted: Sequence[bool] | None = None,
@@ -196,7 +203,7 @@ class RunningZScore(Normalization):
     def __call__(
         self,
         scored: Scored,
-        groups: Sequence[int],
+        groups: Groups,
         *,
         update: bool,
         counted: Sequence[bool] | None = None,
@@ -275,21 +282,24 @@ class GroupRelative(Normalization):
     def __call__(
         self,
         scored: Scored,
-        groups: Sequence[int],
+        groups: Groups,
         *,
         update: bool,
         counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
-        known = _by_group(scored.numbers, groups, counted)
-        parts = {group: self._mean_and_divisor(values) for group, values in known.items()}
-        values = scored.values
-        means = values.new_tensor([parts[group][0] for group in groups])
-        divisors = values.new_tensor([parts[group][1] for group in groups])
-        return (values - means) / divisors
+        values, numbers = scored.values, scored.numbers
+        means, divisors = [0.0] * len(numbers), [1.0] * len(numbers)
+        for group in groups:
+            mean, divisor = self._mean_and_divisor(_known(numbers, group, counted))
+            for index in group:
+                means[index], divisors[index] = mean, divisor
+        if values.requires_grad:
+            return (values - values.new_tensor(means)) / values.new_tensor(divisors)
+        return values.new_tensor(list(map(truediv, map(sub, numbers, means), divisors)))
 
     def _mean_and_divisor(self, values: list[float]) -> tuple[float, float]:
-        if not values or _equal(min(values), max(values)):
+        if not values or _all_equal(values):
             return (values or [0.0])[0], math.inf
         moments = Moments.of(values)
         return moments.mean, math.sqrt(moments.squares / (len(values) - self.correction)) + self.epsilon
@@ -307,19 +317,19 @@ class Rank(Normalization):
     def __call__(
         self,
         scored: Scored,
-        groups: Sequence[int],
+        groups: Groups,
         *,
         update: bool,
         counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Return ranks."""
-        known = _by_group(scored.numbers, groups, counted)
-        ordered = {group: sorted(numbers) for group, numbers in known.items()}
-        counts = [True] * len(groups) if counted is None else counted
-        ranks = [
-            _rank(number, ordered[group], itself=is_counted)
-            for group, number, is_counted in zip(groups, scored.numbers, counts, strict=True)
-        ]
+        numbers = scored.numbers
+        ranks = [0.0] * len(numbers)
+        for group in groups:
+            known = sorted(_known(numbers, group, counted))
+            for index in group:
+                itself = counted is None or counted[index]
+                ranks[index] = _rank(numbers[index], known, itself=itself)
         return scored.values.new_tensor(ranks)
 
 
@@ -360,31 +370,20 @@ def find_normalization(normalize: str | Normalization) -> Normalization:
     return _BY_NAME[normalize]()
 
 
-def spread(scores: list[float], groups: Sequence[int]) -> list[tuple[int, bool]]:
-    """Tell for each group of two readable samples or more whether all its scores are equal.
-
-    Returns:
-        Pairs of the group's number and whether it has collapsed.
-    """
-    return [
-        (group, _equal(min(values), max(values)))
-        for group, values in sorted(_by_group(scores, groups).items())
-        if len(values) > 1
-    ]
+def collapsed(scores: list[float], groups: Groups) -> list[int]:
+    """Return which groups of two readable samples or more have scores that are all equal."""
+    known = [_known(scores, group) for group in groups]
+    return [index for index, values in enumerate(known) if len(values) > 1 and _all_equal(values)]
 
 
-def _by_group(
-    scores: list[float], groups: Sequence[int], counted: Sequence[bool] | None = None
-) -> dict[int, list[float]]:
-    """Return the scores of each group that count and are not NaN."""
-    known: dict[int, list[float]] = {group: [] for group in groups}
-    counts = [True] * len(groups) if counted is None else counted
-    for group, score, is_counted in zip(groups, scores, counts, strict=True):
-        if is_counted and not math.isnan(score):
-            known[group].append(score)
-    return known
+def _known(
+    scores: list[float], group: Sequence[int], counted: Sequence[bool] | None = None
+) -> list[float]:
+    """Return the scores of a group that count and are not NaN."""
+    values = [scores[index] for index in group if counted is None or counted[index]]
+    return list(filterfalse(math.isnan, values))
 
 
-def _equal(low: float, high: float) -> bool:
+def _all_equal(values: list[float]) -> bool:
     """Tell whether scores are equal up to the noise of float32 arithmetic."""
-    return high - low <= 1e-6 * max(1.0, abs(high))
+    return math.isclose(min(values), max(values), rel_tol=1e-6, abs_tol=1e-6)

@@ -13,16 +13,17 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_gradients
+from diffsynth_metrics.base import BaseMetric, wants_gradients
 from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.inputs import SharedImages, as_prompts
 from diffsynth_metrics.rewards.divergence import DivergenceMonitor
 from diffsynth_metrics.rewards.normalization import (
+    Groups,
     Moments,
     Normalization,
     RunningZScore,
+    collapsed,
     find_normalization,
-    spread,
 )
 from diffsynth_metrics.rewards.scales import Scale
 from diffsynth_metrics.rewards.scoring import (
@@ -209,16 +210,15 @@ class RewardSet:
         self, prompts: list[str], images: Any, groups: list[Hashable], *, update: bool, may_raise: bool
     ) -> tuple[RewardResult, dict[str, Scored], dict[str, Tensor]]:
         """Return the result, what each metric said, and that with what stands in for missing scores."""
-        numbers, keys = _numbered(groups, len(prompts))
+        members = _members(groups, len(prompts))
+        keys, samples = [*members], [*members.values()]
         self._check_gradients(images)
         scores = self._scores(prompts, images, may_raise)
-        collapsed: dict[str, list[Hashable]] = {}
+        flat_groups: dict[str, list[Hashable]] = {}
 
         def note_collapse(name: str, scored: Scored) -> None:
-            if len(keys) == len(prompts):
-                return
-            if flat := [keys[number] for number, is_flat in spread(scored.numbers, numbers) if is_flat]:
-                collapsed[name] = flat
+            if len(keys) < len(prompts) and (flat := collapsed(scored.numbers, samples)):
+                flat_groups[name] = [keys[index] for index in flat]
 
         settled: dict[str, Tensor] = {}
         normalized: dict[str, Tensor] = {}
@@ -226,26 +226,24 @@ class RewardSet:
         for name, component in self.components.items():
             scored = scores[name]
             note_collapse(name, scored)
-            settled[name] = self._settled(name, scored, numbers)
-            normalized[name] = self._normalized(name, scored, settled[name], numbers, update)
+            settled[name] = self._settled(name, scored, samples)
+            normalized[name] = self._normalized(name, scored, settled[name], samples, update)
             part = component.weight * normalized[name]
             total = part if total is None else total + part.to(total.device)
         assert total is not None
         note_collapse("reward", Scored(total, []))
         raw = {name: scored.values for name, scored in scores.items()}
         diverging = self._watched(scores, update) if self._held_out else {}
-        result = RewardResult(total, raw, normalized, _failures(scores), collapsed, diverging)
+        result = RewardResult(total, raw, normalized, _failures(scores), flat_groups, diverging)
         return result, scores, settled
 
     def _scores(self, prompts: list[str], images: Any, may_raise: bool) -> dict[str, Scored]:
         """Ask every metric, the held-out ones without gradients."""
         scorers = (*self._scorers.values(), *self._held_out.values())
-        transforms = [getattr(scorer.metric, "transform", None) for scorer in scorers]
-        shared = _shared(images, transforms) if len(scorers) > 1 else None
+        shared = _shared(images, scorers) if len(scorers) > 1 else images
 
         def ask(scorer: MetricScorer) -> Scored:
-            takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
-            return scorer.scored(prompts, shared if takes_shared and shared is not None else images)
+            return scorer.scored(prompts, shared if scorer.takes_tensors else images)
 
         scores: dict[str, Scored] = {}
         for name, scorer in self._scorers.items():
@@ -346,7 +344,7 @@ class RewardSet:
             normalization.load_state_dict(theirs[name])
         self._monitor.load_state_dict(state["history"])
 
-    def _settled(self, name: str, scored: Scored, groups: list[int]) -> Tensor:
+    def _settled(self, name: str, scored: Scored, groups: Groups) -> Tensor:
         """Return the scores with what the component's policy puts in place of missing ones."""
         policy = self.components[name].on_failure
         if policy == "raise" or not any(scored.errors):
@@ -355,7 +353,7 @@ class RewardSet:
         return _with_group_means(values, groups) if policy == "mean" else values
 
     def _normalized(
-        self, name: str, scored: Scored, values: Tensor, groups: list[int], update: bool
+        self, name: str, scored: Scored, values: Tensor, groups: Groups, update: bool
     ) -> Tensor:
         normalize = self._normalizations[name]
         # Statistics are of scores, not of what stands in for them. A number that was declared for
@@ -404,12 +402,12 @@ def _aligned(prompt: str | Sequence[str], images: Any) -> tuple[list[str], Any]:
     return prompts, images
 
 
-def _shared(images: Any, transforms: list[Hashable]) -> SharedImages | None:
-    """Check and share the images; None where one of them is wrong, so that each metric says which."""
+def _shared(images: Any, scorers: Iterable[MetricScorer]) -> Any:
+    """Check and share images; where one is wrong they stay as they are, and each metric says which."""
     try:
-        return SharedImages(images, transforms)
+        return SharedImages(images, [getattr(scorer.metric, "transform", None) for scorer in scorers])
     except (OSError, TypeError, ValueError):
-        return None
+        return images
 
 
 def _keys(groups: Sequence[Hashable] | Tensor) -> list[Hashable]:
@@ -451,20 +449,24 @@ def _errors(total: Tensor, failed: Mapping[str, Scored]) -> list[Exception | Non
     return errors
 
 
-def _numbered(groups: list[Hashable], count: int) -> tuple[list[int], list[Hashable]]:
-    """Number the groups in the order in which they appear."""
+def _members(groups: list[Hashable], count: int) -> dict[Hashable, list[int]]:
+    """Return the samples of each group, in the order in which the groups appear."""
     if len(groups) != count:
         raise ValueError(f"got {len(groups)} groups for {count} samples")
-    keys = list(dict.fromkeys(groups))
-    positions = {key: number for number, key in enumerate(keys)}
-    return [positions[group] for group in groups], keys
+    members: dict[Hashable, list[int]] = {group: [] for group in groups}
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    return members
 
 
-def _with_group_means(values: Tensor, groups: list[int]) -> Tensor:
+def _with_group_means(values: Tensor, groups: Groups) -> Tensor:
     """Put the mean of the group in the place of NaN, or that of the call where the group has none."""
-    filled, numbers = values, torch.tensor(groups, device=values.device)
-    for index in values.isnan().nonzero().squeeze(1).tolist():
-        mean = values[numbers == groups[index]].detach().nanmean()
-        mean = values.detach().nanmean() if mean.isnan() else mean
-        filled = filled.index_put((torch.tensor([index], device=values.device),), mean)
+    filled = values
+    missing = values.isnan().tolist()
+    for group in groups:
+        places = [index for index in group if missing[index]]
+        if places:
+            mean = values[list(group)].detach().nanmean()
+            mean = values.detach().nanmean() if mean.isnan() else mean
+            filled = filled.index_put((torch.tensor(places, device=values.device),), mean)
     return filled

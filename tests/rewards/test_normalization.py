@@ -15,7 +15,7 @@ from diffsynth_metrics.rewards.scoring import Scored
 
 NAN = math.nan
 SCORES = torch.tensor([1.0, 3.0, 5.0, 10.0, 20.0, 20.0])
-GROUPS = [0, 0, 0, 1, 1, 1]
+GROUPS = [[0, 1, 2], [3, 4, 5]]
 
 
 def scored(values: torch.Tensor) -> Scored:
@@ -50,37 +50,37 @@ def test_group_relative_is_the_advantage_of_each_group() -> None:
 
 
 def test_epsilon_is_added_to_the_spread() -> None:
-    result = GroupRelative(epsilon=1.0)(scored(torch.tensor([0.0, 2.0])), [0, 0], update=True)
+    result = GroupRelative(epsilon=1.0)(scored(torch.tensor([0.0, 2.0])), [[0, 1]], update=True)
     assert result.tolist() == [-0.5, 0.5]
 
 
 def test_the_spread_is_that_of_flow_grpo_or_with_a_correction_that_of_trl() -> None:
-    scores, one = torch.tensor([1.0, 2.0, 6.0]), [0, 0, 0]
+    scores, one = torch.tensor([1.0, 2.0, 6.0]), [[0, 1, 2]]
     flow_grpo = [(x - 3) / (statistics.pstdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
     trl = [(x - 3) / (statistics.stdev([1, 2, 6]) + 1e-4) for x in (1, 2, 6)]
     assert GroupRelative()(scored(scores), one, update=True).tolist() == pytest.approx(flow_grpo)
     assert GroupRelative(correction=1)(scored(scores), one, update=True).tolist() == pytest.approx(trl)
-    assert GroupRelative(correction=1)(scored(scores[:1]), one[:1], update=True).tolist() == [0]
+    assert GroupRelative(correction=1)(scored(scores[:1]), [[0]], update=True).tolist() == [0]
     with pytest.raises(ValueError, match="correction must be 0 or 1, got 2"):
         GroupRelative(correction=2)
 
 
 def test_equal_scores_of_a_group_are_zero_and_not_amplified_noise() -> None:
     scores = torch.tensor([20.0, 20.000002, 20.0, 7.0])
-    groups = [0, 0, 0, 1]
+    groups = [[0, 1, 2], [3]]
     assert GroupRelative()(scored(scores), groups, update=True).tolist() == [0, 0, 0, 0]
 
 
 def test_ranks_are_shares_and_ties_share() -> None:
     assert Rank()(scored(SCORES), GROUPS, update=True).tolist() == [0, 0.5, 1, 0, 0.75, 0.75]
-    assert Rank()(scored(torch.tensor([3.0])), [0], update=True).tolist() == [0.5]
+    assert Rank()(scored(torch.tensor([3.0])), [[0]], update=True).tolist() == [0.5]
 
 
 def test_ranks_are_not_rounded_to_the_default_dtype() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        ranks = Rank()(scored(torch.arange(12, dtype=torch.float32)), [0] * 12, update=True)
+        ranks = Rank()(scored(torch.arange(12, dtype=torch.float32)), [range(12)], update=True)
     finally:
         torch.set_default_dtype(before)
     assert ranks.dtype == torch.float32
@@ -89,7 +89,7 @@ def test_ranks_are_not_rounded_to_the_default_dtype() -> None:
 
 def test_what_is_not_counted_is_compared_with_what_is() -> None:
     scores = torch.tensor([1.0, 2.0, 3.0, 7.0])
-    groups = [0, 0, 0, 1]
+    groups = [[0, 1, 2], [3]]
     counted = [True, False, True, False]
     group = GroupRelative(epsilon=0.0)(scored(scores), groups, update=True, counted=counted)
     assert group.tolist() == [-1, 0, 1, 0], "a group of which nothing counts says nothing"
@@ -105,7 +105,7 @@ def test_a_running_z_score_is_over_everything_seen() -> None:
     for batch in ([1.0, 2.0, 6.0], [4.0], [5.0, -3.0]):
         seen += batch
         scores = torch.tensor(batch)
-        result = normalize(scored(scores), [0] * len(batch), update=True)
+        result = normalize(scored(scores), [range(len(batch))], update=True)
         mean, std = statistics.fmean(seen), statistics.pstdev(seen)
         assert result.tolist() == pytest.approx([(x - mean) / std for x in batch], rel=1e-6)
 
@@ -120,7 +120,7 @@ def test_an_evaluation_does_not_teach_a_running_z_score() -> None:
 
 def test_a_running_z_score_of_equal_scores_is_zero() -> None:
     for _ in range(2):
-        assert RunningZScore()(scored(torch.full((3,), 20.0)), GROUPS[:3], update=True).tolist() == [
+        assert RunningZScore()(scored(torch.full((3,), 20.0)), GROUPS[:1], update=True).tolist() == [
             0,
             0,
             0,
@@ -130,7 +130,7 @@ def test_a_running_z_score_of_equal_scores_is_zero() -> None:
 @pytest.mark.parametrize("normalize", [Raw, FixedScale, RunningZScore, GroupRelative, Rank])
 def test_nan_stays_nan_and_changes_no_other_sample(normalize: Any) -> None:
     holes = torch.tensor([1.0, NAN, 3.0, 5.0, 10.0, 20.0, 20.0, NAN])
-    groups = [0, 0, 0, 0, 1, 1, 1, 2]
+    groups = [[0, 1, 2, 3], [4, 5, 6], [7]]
     result = normalize()(scored(holes), groups, update=True)
     assert result.isnan().tolist() == holes.isnan().tolist()
     kept = ~holes.isnan()
@@ -142,6 +142,16 @@ def test_gradients_flow_through_what_is_differentiable(normalize: Any) -> None:
     scores = SCORES.clone().requires_grad_()
     (normalize()(scored(scores), GROUPS, update=True) * torch.arange(6.0)).sum().backward()
     assert scores.grad is not None and scores.grad.isfinite().all() and scores.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("normalize", [FixedScale, RunningZScore, GroupRelative])
+def test_a_gradient_changes_no_value(normalize: Any) -> None:
+    counted = [True, True, False, True, True, True]
+    for options in ({}, {"counted": counted}):
+        plain = normalize()(scored(SCORES), GROUPS, update=True, **options)
+        tracked = normalize()(scored(SCORES.clone().requires_grad_()), GROUPS, update=True, **options)
+        assert tracked.requires_grad and not plain.requires_grad
+        torch.testing.assert_close(tracked.detach(), plain)
 
 
 @pytest.mark.parametrize("normalize", [FixedScale, RunningZScore, GroupRelative])
