@@ -2,13 +2,13 @@
 
     python benchmarks/rewards.py
 
-"Bare" is the shortest code that gives the same numbers from the same images: transform, the network that
-the metric loaded (``metric.model``, as transformers made it), cosine, formula, under no_grad; no checks of
-the input, no names, no failure policy. Only floats are looked at, in one pass that refuses NaN and what is
-not in 0..1.
-The metric itself is sooner through the same network: it calls the parts of the tower, and computes of the
-last block the class token alone. "Own pass" is the bare line with that; what comes on top of it is what
-checks, names, statistics and policies take.
+"Bare" is the shortest code that gives the same numbers from the same images: transform, the network
+that the metric loaded (``metric.model``, as transformers made it), cosine, formula, under no_grad; no
+checks of the input, no names, no failure policy. Only floats are looked at, in one pass that refuses NaN
+and what is not in 0..1.
+The metric itself is sooner through the same network: it calls the parts of the tower, and computes of
+the last block the class token alone. "Own pass" is the bare line with that; what comes on top of it is
+what checks, names, statistics and policies take.
 Every figure is the median of many rounds in which all variants take turns, so that a slow moment of the
 machine hits all of them.
 In its turn a variant is called three times and the third call counts: it finds in the caches of the
