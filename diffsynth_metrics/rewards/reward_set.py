@@ -243,7 +243,7 @@ class RewardSet:
         shared = _shared(images, scorers) if len(scorers) > 1 else images
 
         def ask(scorer: MetricScorer) -> Scored:
-            return scorer.scored(prompts, shared if scorer.takes_tensors else images)
+            return scorer.scored(prompts, shared if scorer.has_components else images)
 
         scores: dict[str, Scored] = {}
         for name, scorer in self._scorers.items():

@@ -114,9 +114,9 @@ class MetricScorer:
         self.metric = metric
         self.scale = find_scale(metric, scale)
         self.name = name or _name(metric)
-        # Asked once: an isinstance of an abstract class takes longer than of another.
+        # Asked once, since every call would notice: to tell instances of an abstract class takes long.
         self.needs_prompts = not isinstance(metric, ImageMetric)
-        self.takes_tensors = isinstance(metric, (PromptMetric, ImageMetric))
+        self.has_components = isinstance(metric, (PromptMetric, ImageMetric))
 
     def to(self, device: str | torch.device) -> MetricScorer:
         """Move the metric to a device; a plain callable is left alone."""
@@ -175,7 +175,7 @@ class MetricScorer:
         """Return what the metric says before it is scaled, and what is wrong with single samples."""
         metric = self.metric
         errors: list[Exception | None] = [None] * len(prompts)
-        if self.takes_tensors:
+        if self.has_components:
             values = self._component(metric, prompts, images)
         elif isinstance(metric, BaseMetric):
             values, errors = _judged(metric, prompts, images)
