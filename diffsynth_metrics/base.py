@@ -125,8 +125,7 @@ class BaseMetric(ABC):
         by_few = self._is_large and device.type == "cpu"
         at_once = _IMAGES_AT_ONCE_ON_CPU if by_few else self.batch_size
         for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=device):
-            parts = math.ceil(batch.shape[0] / at_once)
-            yield from torch.tensor_split(batch, parts) if parts > 1 else [batch]
+            yield from torch.tensor_split(batch, math.ceil(len(batch) / at_once))
 
     def __repr__(self) -> str:
         """Show the class and where it runs."""

@@ -104,7 +104,7 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
     """
     if isinstance(prompt, str):
         prompt = [prompt]
-    if not isinstance(prompt, (list, Sequence)):  # the list is named because Python tells it at once
+    if not isinstance(prompt, Sequence):
         raise TypeError(
             f"prompt must be a str or a list of str, got {type(prompt).__name__}; "
             "the order of the arguments is (prompt, images)"
@@ -269,7 +269,7 @@ def _as_image(image: object, name: str) -> PIL.Image.Image | Path | torch.Tensor
 
 def _check_tensor(images: torch.Tensor, name: str) -> None:
     """Check a tensor ``[N, 3, H, W]``; an error names the first image that is wrong."""
-    if images.shape[0] == 0:  # len() of a tensor takes several times as long
+    if len(images) == 0:
         raise ValueError(f"{name} is empty (shape {list(images.shape)}); pass at least one image")
     if images.shape[1] != 3 or 0 in images.shape:
         raise ImageError(

@@ -318,7 +318,7 @@ def pixel_batches(
             yield from batches
         return
     if isinstance(images, Tensor):
-        for chunk in torch.split(images, batch_size) if images.shape[0] > batch_size else [images]:
+        for chunk in torch.split(images, batch_size):
             yield tensor_pixels(chunk.to(device), transform)
         return
     for batch in _ahead(images, transform, batch_size):

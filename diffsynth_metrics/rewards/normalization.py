@@ -9,7 +9,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress, filterfalse
-from operator import sub, truediv
 from typing import TypeAlias
 
 from torch import Tensor
@@ -294,9 +293,7 @@ class GroupRelative(Normalization):
             mean, divisor = self._mean_and_divisor(_known(numbers, group, counted))
             for index in group:
                 means[index], divisors[index] = mean, divisor
-        if values.requires_grad:
-            return (values - values.new_tensor(means)) / values.new_tensor(divisors)
-        return values.new_tensor(list(map(truediv, map(sub, numbers, means), divisors)))
+        return (values - values.new_tensor(means)) / values.new_tensor(divisors)
 
     def _mean_and_divisor(self, values: list[float]) -> tuple[float, float]:
         if not values or _all_equal(values):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from diffsynth_metrics.base import BaseMetric, wants_gradients
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_gradients
 from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.inputs import SharedImages, as_prompts
 from diffsynth_metrics.rewards.divergence import DivergenceMonitor
@@ -243,7 +243,8 @@ class RewardSet:
         shared = _shared(images, scorers) if len(scorers) > 1 else images
 
         def ask(scorer: MetricScorer) -> Scored:
-            return scorer.scored(prompts, shared if scorer.has_components else images)
+            takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
+            return scorer.scored(prompts, shared if takes_shared else images)
 
         scores: dict[str, Scored] = {}
         for name, scorer in self._scorers.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -42,6 +44,7 @@ ERRORS_OF_A_SAMPLE = (OSError, TypeError, ValueError)
 """What a single bad sample causes; anything else, such as a lack of memory, concerns the whole call."""
 
 
+@dataclass(frozen=True)
 class Scored:
     """Scores of a batch.
 
@@ -50,18 +53,14 @@ class Scored:
         errors: N entries, why a sample has no score; None where it has one.
     """
 
-    def __init__(self, values: Tensor, errors: list[Exception | None]) -> None:
-        """Keep scores and errors; they are not to be written to."""
-        self.values = values
-        self.errors = errors
-        self._numbers: list[float] | None = None
+    values: Tensor
+    errors: list[Exception | None]
 
-    @property
+    @cached_property
     def numbers(self) -> list[float]:
         """The values as plain numbers, read once: a device is waited for."""
-        if self._numbers is None:
-            self._numbers = self.values.tolist()
-        return self._numbers
+        numbers: list[float] = self.values.tolist()
+        return numbers
 
     @property
     def reasons(self) -> list[str | None]:
@@ -114,9 +113,11 @@ class MetricScorer:
         self.metric = metric
         self.scale = find_scale(metric, scale)
         self.name = name or _name(metric)
-        # Asked once, since every call would notice: to tell instances of an abstract class takes long.
-        self.needs_prompts = not isinstance(metric, ImageMetric)
-        self.has_components = isinstance(metric, (PromptMetric, ImageMetric))
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether a score depends on the prompt."""
+        return not isinstance(self.metric, ImageMetric)
 
     def to(self, device: str | torch.device) -> MetricScorer:
         """Move the metric to a device; a plain callable is left alone."""
@@ -175,7 +176,7 @@ class MetricScorer:
         """Return what the metric says before it is scaled, and what is wrong with single samples."""
         metric = self.metric
         errors: list[Exception | None] = [None] * len(prompts)
-        if self.has_components:
+        if isinstance(metric, (PromptMetric, ImageMetric)):
             values = self._component(metric, prompts, images)
         elif isinstance(metric, BaseMetric):
             values, errors = _judged(metric, prompts, images)
@@ -187,15 +188,15 @@ class MetricScorer:
             )
         return values, errors
 
-    def _component(self, metric: Any, prompts: list[str], images: Any) -> Tensor:
-        pair = (prompts, images) if self.needs_prompts else (images,)
-        component: Tensor
+    def _component(self, metric: PromptMetric | ImageMetric, prompts: list[str], images: Any) -> Tensor:
         if self.scale.component == "score":
-            component = metric.reward(*pair)
-        else:
-            with metric._scoring(gradients=wants_gradients(images)):
-                component = metric._components(*pair)[self.scale.component]
-        return component
+            if isinstance(metric, ImageMetric):
+                return metric.reward(images)
+            return metric.reward(prompts, images)
+        with metric._scoring(gradients=wants_gradients(images)):
+            if isinstance(metric, ImageMetric):
+                return metric._components(images)[self.scale.component]
+            return metric._components(prompts, images)[self.scale.component]
 
     def _device(self) -> torch.device:
         return self.metric.device if isinstance(self.metric, BaseMetric) else torch.device("cpu")
