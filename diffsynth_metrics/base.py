@@ -31,6 +31,7 @@ __all__ = [
     "check_max_length",
     "choose_device",
     "choose_dtype",
+    "plain_modes",
     "wants_gradients",
     "weights_of",
 ]
@@ -141,7 +142,7 @@ class BaseMetric(ABC):
         """
         device = self.device.type
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device):
-            return _plain_modes(device, gradients)
+            return plain_modes(device, gradients=gradients)
         return torch.set_grad_enabled(gradients)
 
     @classmethod
@@ -388,6 +389,19 @@ def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torc
     return torch_dtype
 
 
+@contextmanager
+def plain_modes(device: str, *, gradients: bool) -> Iterator[None]:
+    """Leave the caller's inference mode and autocast, and set the grad mode."""
+    with (
+        # Tensors made in inference mode could not be kept in a cache that a later call with gradients
+        # reads, so a caller's inference mode is left for the duration of the call.
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        torch.autocast(device, enabled=False),
+    ):
+        yield
+
+
 def weights_of(model: nn.Module, *, without: nn.Module | None = None) -> list[nn.Parameter]:
     """Return all weights but those of one part, without the bookkeeping of ``parameters()``.
 
@@ -413,19 +427,6 @@ def wants_gradients(images: ImagesInput) -> bool:
     return isinstance(images, Sequence) and any(
         isinstance(image, Tensor) and image.requires_grad for image in images
     )
-
-
-@contextmanager
-def _plain_modes(device: str, gradients: bool) -> Iterator[None]:
-    """Leave the caller's inference mode and autocast, and set the grad mode."""
-    with (
-        # Tensors made in inference mode could not be kept in a cache that a later call with gradients
-        # reads, so a caller's inference mode is left for the duration of the call.
-        torch.inference_mode(False),
-        torch.set_grad_enabled(gradients),
-        torch.autocast(device, enabled=False),
-    ):
-        yield
 
 
 def _let_freed_memory_be_kept() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from diffsynth_metrics.base import wants_gradients
+from diffsynth_metrics.base import plain_modes, wants_gradients
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, named, scorer_of
@@ -168,16 +168,10 @@ def to_refl(metric: ImageRewardMetric) -> Callable[[Tensor, Tensor, Tensor], Ten
     return named(score_gard, "score_gard")
 
 
-@contextmanager
-def _in_float32(device: torch.device) -> Iterator[None]:
+def _in_float32(device: torch.device) -> AbstractContextManager[None]:
     """Leave the caller's autocast and inference mode, and keep its grad mode."""
-    gradients = torch.is_grad_enabled()  # leaving the inference mode would switch it on
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(gradients),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
+    # Asked before: leaving the inference mode switches it on.
+    return plain_modes(device.type, gradients=torch.is_grad_enabled())
 
 
 def _check_pixels(pixels: Tensor) -> None:
