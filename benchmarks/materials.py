@@ -106,7 +106,7 @@ def metric_folder(name: str, size: str, folder: Path) -> None:
         weights = {
             key: torch.arange(shape[-1])[None]
             if key.endswith("position_ids")
-            else _random_weight(key, torch.Size(shape), generator)
+            else random_weight(key, torch.Size(shape), generator)
             for key, shape in layout.items()
         }
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -142,12 +142,12 @@ def _write_full(path: Path) -> None:
         for tensor in positions.values():
             file.write(tensor.numpy().tobytes())
         for name, tensor in weights.items():
-            file.write(_random_weight(name, tensor.shape, generator).numpy().data)
+            file.write(random_weight(name, tensor.shape, generator).numpy().data)
 
 
-def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     if name == "logit_scale":
         return torch.tensor(math.log(100))
-    noise = torch.randn(shape, generator=generator) * 0.02
+    noise = torch.randn(shape, generator=generator, device=generator.device) * 0.02
     norm = "norm" in name.lower() or "ln_" in name
     return noise + 1 if norm and name.endswith("weight") else noise

@@ -8,13 +8,12 @@ with gradients. :func:`pixel_batches` runs a transform over many images, ahead o
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
@@ -26,6 +25,7 @@ from torch.nn.functional import interpolate, pad
 
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import CheckedImages, SharedImages, as_rgb, open_image
+from diffsynth_metrics.resizing import cpu_count, resize
 
 __all__ = [
     "CLIP_MEAN",
@@ -38,7 +38,6 @@ __all__ = [
     "normalize_",
     "pixel_batches",
     "pixel_lists",
-    "resize",
     "tensor_pixels",
 ]
 
@@ -225,31 +224,6 @@ class SmartResize:
         return new_height, new_width
 
 
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Resize as Pillow's bicubic filter does, differentiably.
-
-    Pillow filters the rows, stores the result as bytes, then filters the columns. Float images pass
-    the same two steps with the clamping but without the rounding to bytes, which has no useful
-    gradient; uint8 images are rounded as well, and then differ from Pillow by a rare step of 1/255.
-
-    Args:
-        images: ``[B, 3, H, W]``, uint8 or float in 0..1.
-        height: Height of the result.
-        width: Width of the result.
-
-    Returns:
-        float32 (float64 for float64 images) ``[B, 3, height, width]`` in 0..1.
-    """
-    as_bytes = images.dtype == torch.uint8
-    pixels = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
-    for size in ((images.shape[-2], width), (height, width)):
-        if pixels.shape[-2:] != size:
-            pixels = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
-            pixels = pixels.round_().clamp_(0, 255) if as_bytes else pixels.clamp_(0, 1)
-    # Bytes became floats above, in a tensor of our own that no gradient needs.
-    return pixels.div_(255) if as_bytes else pixels
-
-
 def normalize_(pixels: Tensor, transform: Transform) -> Tensor:
     """Subtract the mean and divide by the standard deviation of each channel, of floats in place.
 
@@ -262,15 +236,27 @@ def normalize_(pixels: Tensor, transform: Transform) -> Tensor:
     """
     if pixels.dtype == torch.uint8:
         pixels = pixels.to(torch.float32).div_(255)
-    mean = torch.tensor(transform.mean, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(transform.std, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
+    mean, std = (
+        _per_channel(values, pixels.dtype, pixels.device) for values in (transform.mean, transform.std)
+    )
     return pixels.sub_(mean).div_(std)
+
+
+@cache
+def _per_channel(values: tuple[float, float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one value per channel ``[3, 1, 1]``.
+
+    It is kept, because a copy to an accelerator waits for everything that the accelerator has to do.
+    """
+    with torch.inference_mode(False):  # another call may need it for gradients
+        return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
 
 
 def tensor_pixels(images: Tensor | list[Tensor], transform: Transform) -> Tensor:
     """Map images ``[B, 3, H, W]``, or B of ``[3, H, W]``, to the network's inputs ``[B, 3, S, S]``."""
     first, at_once = images[0], len(images)
-    if first.device.type == "cpu":
+    by_torch = first.is_floating_point() or transform.uses_all_cores
+    if by_torch and first.device.type == "cpu":
         as_floats = first.numel() * max(4, first.element_size())
         at_once = max(1, _BYTES_AT_ONCE_ON_CPU // as_floats)
     parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
@@ -370,7 +356,7 @@ def _ahead(
     # Decoded pictures are large, so fewer of them wait than prepared ones.
     batches_ahead = 1 if transform.uses_all_cores else _BATCHES_AHEAD
     pending: deque[list[Tensor | _Prepared]] = deque()
-    pool = ThreadPoolExecutor(min(_cpu_count(), len(images)), "diffsynth_metrics")
+    pool = ThreadPoolExecutor(min(cpu_count(), len(images)), "diffsynth_metrics")
     try:
         for start in starts:
             indices = range(start, min(start + batch_size, len(images)))
@@ -414,9 +400,3 @@ def _naming(index: int) -> Iterator[None]:
         yield
     except ImageError as error:
         raise ImageError(f"image {index}: {error}") from error
-
-
-def _cpu_count() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
