@@ -72,8 +72,6 @@ def as_bytes(images: Any) -> Any:
             as_images(images)
         except ValueError:
             return [as_bytes(image) for image in images] if images.ndim == 4 else images
-        if images.device.type != "cpu":
-            return rounded(images)
         result = torch.empty_like(images, dtype=torch.uint8)
         # One by one, so that what is between stays in a processor's caches.
         for place, image in zip(result, images, strict=True):
