@@ -109,11 +109,10 @@ def _taps(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]
     weights = np.where(places < stop, _bicubic((places - centers + 0.5) * (1 / stretch)), 0.0)
     weights /= weights.cumsum(axis=0)[-1]  # the sum in Pillow's order
     fixed = np.trunc(weights * 2**_FRACTION_BITS + np.copysign(0.5, weights)).astype(np.int32)
-    with torch.inference_mode(False):
-        return (
-            torch.from_numpy(places.clip(max=length - 1)).to(device),
-            torch.from_numpy(fixed).to(device),
-        )
+    return (
+        torch.from_numpy(places.clip(max=length - 1)).to(device),
+        torch.from_numpy(fixed).to(device),
+    )
 
 
 def _bicubic(distance: np.ndarray) -> np.ndarray:

@@ -15,17 +15,13 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+from classes import DIFFERENTIABLE
 
 from diffsynth_metrics import (
     AestheticMetric,
-    CLIPMetric,
     FIDMetric,
-    HPSv2Metric,
-    HPSv3Metric,
     ImageError,
-    ImageRewardMetric,
     ModelConfig,
-    PickScoreMetric,
     QwenImageBenchMetric,
     UnifiedReward2Metric,
     UnifiedRewardEditMetric,
@@ -36,14 +32,6 @@ from diffsynth_metrics.testing import tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 
-DIFFERENTIABLE: dict[str, Any] = {
-    "aesthetic": AestheticMetric,
-    "clip": CLIPMetric,
-    "hpsv2": HPSv2Metric,
-    "hpsv3": HPSv3Metric,
-    "image_reward": ImageRewardMetric,
-    "pickscore": PickScoreMetric,
-}
 JUDGES: dict[str, Any] = {
     "qwen_image_bench": QwenImageBenchMetric,
     "unified_reward_2": UnifiedReward2Metric,
@@ -81,9 +69,15 @@ def load(folders: dict[str, Path]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module", params=DIFFERENTIABLE)
-def both(request: Any, load: Callable[..., Any]) -> tuple[Any, Any]:
+def name(request: Any) -> str:
+    param: str = request.param
+    return param
+
+
+@pytest.fixture(scope="module")
+def both(name: str, load: Callable[..., Any]) -> tuple[Any, Any]:
     """The same metric on the CPU and, by default, on the accelerator."""
-    return load(request.param, "cpu"), load(request.param)
+    return load(name, "cpu"), load(name)
 
 
 def call(verb: Callable[..., Any], prompts: Any, images: Any) -> Any:
@@ -135,8 +129,7 @@ def test_bytes_are_resized_as_pillow_does_it(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_half_precision_is_that_of_the_cpu(
+def test_half_precision_stays_near_float32(
     name: str, dtype: torch.dtype, load: Callable[..., Any], photographs: dict[str, PIL.Image.Image]
 ) -> None:
     metric, exact = load(name, torch_dtype=dtype), load(name)
@@ -168,11 +161,9 @@ def test_rewards_stay_on_the_device_with_their_gradients(both: tuple[Any, Any]) 
     assert not call(metric.reward, PROMPTS, pixels.to(device)).requires_grad
 
 
-def test_gradient_checkpointing_changes_nothing(both: tuple[Any, Any], load: Callable[..., Any]) -> None:
-    metric = both[1]
-    name = next(name for name, one in DIFFERENTIABLE.items() if type(metric) is one)
+def test_gradient_checkpointing_changes_nothing(name: str, load: Callable[..., Any]) -> None:
     grads = []
-    for one in (metric, load(name, gradient_checkpointing=True)):
+    for one in (load(name), load(name, gradient_checkpointing=True)):
         leaf = pixels_of(2, 3, 100, 100).to(accelerator()).requires_grad_()
         call(one.reward, PROMPTS[:2], leaf).sum().backward()
         grads.append(leaf.grad)
@@ -241,9 +232,8 @@ def test_memory_after_a_hundred_calls_is_that_after_five(both: tuple[Any, Any]) 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA tells of waiting")
-@pytest.mark.parametrize(
-    "name", ["aesthetic", "clip", "hpsv2", "pickscore"]
-)  # others tokenize each time
+# The others tokenize each time.
+@pytest.mark.parametrize("name", ["aesthetic", "clip", "hpsv2", "pickscore"])
 def test_a_reward_of_bytes_does_not_wait_for_the_device(name: str, load: Callable[..., Any]) -> None:
     metric = load(name)
     data = (pixels_of(4, 3, 300, 170) * 255).to(torch.uint8).to(accelerator())
@@ -275,10 +265,8 @@ def test_adapters_and_sets(both: tuple[Any, Any]) -> None:
             assert list(values) == pytest.approx(expected, rel=2e-4, abs=2e-4)
 
 
-def test_a_metric_moves(both: tuple[Any, Any], load: Callable[..., Any]) -> None:
-    on_cpu, metric = both
-    name = next(name for name, one in DIFFERENTIABLE.items() if type(metric) is one)
-    moving = load(name)
+def test_a_metric_moves(name: str, both: tuple[Any, Any], load: Callable[..., Any]) -> None:
+    on_cpu, moving = both[0], load(name)
     pixels = pixels_of(4, 3, 64, 64)
     expected = call(moving.compute, PROMPTS, pixels)
     assert call(moving.to("cpu").compute, PROMPTS, pixels) == call(on_cpu.compute, PROMPTS, pixels)
@@ -307,19 +295,22 @@ def test_fid_is_that_of_the_cpu(folders: dict[str, Path]) -> None:
     assert distances[1] == pytest.approx(distances[0], rel=1e-3)
 
 
-def test_statistics_are_shared_over_the_accelerators_backend(
-    load: Callable[..., Any], tmp_path: Path
-) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs NCCL")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs NCCL")
+def test_statistics_are_shared_over_nccl(load: Callable[..., Any], tmp_path: Path) -> None:
     rewards = RewardSet({"one": Component(load("pickscore"), 1.0, "zscore")})
+
+    def statistics() -> dict[str, list[float]]:
+        state: dict[str, list[float]] = rewards.state_dict()["normalization"]["one"]
+        return state
+
     torch.distributed.init_process_group(
         "nccl", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
     try:
         rewards.score(PROMPTS, pixels_of(4, 3, 64, 64).to(accelerator()))
-        before = rewards.state_dict()
+        learned = statistics()["since_synchronization"]
         rewards.synchronize()
     finally:
         torch.distributed.destroy_process_group()
-    assert before["normalization"]["one"].keys() == rewards.state_dict()["normalization"]["one"].keys()
+    assert learned[0] == len(PROMPTS)
+    assert statistics() == {"shared": learned, "since_synchronization": [0.0, 0.0, 0.0]}

@@ -308,6 +308,15 @@ class TestNormalize:
         transform = ShortestEdgeCrop()
         assert torch.equal(normalize_(pixels, transform), normalize_(pixels / 255, transform))
 
+    def test_a_call_in_inference_mode_leaves_later_ones_their_gradient(self) -> None:
+        transform = ShortestEdgeCrop(mean=(0.11, 0.22, 0.33), std=(0.44, 0.55, 0.66))
+        with torch.inference_mode():
+            normalize_(torch.rand(1, 3, 2, 2), transform)
+        pixels = torch.rand(1, 3, 2, 2, requires_grad=True)
+        normalize_(pixels.clone(), transform).sum().backward()
+        assert pixels.grad is not None
+        assert pixels.grad[0, :, 0, 0].tolist() == pytest.approx([1 / std for std in transform.std])
+
     def test_each_channel_has_its_own_mean_and_deviation(self) -> None:
         transform = ShortestEdgeCrop(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
         normalized = normalize_(torch.full((1, 3, 1, 1), 0.6, dtype=torch.float64), transform)

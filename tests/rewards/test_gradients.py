@@ -8,52 +8,37 @@ from typing import Any
 
 import pytest
 import torch
+from classes import DIFFERENTIABLE
 from stand_ins import Brightness
 
-from diffsynth_metrics import (
-    AestheticMetric,
-    CLIPMetric,
-    HPSv2Metric,
-    HPSv3Metric,
-    ImageRewardMetric,
-    ModelConfig,
-    PickScoreMetric,
-)
+from diffsynth_metrics import AestheticMetric, ModelConfig
 from diffsynth_metrics.inputs import SharedImages
 from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_flow_grpo
 from diffsynth_metrics.rewards.scoring import MetricScorer, stand_in
 from diffsynth_metrics.testing import tiny_checkpoint
 
-CLASSES: dict[str, Any] = {
-    "aesthetic": AestheticMetric,
-    "clip": CLIPMetric,
-    "hpsv2": HPSv2Metric,
-    "hpsv3": HPSv3Metric,
-    "image_reward": ImageRewardMetric,
-    "pickscore": PickScoreMetric,
-}
 SIZES = [(64, 64), (224, 224), (512, 512), (64, 512), (300, 170), (225, 331), (512, 384)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("gradients")
-    return {name: tiny_checkpoint(name, root / name) for name in CLASSES}
+    return {name: tiny_checkpoint(name, root / name) for name in DIFFERENTIABLE}
 
 
 # transformers computes parts of HPSv3 in float32 whatever the dtype: tests/test_hpsv3_metric.py has it.
-@pytest.fixture(scope="module", params=[name for name in CLASSES if name != "hpsv3"])
+@pytest.fixture(scope="module", params=[name for name in DIFFERENTIABLE if name != "hpsv3"])
 def double(request: Any, folders: dict[str, Path]) -> Any:
-    return CLASSES[request.param].from_pretrained(
+    return DIFFERENTIABLE[request.param].from_pretrained(
         ModelConfig(path=folders[request.param]), device="cpu", torch_dtype=torch.float64
     )
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="module", params=DIFFERENTIABLE)
 def single(request: Any, folders: dict[str, Path]) -> Any:
     # HPSv3 enlarges small pictures, and a hundred calls with large ones take long.
     small = {"min_pixels": 56 * 56, "max_pixels": 56 * 56} if request.param == "hpsv3" else {}
-    return CLASSES[request.param].from_pretrained(
+    return DIFFERENTIABLE[request.param].from_pretrained(
         ModelConfig(path=folders[request.param]), device="cpu", torch_dtype=torch.float32, **small
     )
 
