@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from collections import deque
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -13,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from diffsynth_metrics.locks import renew_in_children
 from diffsynth_metrics.rewards.scoring import ERRORS_OF_A_SAMPLE, Scorer, Update, learns
 
 __all__ = ["DynamicBatcher"]
@@ -54,10 +53,10 @@ class DynamicBatcher:
         self.max_batch = max_batch
         self.max_wait_ms = max_wait_ms
         self.update = update
-        self._start_afresh()
-        _batchers.add(self)
+        self._renew()
+        renew_in_children(self)
 
-    def _start_afresh(self) -> None:
+    def _renew(self) -> None:
         """Begin without samples, in a thread that is started on first use."""
         self._waiting: deque[_Sample] = deque()
         self._changed = threading.Condition()
@@ -133,16 +132,3 @@ def _fail(batch: list[_Sample], error: BaseException) -> None:
     for *_, future in batch:
         with suppress(InvalidStateError):  # cancelled in the meantime
             future.set_exception(error)
-
-
-_batchers: weakref.WeakSet[DynamicBatcher] = weakref.WeakSet()
-
-
-def _forget_the_parent() -> None:
-    """Start every batcher afresh: a forked child has no other threads, and locks as they just were."""
-    for batcher in list(_batchers):
-        batcher._start_afresh()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_the_parent)

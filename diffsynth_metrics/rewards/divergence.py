@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from collections.abc import Mapping
+
+from diffsynth_metrics.locks import Lock
 
 __all__ = ["DivergenceMonitor", "trend"]
 
@@ -43,7 +44,7 @@ class DivergenceMonitor:
             raise ValueError(f"window must be at least 3, got {window!r}")
         self.window = window
         self.threshold = threshold
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._history: dict[str, deque[float]] = {}
 
     def add(self, means: Mapping[str, float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.rewards.scoring import Scored
 
 __all__ = [
@@ -184,7 +184,7 @@ class RunningZScore(Normalization):
 
     def __init__(self) -> None:
         """Start without statistics."""
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self.shared = Moments()
         self._offered = Moments()  # what a synchronisation that has not succeeded yet tells the others
         self._local = Moments()

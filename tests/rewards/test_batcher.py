@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from forking import SOON, is_true_in_a_child, needs_fork
 from stand_ins import Brightness
 
 from diffsynth_metrics.rewards import Component, DynamicBatcher, RewardSet, to_verl_omni
 from diffsynth_metrics.rewards.scoring import MetricScorer, Scored
-
-SOON = 20.0
-"""Seconds; more than any of these takes, and less than anybody waits for a test that hangs."""
 
 
 def lengths(prompts: list[str], images: Any) -> list[int]:
@@ -150,29 +146,19 @@ def test_one_bad_sample_of_a_set_fails_alone(bad: str) -> None:
     assert last.result(SOON) - first.result(SOON) == pytest.approx(1)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@needs_fork
 def test_a_forked_child_starts_afresh() -> None:
     """The parent's worker is at work, holds samples, and does not exist in the child."""
     scorer = Scorer([7.0])
     batcher = DynamicBatcher(scorer, max_batch=1)
     first, second = batcher.submit("a", None), batcher.submit("b", None)
     assert scorer.working.wait(SOON)
-    with batcher._changed, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                scorer.go_on.set()
-                results: list[float] = []
-                asking = threading.Thread(
-                    target=lambda: results.append(batcher.submit("c", None).result(SOON)), daemon=True
-                )
-                asking.start()
-                asking.join(SOON)
-                status = 0 if results == [7.0] else 1
-            finally:
-                os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def ask() -> bool:
+        scorer.go_on.set()
+        return batcher.submit("c", None).result(SOON) == 7
+
+    with batcher._changed:
+        assert is_true_in_a_child(ask)
     scorer.go_on.set()
     assert first.result(SOON) == second.result(SOON) == 7

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -470,6 +472,14 @@ class TestState:
             RewardSet({"b": bright}).load_state_dict(state)
         with pytest.raises(ValueError, match=r"the state of GroupRelative has \[\], got"):
             RewardSet({"a": Component(bright, normalize="group")}).load_state_dict(state)
+
+    def test_a_set_can_be_copied_and_sent(self, images: torch.Tensor) -> None:
+        rewards = RewardSet({"b": Component(Brightness(), normalize="zscore")}, held_out={"h": Judge()})
+        rewards.score(["1", "2", "3", "4"], images)
+        for other in (copy.deepcopy(rewards), pickle.loads(pickle.dumps(rewards))):
+            assert other.state_dict() == rewards.state_dict()
+            other.score(["1", "2", "3", "4"], images)
+            assert other.state_dict() != rewards.state_dict()
 
     def test_threads_lose_no_statistics(self, bright: Brightness, images: torch.Tensor) -> None:
         rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
