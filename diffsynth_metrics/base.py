@@ -136,14 +136,12 @@ class BaseMetric(ABC):
         )
 
     def _scoring(self, *, gradients: bool) -> AbstractContextManager[Any]:
-        """Set the grad mode and switch autocast off, for this thread and this call only.
-
-        It is for a ``with`` statement alone: torch's own context sets the mode before it is entered.
-        """
+        """Set the grad mode and switch autocast off, for this thread and this call only."""
         device = self.device.type
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device):
             return plain_modes(device, gradients=gradients)
-        return torch.set_grad_enabled(gradients)
+        # Not set_grad_enabled, which sets the mode before it is entered: under torch.compile it stayed so.
+        return torch.enable_grad() if gradients else torch.no_grad()
 
     @classmethod
     def _resolve(

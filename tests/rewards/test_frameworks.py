@@ -869,6 +869,16 @@ class TestContexts:
         assert reward.requires_grad == (context == "autocast")
 
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # of what cannot be traced
+    def test_a_reward_that_was_compiled_leaves_the_caller_as_it_was(
+        self, pickscore: PickScoreMetric, pixels: torch.Tensor
+    ) -> None:
+        before = caller_state()
+        reward = torch.compile(pickscore.reward, backend="eager")(PROMPTS, pixels)
+        assert caller_state() == before
+        torch.testing.assert_close(reward, pickscore.reward(PROMPTS, pixels))
+
+
 class TestThreads:
     def test_eight_threads_get_in_200_calls_each_what_one_thread_gets(
         self, pickscore: PickScoreMetric
