@@ -140,7 +140,7 @@ class BaseMetric(ABC):
         device = self.device.type
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device):
             return plain_modes(device, gradients=gradients)
-        # Not set_grad_enabled, which sets the mode before it is entered: under torch.compile it stayed so.
+        # Not set_grad_enabled: it sets the mode when it is made, and under torch.compile that stayed.
         return torch.enable_grad() if gradients else torch.no_grad()
 
     @classmethod

@@ -15,7 +15,7 @@ class Scale:
     """A dialect of a score: max((component - subtract) * multiply / divide, at_least).
 
     Attributes:
-        component: What it starts from, a key of the metric's ``evaluate``.
+        component: What it starts from, a number that the metric's ``evaluate`` gives for a pair alone.
         subtract: Taken from the component first.
         multiply: What the difference is multiplied with.
         divide: What the product is divided by.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from traceback import format_tb
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -28,9 +29,12 @@ __all__ = [
     "learns",
     "settle",
     "stand_in",
+    "without_frames",
 ]
 
 logger = logging.getLogger(__name__)
+
+_RAISED = "It was raised here:\n"
 
 FailurePolicy: TypeAlias = "Literal['raise', 'nan', 'mean'] | float"
 """What a sample gets that has no score, because the metric raised, its image cannot be read, or the
@@ -102,8 +106,13 @@ class MetricScorer:
 
         Raises:
             TypeError: It is neither.
-            ValueError: The metric has no such scale.
+            ValueError: The metric has no such scale, or the callable has no components.
         """
+        if isinstance(metric, type):
+            raise TypeError(
+                "a reward must be a loaded metric or a function, got the class "
+                f"{metric.__name__}; load it with from_pretrained"
+            )
         rewards = hasattr(metric, "reward") if isinstance(metric, BaseMetric) else callable(metric)
         if not rewards:
             raise TypeError(
@@ -112,6 +121,10 @@ class MetricScorer:
             )
         self.metric = metric
         self.scale = find_scale(metric, scale)
+        if self.scale.component != "score" and not isinstance(metric, BaseMetric):
+            raise ValueError(
+                f"a callable gives one number per sample and has no component {self.scale.component!r}"
+            )
         self.name = name or _name(metric)
 
     @property
@@ -136,9 +149,10 @@ class MetricScorer:
         except Exception as error:
             return _failed(len(prompts), error, self._device())
         alone = [self.scored(prompts[i : i + 1], images[i : i + 1]) for i in range(len(prompts))]
-        return Scored(
-            torch.cat([one.values for one in alone]), [error for one in alone for error in one.errors]
-        )
+        errors = [error for one in alone for error in one.errors]
+        # What is missing lies where a callable's numbers lie, which may be no metric's device.
+        device = alone[next((i for i, error in enumerate(errors) if error is None), 0)].values.device
+        return Scored(torch.cat([one.values.to(device) for one in alone]), errors)
 
     def _score(self, prompts: list[str], images: Any) -> Scored:
         prefix = self.scale.prefix
@@ -179,7 +193,7 @@ class MetricScorer:
         if isinstance(metric, (PromptMetric, ImageMetric)):
             values = self._component(metric, prompts, images)
         elif isinstance(metric, BaseMetric):
-            values, errors = _judged(metric, prompts, images)
+            values, errors = _judged(metric, prompts, images, self.scale.component)
         else:
             values = _numbers(metric(prompts, images))
         if values.shape != (len(prompts),):
@@ -193,10 +207,15 @@ class MetricScorer:
             if isinstance(metric, ImageMetric):
                 return metric.reward(images)
             return metric.reward(prompts, images)
+        name = self.scale.component
         with metric._scoring(gradients=wants_gradients(images)):
             if isinstance(metric, ImageMetric):
-                return metric._components(images)[self.scale.component]
-            return metric._components(prompts, images)[self.scale.component]
+                components = metric._components(images)
+            else:
+                components = metric._components(prompts, images)
+        if name not in components:
+            raise _no_component(metric, name, components)
+        return components[name]
 
     def _device(self) -> torch.device:
         return self.metric.device if isinstance(self.metric, BaseMetric) else torch.device("cpu")
@@ -276,33 +295,62 @@ def stand_in(values: Tensor, policy: FailurePolicy) -> Tensor:
 
 
 def _judged(
-    metric: BaseMetric, prompts: list[str], images: Any
+    metric: BaseMetric, prompts: list[str], images: Any, component: str
 ) -> tuple[Tensor, list[Exception | None]]:
     """Ask a judge, whose rows say why a score is missing."""
     rows = metric.evaluate(prompts, images)  # type: ignore[attr-defined]
-    if any("score" not in row for row in rows):
-        raise RewardError(f"{_name(metric)} gives no single score per sample with these settings")
-    scores = [math.nan if row["score"] is None else float(row["score"]) for row in rows]
+    for row in rows:
+        if not isinstance(row.get(component, ""), (int, float, type(None))):
+            numbers = [name for name, value in row.items() if isinstance(value, (int, float))]
+            raise _no_component(metric, component, numbers)
+    scores = [math.nan if row[component] is None else float(row[component]) for row in rows]
     errors: list[Exception | None] = [
         RewardError(str(row.get("error") or "the answer cannot be read"))
-        if row["score"] is None
+        if row[component] is None
         else None
         for row in rows
     ]
     return torch.tensor(scores, dtype=torch.float32, device=metric.device), errors
 
 
+def _no_component(metric: BaseMetric, component: str, existing: Iterable[str]) -> RewardError:
+    return RewardError(
+        f"{_name(metric)} gives no number {component!r} per sample with these settings; "
+        f"it gives {', '.join(existing) or 'none'}"
+    )
+
+
 def _numbers(scores: Any) -> Tensor:
     """Read what a callable returned: a tensor, an array, or numbers and None."""
     if isinstance(scores, Tensor):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return torch.tensor(
-        [math.nan if score is None else float(score) for score in scores], dtype=torch.float32
-    )
+    scores = [math.nan if score is None else score for score in scores]
+    tensors = [score for score in scores if isinstance(score, Tensor)]
+    if not tensors:
+        return torch.tensor([float(score) for score in scores], dtype=torch.float32)
+    # With their gradients, which float() would cut off.
+    like = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32))
+    return torch.stack([torch.as_tensor(score).to(like).reshape(()) for score in scores])
 
 
 def _failed(count: int, error: Exception, device: torch.device) -> Scored:
-    return Scored(_missing(count, device), [error] * count)
+    return Scored(_missing(count, device), [without_frames(error)] * count)
+
+
+def without_frames(error: Exception) -> Exception:
+    """Keep where an error was raised as a note, so that it can be kept.
+
+    The frames of a traceback hold their variables, here the batch and its graph, until Python looks for
+    cycles, which a lack of memory on a device does not make it do.
+    """
+    linked: list[BaseException | None] = [error]
+    for one in linked:
+        if one is not None and one.__traceback__ is not None:
+            linked += [one.__cause__, one.__context__]
+            notes = [note for note in getattr(one, "__notes__", []) if not note.startswith(_RAISED)]
+            vars(one)["__notes__"] = [*notes, _RAISED + "".join(format_tb(one.__traceback__))]
+            one.__traceback__ = None
+    return error
 
 
 def _missing(count: int, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from diffsynth_metrics.rewards.scoring import (
     check_policy,
     learns,
     settle,
+    without_frames,
 )
 
 __all__ = ["to_trl", "to_trl_async"]
@@ -125,7 +126,7 @@ def _image_of(image: Column, completion: Any, row: dict[str, Any]) -> Any:
         try:
             made = image(completion, **row)
         except (OSError, ValueError) as error:
-            return error
+            return without_frames(error)
     return RewardError("there is no image") if made is None else as_bytes(made)
 
 

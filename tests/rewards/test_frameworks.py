@@ -323,6 +323,8 @@ class TestFlowGRPO:
             to_flow_grpo(pickscore, on_failure=None)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"a reward must be a metric .*; got str"):
             to_flow_grpo("pickscore")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"got the class PickScoreMetric; load it"):
+            to_flow_grpo(PickScoreMetric)
 
 
 class TestTRL:
@@ -867,7 +869,6 @@ class TestContexts:
             reward = to_refl(image_reward)(tokens.input_ids, tokens.attention_mask, pixels)
         assert reward.dtype == torch.float32
         assert reward.requires_grad == (context == "autocast")
-
 
     @pytest.mark.filterwarnings("ignore::UserWarning")  # of what cannot be traced
     def test_a_reward_that_was_compiled_leaves_the_caller_as_it_was(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stand_ins import Brightness
 
 from diffsynth_metrics import AestheticMetric, ModelConfig
 from diffsynth_metrics.inputs import SharedImages
-from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_flow_grpo
+from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_flow_grpo, to_trl
 from diffsynth_metrics.rewards.scoring import MetricScorer, stand_in
 from diffsynth_metrics.testing import tiny_checkpoint
 
@@ -87,6 +88,12 @@ def test_no_parameter_ever_receives_a_gradient(single: Any) -> None:
         assert parameter.grad is None and not parameter.requires_grad
 
 
+def held() -> tuple[int, int]:
+    """Return the number of tensors that are alive, and their bytes."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return len(tensors), sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
 def test_memory_after_a_hundred_calls_is_that_after_five(single: Any) -> None:
     rewards = RewardSet(
         {"one": Component(single, 1.0, "zscore"), "two": Component(single, 1.0, "group")}
@@ -99,17 +106,68 @@ def test_memory_after_a_hundred_calls_is_that_after_five(single: Any) -> None:
         loss_fn(pixels.requires_grad_(), ["a cat", "a dog"])  # a graph that nobody walks
         rewards.score(["a cat", "a dog"], pixels)
 
-    def held() -> tuple[int, int]:
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-        return len(tensors), sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
     for _ in range(5):
         call()
+    gc.collect()
     after_five = held()
     for _ in range(95):
         call()
+    gc.collect()
     assert held() == after_five
+
+
+@pytest.mark.parametrize("bad", ["nan", "path", "no image"])
+def test_a_failed_sample_keeps_nothing_alive(bad: str) -> None:
+    """Nothing waits for Python to look for cycles, which it does seldom and not for a device's sake."""
+    component = Component(Brightness(), on_failure="nan")
+    rewards = RewardSet({"one": component, "two": component})
+    flow_grpo = to_flow_grpo(rewards, on_failure="nan")("cpu")
+    trl = to_trl(rewards, image=lambda completion: flaw(int(completion)))
+    prompts = ["a"] * 3
+
+    def flaw(index: int) -> Any:
+        if index == 1 and bad == "no image":
+            raise ValueError("it cannot be drawn")
+        pixels = torch.rand(3, 40, 40, requires_grad=True)
+        if index != 1 or bad == "no image":
+            return pixels
+        return "gone.png" if bad == "path" else pixels.detach().mul(math.nan)
+
+    def call() -> None:
+        assert trl(prompts=prompts, completions=["0", "1", "2"])[1] is None
+        if bad != "no image":
+            images = [flaw(index) for index in range(3)]
+            assert [*rewards.score(prompts, images).failures["two"]] == [1]
+            assert math.isnan(flow_grpo(images, prompts, None)[0]["avg"][1])
+
+    call()
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        for _ in range(3):
+            call()
+        assert held() == before
+    finally:
+        gc.enable()
+
+
+def test_a_list_of_tensors_keeps_its_gradients() -> None:
+    images = torch.rand(3, 3, 8, 8, requires_grad=True)
+    means = MetricScorer(lambda prompts, images: [image.mean() for image in images])
+    means.scored(["a"] * 3, images).values.sum().backward()
+    assert images.grad is not None and images.grad.eq(1 / images[0].numel()).all()
+
+    def mixed(prompts: list[str], images: Any) -> list[Any]:
+        kinds = {
+            "tensor": lambda image: image.mean()[None],
+            "number": lambda image: 2,
+            "": lambda image: None,
+        }
+        return [kinds[prompt](image) for prompt, image in zip(prompts, images, strict=True)]
+
+    scored = MetricScorer(mixed).scored(["", "tensor", "number"], images)
+    assert scored.values.requires_grad and scored.values.isnan().tolist() == [True, False, False]
 
 
 class Roots(Brightness):

@@ -312,6 +312,7 @@ class TestFailures:
         with pytest.raises(RewardError, match="out of memory") as caught:
             RewardSet({"bright": bright}).score(PROMPTS, images)
         assert caught.value.__cause__ is bright.raises
+        assert "in _components\n    raise self.raises" in "".join(vars(bright.raises)["__notes__"])
 
     def test_no_policy_gives_zero_unless_told_so(self, bright: Brightness, images: torch.Tensor) -> None:
         bright.value = math.nan

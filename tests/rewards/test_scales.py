@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins import Judge
 
 import diffsynth_metrics
 from diffsynth_metrics import CLIPMetric, HPSv2Metric, ModelConfig, PickScoreMetric
@@ -108,6 +109,39 @@ def test_a_subclass_has_the_scales_of_its_metric() -> None:
         pass
 
     assert find_scale(Mine.__new__(Mine), "flow_grpo") == Scale(divide=26)
+
+
+class ByDimension(Judge):
+    """A judge that answers the same of everything."""
+
+    def evaluate(self, prompt: Any, images: Any) -> list[dict[str, Any]]:
+        row = {"score": 2.5, "alignment": 4.5, "style": None, "text": "4.5", "error": "no style"}
+        return [row] * len(prompt)
+
+
+def test_a_scale_may_start_from_a_dimension_of_a_judge() -> None:
+    scored = MetricScorer(ByDimension(), Scale("alignment", multiply=2)).scored(["a", "b"], [0, 1])
+    assert scored.values.tolist() == [9, 9]
+    scored = MetricScorer(ByDimension(), Scale("style")).scored(["a", "b"], [0, 1])
+    assert scored.values.isnan().all() and scored.reasons == ["no style", "no style"]
+
+
+@pytest.mark.parametrize("component", ["bogus", "text"])
+def test_a_component_that_does_not_exist_is_an_error_that_lists_those_that_do(
+    component: str, metrics: dict[str, Any], images: torch.Tensor
+) -> None:
+    sources = [
+        (ByDimension(), "bydimension", "score, alignment"),
+        (metrics["clip"], "clip", "score, cosine"),
+    ]
+    for source, name, existing in sources:
+        scored = MetricScorer(source, Scale(component)).scored(PROMPTS, images)
+        reason = (
+            f"{name} gives no number '{component}' per sample with these settings; it gives {existing}"
+        )
+        assert scored.reasons == [reason] * 2 and scored.values.isnan().all()
+    with pytest.raises(ValueError, match=f"a callable .* has no component '{component}'"):
+        MetricScorer(lambda prompts, images: [1.0], Scale(component))
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
