@@ -30,7 +30,25 @@ _version = attrgetter("_version")
 
 
 def paired_cosine(text_features: Tensor, image_features: Tensor) -> Tensor:
-    """Return the cosine of each pair: ``[N, D]`` and ``[N, D]`` (or ``[1, D]``) to ``[N]``."""
+    """Return the cosine of each pair of normalised features.
+
+    Args:
+        text_features: ``[N, D]``, or ``[1, D]`` for one text with all images.
+        image_features: ``[N, D]``, or ``[1, D]`` for one image with all texts.
+
+    Returns:
+        ``[N]``.
+
+    Raises:
+        ValueError: The shapes do not pair.
+    """
+    shapes = list(text_features.shape), list(image_features.shape)
+    (rows, width), (image_rows, image_width) = (shape if len(shape) == 2 else (0, 0) for shape in shapes)
+    if not width or width != image_width or (rows != image_rows and 1 not in (rows, image_rows)):
+        raise ValueError(
+            f"features must be [N, D] and [N, D], or [1, D] on one side; got {shapes[0]} for "
+            f"text_features and {shapes[1]} for image_features"
+        )
     return (text_features * image_features).sum(dim=-1)
 
 
@@ -96,15 +114,6 @@ class DualEncoderMetric(PromptMetric):
         Raises:
             ValueError: The shapes do not pair.
         """
-        shapes = list(text_features.shape), list(image_features.shape)
-        (rows, width), (image_rows, image_width) = (
-            shape if len(shape) == 2 else (0, 0) for shape in shapes
-        )
-        if not width or width != image_width or (rows != image_rows and 1 not in (rows, image_rows)):
-            raise ValueError(
-                f"features must be [N, D] and [N, D], or [1, D] on one side; got {shapes[0]} for "
-                f"text_features and {shapes[1]} for image_features"
-            )
         wide = torch.promote_types(
             torch.promote_types(text_features.dtype, image_features.dtype), torch.float32
         )

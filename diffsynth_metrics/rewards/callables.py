@@ -24,7 +24,7 @@ from diffsynth_metrics.rewards.scoring import (
     settle,
 )
 
-__all__ = ["RewardSource", "as_bytes", "named", "scorer_of", "settled_floats"]
+__all__ = ["RewardSource", "as_bytes", "named", "refuse_groups", "scorer_of", "settled_floats"]
 
 RewardSource: TypeAlias = "BaseMetric | RewardSet | Callable[[list[str], Any], Any]"
 """What becomes a reward: a metric, a :class:`RewardSet`, or a callable of (prompts, images)."""
@@ -37,6 +37,19 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def scorer_of(source: RewardSource, scale: ScaleInput, name: str | None = None) -> Scorer:
     """Return the scorer of a source; the components of a set have their own scales."""
     return source if isinstance(source, RewardSet) else MetricScorer(source, scale, name)
+
+
+def refuse_groups(source: RewardSource, why: str) -> None:
+    """Refuse a set that normalises over groups where a call has no whole groups.
+
+    Raises:
+        ValueError: It does; the message gives `why`.
+    """
+    if isinstance(source, RewardSet) and source.within_groups:
+        raise ValueError(
+            f"a RewardSet with 'group' or 'rank' needs whole groups, and {why}; "
+            "normalise its rewards afterwards"
+        )
 
 
 def named(function: _Function, name: str) -> _Function:
@@ -65,8 +78,8 @@ def as_bytes(images: Any) -> Any:
     A tensor stays on its device. Anything that is not a float picture is returned as it is, and the
     metric says what is wrong with it; the other pictures of its batch are rounded all the same.
     """
-    if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating):
-        images = torch.from_numpy(images).movedim(-1, -3)
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.ndim in (3, 4):
+        images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, -3)
     if isinstance(images, Tensor) and images.is_floating_point():
         try:
             as_images(images)

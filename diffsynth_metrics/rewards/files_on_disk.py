@@ -14,9 +14,9 @@ from diffsynth_metrics.rewards.callables import (
     ScaleInput,
     as_bytes,
     named,
+    refuse_groups,
     scorer_of,
 )
-from diffsynth_metrics.rewards.reward_set import RewardSet
 from diffsynth_metrics.rewards.scoring import FailurePolicy, Update, check_policy, learns, settle
 
 __all__ = ["to_dance_grpo", "to_pref_grpo"]
@@ -45,11 +45,7 @@ def to_dance_grpo(
         A function of one path (or image) and one prompt, or of lists, that returns a float32 tensor
         ``[N]`` on the metric's device, without a graph.
     """
-    if isinstance(source, RewardSet) and source.within_groups:
-        raise ValueError(
-            "a RewardSet with 'group' or 'rank' needs whole groups, and DanceGRPO passes one image per "
-            "call; normalise its rewards afterwards"
-        )
+    refuse_groups(source, "DanceGRPO passes one image per call")
     return _reward_of_paths(source, scale, on_failure, name, update)
 
 

@@ -9,6 +9,7 @@ from diffsynth_metrics.rewards.callables import (
     RewardSource,
     ScaleInput,
     as_bytes,
+    refuse_groups,
     scorer_of,
     settled_floats,
 )
@@ -31,7 +32,7 @@ def to_flow_factory(
 
     Args:
         load: Called with ``device=`` when the framework makes its reward model; for instance
-            ``PickScoreMetric.from_pretrained``.
+            ``PickScoreMetric.from_pretrained``. A :class:`RewardSet` must not normalise over groups.
         base: Flow-Factory's ``PointwiseRewardModel``.
         output: Flow-Factory's ``RewardModelOutput``.
         scale: The scale of a metric's score.
@@ -55,6 +56,7 @@ def to_flow_factory(
         def __init__(self, config: Any, accelerator: Any) -> None:
             super().__init__(config, accelerator)
             source = load(device=accelerator.device)
+            refuse_groups(source, "Flow-Factory's pointwise rewards are called with parts of them")
             # Kept in a tuple, so that a base that is a Module does not take its weights for its own.
             self._scorer: tuple[Scorer] = (scorer_of(source, scale),)
 

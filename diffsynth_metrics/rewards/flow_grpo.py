@@ -6,6 +6,7 @@ They call ``reward_fn(images, prompts, metadata)`` in a thread of a pool and tak
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffsynth_metrics.rewards.callables import (
     scorer_of,
     settled_floats,
 )
+from diffsynth_metrics.rewards.normalization import find_normalization
 from diffsynth_metrics.rewards.reward_set import Component, RewardSet
 from diffsynth_metrics.rewards.scoring import (
     FailurePolicy,
@@ -69,6 +71,8 @@ def to_flow_grpo(
     """
     scorer = scorer_of(source, scale, name)
     check_policy(on_failure)
+    if isinstance(scorer, RewardSet) and "avg" in scorer.components:
+        raise ValueError("'avg' is flow_grpo's name of the sum; give the component another one")
 
     def factory(device: str | torch.device | None = None) -> RewardFunction:
         if device is not None:
@@ -117,8 +121,11 @@ def to_multi_score(
     """Make a replacement for flow_grpo's ``multi_score``.
 
     Args:
-        metrics: Name to metric, the names as in the configuration's ``reward_fn``.
-        scale: The scale of every metric that is not a :class:`Component` with its own.
+        metrics: Name to metric, the names as in the configuration's ``reward_fn``. Running statistics
+            of a name are one for all reward functions that are made, as flow_grpo makes one for
+            training and one for evaluation; to save them, build a :class:`RewardSet` and pass it to
+            :func:`to_flow_grpo`.
+        scale: The scale of every metric that is not a :class:`Component` with a scale of its own.
         on_failure: What a sample gets in the column of a metric that fails and, unless it is
             ``"mean"``, in ``"avg"``. A component's own policy comes first; where it says ``"raise"`` or
             ``"nan"``, this one decides.
@@ -129,28 +136,31 @@ def to_multi_score(
         calls it; it returns the reward function.
     """
     check_policy(on_failure)
+    own = {name: _component(metric, scale, on_failure) for name, metric in metrics.items()}
 
     def multi_score(device: str | torch.device, score_dict: Mapping[str, float]) -> RewardFunction:
-        if unknown := sorted({*score_dict} - {*metrics}):
-            raise ValueError(f"there is no reward {unknown[0]!r}; there are {', '.join(metrics)}")
-        components = {
-            name: _weighted(metrics[name], weight, scale, on_failure)
-            for name, weight in score_dict.items()
-        }
-        rewards = RewardSet(components)
+        if unknown := sorted({*score_dict} - {*own}):
+            raise ValueError(f"there is no reward {unknown[0]!r}; there are {', '.join(own)}")
+        rewards = RewardSet(
+            {name: replace(own[name], weight=weight) for name, weight in score_dict.items()}
+        )
         return to_flow_grpo(rewards, on_failure=on_failure, name="multi_score", update=update)(device)
 
     return multi_score
 
 
-def _weighted(
-    metric: BaseMetric | Component, weight: float, scale: ScaleInput, on_failure: FailurePolicy
+def _component(
+    metric: BaseMetric | Component, scale: ScaleInput, on_failure: FailurePolicy
 ) -> Component:
-    if isinstance(metric, Component):
-        return Component(metric.metric, weight, metric.normalize, metric.scale, metric.on_failure)
-    # The mean of the group is neutral in the sum; any other policy is about the sample as a whole.
-    own: FailurePolicy = "mean" if on_failure == "mean" else "raise"
-    return Component(metric, weight, scale=scale, on_failure=own)
+    """Return a component whose statistics every set that it goes into shares."""
+    if not isinstance(metric, Component):
+        # The mean of the group is neutral in the sum; any other policy is about the sample as a whole.
+        metric = Component(metric, on_failure="mean" if on_failure == "mean" else "raise")
+    return replace(
+        metric,
+        scale=scale if metric.scale is None else metric.scale,
+        normalize=find_normalization(metric.normalize),
+    )
 
 
 def _details(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from diffsynth_metrics.base import plain_modes, wants_gradients
-from diffsynth_metrics.dual_encoder import DualEncoderMetric
+from diffsynth_metrics.dual_encoder import DualEncoderMetric, paired_cosine
 from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, named, scorer_of
 from diffsynth_metrics.rewards.scales import find_scale
@@ -139,7 +139,7 @@ def to_srpo(metric: DualEncoderMetric, *, scale: ScaleInput = "srpo") -> Callabl
             text = (1 + k) * metric.encode_text(prompt) - metric.encode_text(neg_prompt)
             features = metric.encode_image(images)
             if found.component == "cosine":
-                return found.apply((text * features).sum(dim=-1))
+                return found.apply(paired_cosine(text, features))
             return found.apply(metric.score_from_features(text, features))
 
     return named(srp_cfg, "SRP_cfg")

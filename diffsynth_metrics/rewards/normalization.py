@@ -43,6 +43,11 @@ class Normalization(ABC):
     within_groups = False
     """Whether a sample's value depends on the other samples of its call."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can normalise scores without learning from them."""
+        return True
+
     @abstractmethod
     def __call__(
         self,
@@ -199,6 +204,11 @@ class RunningZScore(Normalization):
         """Everything that this process knows."""
         return self.shared.merge(self.since_synchronization)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a score has been seen."""
+        return self.moments.count > 0
+
     def __call__(
         self,
         scored: Scored,
@@ -207,13 +217,15 @@ class RunningZScore(Normalization):
         update: bool,
         counted: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Learn if wanted, and return z-scores; 0 while all scores seen are equal."""
+        """Learn if wanted, and return z-scores; 0 while all scores seen are equal, NaN before any."""
         with self._lock:
             if update:
                 numbers = scored.numbers
                 new = Moments.of(numbers if counted is None else compress(numbers, counted))
                 self._local = self._local.merge(new)
             moments = self.moments
+        if not moments.count:
+            return scored.values.new_full(scored.values.shape, math.nan)
         if moments.std <= 1e-6 * max(1.0, abs(moments.mean)):
             return (scored.values - moments.mean) * 0
         return (scored.values - moments.mean) / moments.std

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ from diffsynth_metrics.rewards.scoring import (
 __all__ = ["Component", "Parts", "RewardResult", "RewardSet"]
 
 logger = logging.getLogger(__name__)
+
+_NOTHING_LEARNED = (
+    "its running statistics have seen no score yet; score with update=True first, or load a state"
+)
 
 
 @dataclass(frozen=True)
@@ -183,8 +187,8 @@ class RewardSet:
         Raises:
             ValueError: The numbers of prompts, images and groups differ; or gradients are wanted
                 through ranks, which have none.
-            RewardError: A sample has no score, and its component says ``"raise"``. Nothing has learned
-                from the call then.
+            RewardError: A sample has no score, or `update` is False and running statistics have seen
+                none yet, and the component says ``"raise"``. Nothing has learned from the call then.
             TypeError: A group is not hashable.
         """
         prompts, images = _aligned(prompt, images)
@@ -213,7 +217,7 @@ class RewardSet:
         members = _members(groups, len(prompts))
         keys, samples = [*members], [*members.values()]
         self._check_gradients(images)
-        scores = self._scores(prompts, images, may_raise)
+        scores = self._scores(prompts, images, update=update, may_raise=may_raise)
         flat_groups: dict[str, list[Hashable]] = {}
 
         def note_collapse(name: str, scored: Scored) -> None:
@@ -237,7 +241,9 @@ class RewardSet:
         result = RewardResult(total, raw, normalized, _failures(scores), flat_groups, diverging)
         return result, scores, settled
 
-    def _scores(self, prompts: list[str], images: Any, may_raise: bool) -> dict[str, Scored]:
+    def _scores(
+        self, prompts: list[str], images: Any, *, update: bool, may_raise: bool
+    ) -> dict[str, Scored]:
         """Ask every metric, the held-out ones without gradients."""
         scorers = (*self._scorers.values(), *self._held_out.values())
         shared = _shared(images, scorers) if len(scorers) > 1 else images
@@ -249,6 +255,9 @@ class RewardSet:
         scores: dict[str, Scored] = {}
         for name, scorer in self._scorers.items():
             scores[name] = ask(scorer)
+            if not (update or self._normalizations[name].is_ready):
+                values, errors = scores[name].values, scores[name].errors
+                scores[name] = Scored(values, [e or RewardError(_NOTHING_LEARNED) for e in errors])
             if may_raise and self.components[name].on_failure == "raise":
                 settle(scores[name], "raise", name)
         if self._held_out:
@@ -311,7 +320,7 @@ class RewardSet:
         With several processes, call :meth:`synchronize` first and save the state of one rank.
         """
         return {
-            "scales": {name: asdict(scorer.scale) for name, scorer in self._scorers.items()},
+            "settings": self._settings(),
             "normalization": {name: n.state_dict() for name, n in self._normalizations.items()},
             "history": self._monitor.state_dict(),
         }
@@ -326,24 +335,42 @@ class RewardSet:
             ValueError: Something is missing, or it belongs to a set with other components, scales or
                 normalisations.
         """
-        if missing := [key for key in ("scales", "normalization", "history") if key not in state]:
+        if missing := [key for key in ("settings", "normalization", "history") if key not in state]:
             raise ValueError(
                 f"the state of a RewardSet has {missing[0]!r}, this one has {sorted(state)}"
             )
-        theirs, scales = state["normalization"], state["scales"]
-        if not theirs.keys() == scales.keys() == self.components.keys():
+        theirs, settings = state["normalization"], state["settings"]
+        if not theirs.keys() == settings.keys() == self.components.keys():
             raise ValueError(
                 f"the state is of the components {sorted(theirs)}, this set has "
                 f"{sorted(self.components)}"
             )
+        for name, own in self._settings().items():
+            for setting, value in own.items():
+                if settings[name].get(setting) != value:
+                    raise ValueError(
+                        f"{name!r} has {setting} = {value}, and in the state "
+                        f"{settings[name].get(setting)}"
+                    )
         for name, normalization in self._normalizations.items():
-            if scales[name] != (own := asdict(self._scorers[name].scale)):
-                raise ValueError(f"{name!r} is on the scale {own}, and the state on {scales[name]}")
             normalization.check_state_dict(theirs[name])
         self._monitor.check_state_dict(state["history"])
         for name, normalization in self._normalizations.items():
             normalization.load_state_dict(theirs[name])
         self._monitor.load_state_dict(state["history"])
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        """Return what the statistics of a component depend on, as plain values."""
+        return {
+            name: {
+                "scale": asdict(self._scorers[name].scale),
+                "normalize": {
+                    "type": type(normalize).__name__,
+                    **(asdict(normalize) if is_dataclass(normalize) else {}),
+                },
+            }
+            for name, normalize in self._normalizations.items()
+        }
 
     def _settled(self, name: str, scored: Scored, groups: Groups) -> Tensor:
         """Return the scores with what the component's policy puts in place of missing ones."""

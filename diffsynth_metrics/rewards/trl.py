@@ -49,10 +49,11 @@ def to_trl(
     Args:
         source: A metric, a :class:`RewardSet`, or a callable of (prompts, images).
         image: Where the image of a completion comes from: a column, or a function
-            ``image(completion, **row)``. A function that returns None, or raises ValueError or OSError,
-            says that this completion has no image.
+            ``image(completion, **row)``. None, or a function that raises ValueError or OSError, says
+            that this completion has no image.
         prompt: Where its prompt comes from: a column, or a function ``prompt(prompt, **row)``; by
-            default the prompt itself, of a conversation its last message.
+            default the prompt itself. It is a text, or a conversation, of which the last message is
+            taken; anything else says that this completion has no prompt.
         scale: The scale of a metric's score.
         on_failure: What a completion without an image or a score gets; with ``"nan"`` it is None,
             which excludes this function for this completion.
@@ -105,35 +106,41 @@ def _rows(kwargs: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return [{name: values[index] for name, values in columns.items()} for index in range(count)]
 
 
-def _prompt_of(prompt: Column | None, text: Any, row: dict[str, Any]) -> str:
-    if isinstance(prompt, str):
-        return str(row[prompt])
-    if prompt is not None:
-        return str(prompt(text, **row))
-    content = text if isinstance(text, str) else text[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part.get("type") == "text")
+def _prompt_of(prompt: Column | None, text: Any, row: dict[str, Any]) -> str | Exception:
+    """Return the prompt of a completion, or the error that says why there is none."""
+    made = text if prompt is None else _made(prompt, text, row)
+    if isinstance(made, list) and made and isinstance(made[-1], dict):
+        made = made[-1].get("content")
+    if isinstance(made, list) and made:
+        return " ".join(part["text"] for part in made if part.get("type") == "text")
+    if isinstance(made, (str, Exception)):
+        return made
+    return RewardError(f"there is no prompt: {made!r} is not a text")
 
 
 def _image_of(image: Column, completion: Any, row: dict[str, Any]) -> Any:
     """Return the image of a completion, or the error that says why there is none."""
-    if isinstance(image, str):
-        if image not in row:
-            raise ValueError(f"the data set has no column {image!r}; it has {', '.join(row)}")
-        made = row[image]
-    else:
-        try:
-            made = image(completion, **row)
-        except (OSError, ValueError) as error:
-            return without_frames(error)
+    made = _made(image, completion, row)
     return RewardError("there is no image") if made is None else as_bytes(made)
 
 
-def _score_present(scorer: Scorer, prompts: list[str], images: list[Any], update: bool) -> Scored:
-    """Score the completions that have an image, in one batch."""
+def _made(column: Column, given: Any, row: dict[str, Any]) -> Any:
+    """Return what a row has in a column or a function makes of it, or the function's error."""
+    if isinstance(column, str):
+        if column not in row:
+            raise ValueError(f"the data set has no column {column!r}; it has {', '.join(row)}")
+        return row[column]
+    try:
+        return column(given, **row)
+    except (OSError, ValueError) as error:
+        return without_frames(error)
+
+
+def _score_present(scorer: Scorer, prompts: list[Any], images: list[Any], update: bool) -> Scored:
+    """Score the completions that have an image and a prompt, in one batch."""
     errors: list[Exception | None] = [
-        image if isinstance(image, Exception) else None for image in images
+        next((made for made in both if isinstance(made, Exception)), None)
+        for both in zip(images, prompts, strict=True)
     ]
     present = [index for index, error in enumerate(errors) if error is None]
     if not present:

@@ -8,7 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from diffsynth_metrics.rewards.batcher import DynamicBatcher
-from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, as_bytes, named, scorer_of
+from diffsynth_metrics.rewards.callables import (
+    RewardSource,
+    ScaleInput,
+    as_bytes,
+    named,
+    refuse_groups,
+    scorer_of,
+)
 from diffsynth_metrics.rewards.reward_set import RewardSet
 from diffsynth_metrics.rewards.scoring import FailurePolicy, Update, check_policy
 
@@ -121,10 +128,7 @@ def _one_at_a_time(
         raise ValueError(
             f"on_failure='mean'{whose} needs a batch, and verl asks for one sample per call"
         )
-    if isinstance(source, RewardSet) and source.within_groups:
-        raise ValueError(
-            "a RewardSet with 'group' or 'rank' needs whole groups, and here batches form by chance"
-        )
+    refuse_groups(source, "verl asks for one sample per call")
     scorer = scorer_of(source, scale)
     batcher = DynamicBatcher(scorer, max_batch=max_batch, max_wait_ms=max_wait_ms, update=update)
     substitute = math.nan if isinstance(on_failure, str) else float(on_failure)

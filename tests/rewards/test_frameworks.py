@@ -280,12 +280,51 @@ class TestFlowGRPO:
             count: float = rewards.state_dict()["normalization"]["pick"]["since_synchronization"][0]
             return count
 
-        reward_fn(pixels, PROMPTS, [{}] * 3, only_strict=False)
+        with pytest.raises(RewardError, match="pick: its running statistics have seen no score yet"):
+            reward_fn(pixels, PROMPTS, [{}] * 3, only_strict=False)
+        before = to_flow_grpo(rewards, on_failure="nan")("cpu")(pixels, PROMPTS, [], only_strict=False)
+        assert all(map(math.isnan, before[0]["avg"])) and all(map(math.isfinite, before[0]["pick"]))
         assert count() == 0
         reward_fn(pixels, PROMPTS, [{}] * 3, only_strict=True)
         assert count() == 3
         to_flow_grpo(rewards, update=False)("cpu")(pixels, PROMPTS, [{}] * 3)
         assert count() == 3
+
+    def test_training_and_evaluation_share_the_statistics_of_a_name(self) -> None:
+        brightness = Component(Brightness(), normalize="zscore")
+        multi_score = to_multi_score({"bright": brightness, "other": Brightness()})
+        training = multi_score("cpu", {"bright": 1.0, "other": 0.0})
+        evaluation = multi_score("cpu", {"bright": 1.0})
+        levels = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 32, 32)
+        expected = training(levels, PROMPTS, [{}] * 3)[0]["avg"]
+        assert expected == pytest.approx([-1.22, 0, 1.22], abs=0.01)
+        assert evaluation(levels, PROMPTS, [{}] * 3, only_strict=False)[0]["avg"] == expected
+
+    def test_a_component_without_a_scale_has_that_of_multi_score(
+        self, pickscore: PickScoreMetric, pixels: torch.Tensor
+    ) -> None:
+        official = pickscore.compute(PROMPTS, (pixels * 255).round().byte())
+        for scale, factor in ((None, 1 / 26), ("official", 1), ("srpo", 1 / 20)):
+            multi_score = to_multi_score({"p": Component(pickscore, scale=scale)})
+            details, _ = multi_score("cpu", {"p": 1.0})(pixels, PROMPTS, [{}] * 3)
+            assert details["p"] == pytest.approx([factor * score for score in official], rel=1e-6)
+
+    def test_the_name_of_the_sum_is_taken(self, pickscore: PickScoreMetric) -> None:
+        with pytest.raises(ValueError, match="'avg' is flow_grpo's name of the sum"):
+            to_flow_grpo(RewardSet({"avg": pickscore}))
+        with pytest.raises(ValueError, match="'avg' is flow_grpo's name of the sum"):
+            to_multi_score({"avg": pickscore})("cpu", {"avg": 1.0})
+
+    @pytest.mark.parametrize("bad", [np.zeros((8, 8), np.float32), np.zeros((8, 8, 1), np.float32)])
+    def test_a_float_array_that_is_no_picture_fails_alone(
+        self, bad: np.ndarray, pickscore: PickScoreMetric, arrays: np.ndarray
+    ) -> None:
+        function = to_flow_grpo(pickscore, on_failure="nan")("cpu")
+        floats = [array[:, ::-1] for array in arrays.astype(np.float32) / 255]
+        expected = function([array[:, ::-1] for array in arrays], PROMPTS, [{}] * 3)[0]
+        scores = function([floats[0], bad, floats[2]], PROMPTS, [{}] * 3)[0]
+        assert math.isnan(scores[1])
+        assert scores[::2] == pytest.approx(expected[::2], rel=1e-5)
 
     def test_a_single_prompt_or_picture_is_not_taken_for_many(
         self, pickscore: PickScoreMetric, pixels: torch.Tensor
@@ -448,6 +487,23 @@ class TestTRL:
     def test_a_missing_column_is_an_error(self, pickscore: PickScoreMetric) -> None:
         with pytest.raises(ValueError, match=r"the data set has no column .image.; it has .*photo"):
             self.call(to_trl(pickscore, "image"), ["x"], photo=["a.png"])
+        with pytest.raises(ValueError, match=r"the data set has no column .caption.; it has .*photo"):
+            self.call(to_trl(pickscore, "photo", prompt="caption"), ["x"], photo=["a.png"])
+
+    def test_a_completion_without_a_prompt_is_none_with_the_reason(
+        self, pickscore: PickScoreMetric, arrays: np.ndarray
+    ) -> None:
+        def refuse(text: Any, **row: Any) -> str:
+            raise ValueError("nothing to draw")
+
+        expected = pickscore.compute(PROMPTS[:1], arrays[:1])[0]
+        columns: dict[str, Any] = {"image": list(arrays), "caption": [PROMPTS[0], None, []]}
+        rewards = self.call(to_trl(pickscore, "image", prompt="caption"), [[]] * 3, **columns)
+        assert rewards == [pytest.approx(expected, rel=1e-6), None, None]
+        reasons = [f"there is no prompt: {made} is not a text" for made in ("None", "[]")]
+        assert self.logged == {"pickscore_error": ["", *reasons]}
+        function = to_trl(pickscore, "image", prompt=refuse)
+        assert self.call(function, [[]] * 3, **columns) == [None] * 3
 
 
 class TestVerl:
@@ -559,7 +615,7 @@ class TestVerl:
 
     def test_a_set_that_needs_groups_is_refused(self, pickscore: PickScoreMetric) -> None:
         for normalize in ("group", "rank"):
-            with pytest.raises(ValueError, match="batches form by chance"):
+            with pytest.raises(ValueError, match="needs whole groups, and verl asks for one sample"):
                 to_verl_omni(RewardSet({"a": Component(pickscore, normalize=normalize)}))
         to_verl_omni(RewardSet({"a": Component(pickscore, normalize="zscore")}))
 
@@ -666,6 +722,9 @@ class TestLosses:
         assert image.grad is not None and image.grad.abs().sum() > 0
         cosine = to_srpo(pickscore, scale="dance_grpo")(["a cat"], ["a dog"], image, 0.7)
         assert cosine.tolist() == pytest.approx([(1.7 * cat - dog) / 100], rel=1e-4)
+        for scale in ("srpo", "dance_grpo"):
+            with pytest.raises(ValueError, match=r"features must be \[N, D\] and \[N, D\]"):
+                to_srpo(pickscore, scale=scale)(["a", "b"], ["c"], pixels, 0.7)
 
     def test_srpo_needs_features(self, aesthetic: AestheticMetric) -> None:
         with pytest.raises(TypeError, match="AestheticMetric has none"):
@@ -736,6 +795,13 @@ class TestFlowFactory:
             model(prompt="cat", image=images)
         with pytest.raises(ValueError, match="got a single one"):
             model(prompt=PROMPTS, image=torch.zeros(3, 8, 8))
+
+    def test_a_set_that_needs_groups_is_refused(self) -> None:
+        rewards = RewardSet({"bright": Component(Brightness(), normalize="group")})
+        reward_class = to_flow_factory(lambda device: rewards, PointwiseRewardModel, RewardModelOutput)
+        accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
+        with pytest.raises(ValueError, match="needs whole groups, and Flow-Factory's pointwise"):
+            reward_class({}, accelerator)
 
 
 class TestFilesOnDisk:

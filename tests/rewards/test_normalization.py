@@ -118,6 +118,13 @@ def test_an_evaluation_does_not_teach_a_running_z_score() -> None:
     assert normalize.state_dict() == before
 
 
+def test_a_running_z_score_that_has_seen_nothing_has_no_answer() -> None:
+    normalize = RunningZScore()
+    assert not normalize.is_ready and normalize(scored(SCORES), GROUPS, update=False).isnan().all()
+    normalize(scored(SCORES), GROUPS, update=True)
+    assert normalize.is_ready and normalize(scored(SCORES), GROUPS, update=False).isfinite().all()
+
+
 def test_a_running_z_score_of_equal_scores_is_zero() -> None:
     for _ in range(2):
         assert RunningZScore()(scored(torch.full((3,), 20.0)), GROUPS[:1], update=True).tolist() == [

@@ -28,7 +28,7 @@ from diffsynth_metrics import (
     RewardError,
     transforms,
 )
-from diffsynth_metrics.rewards import Component, FixedScale, RewardSet, RunningZScore
+from diffsynth_metrics.rewards import Component, FixedScale, GroupRelative, RewardSet, RunningZScore
 from diffsynth_metrics.rewards.divergence import DivergenceMonitor, trend
 from diffsynth_metrics.testing import tiny_checkpoint
 
@@ -336,6 +336,29 @@ class TestFailures:
         assert result.failures == {"other": dict.fromkeys(range(4), "RuntimeError: broken")}
 
 
+class TestBeforeAnythingWasLearned:
+    """A running z-score without statistics has nothing to compare with."""
+
+    @pytest.mark.parametrize("policy", ["raise", "nan", "mean", 0.0])
+    def test_an_evaluation_says_so_whatever_stands_in_for_failures(
+        self, policy: Any, images: torch.Tensor
+    ) -> None:
+        bright = Component(Brightness(), normalize="zscore", on_failure=policy)
+        rewards = RewardSet({"bright": bright})
+        reason = "its running statistics have seen no score yet"
+        if policy == "raise":
+            with pytest.raises(RewardError, match=f"bright: .* has no reward: {reason}"):
+                rewards.score(PROMPTS, images, update=False)
+        else:
+            result = rewards.score(PROMPTS, images, update=False)
+            assert result.reward.isnan().all() and result.raw["bright"].isfinite().all()
+            assert [*result.failures["bright"]] == [0, 1, 2, 3]
+        scored = rewards.scored(PROMPTS, images, update=False)
+        assert scored.values.isnan().all() and all(reason in str(error) for error in scored.errors)
+        assert rewards.score(PROMPTS, images).reward.isfinite().all()
+        assert rewards.score(PROMPTS, images, update=False).reward.isfinite().all()
+
+
 class TestWatch:
     def test_groups_of_equal_scores_are_named(self) -> None:
         scores = iter([[5.0, 5.0, 1.0, 2.0], [3.0, 3.0, 4.0, 4.0]])
@@ -428,7 +451,7 @@ class TestState:
             "since_synchronization": [0, 0, 0],
         }
 
-    @pytest.mark.parametrize("key", ["scales", "normalization", "history"])
+    @pytest.mark.parametrize("key", ["settings", "normalization", "history"])
     def test_a_state_without_a_part_is_refused(self, key: str, bright: Brightness) -> None:
         rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
         state = rewards.state_dict()
@@ -438,7 +461,7 @@ class TestState:
 
     def test_a_state_of_another_scale_is_refused(self, bright: Brightness) -> None:
         state = RewardSet({"b": Component(bright, normalize="zscore")}).state_dict()
-        with pytest.raises(ValueError, match=r"'b' is on the scale .*'multiply': 2.0"):
+        with pytest.raises(ValueError, match=r"'b' has scale = .*'multiply': 2.0"):
             RewardSet({"b": Component(bright, normalize="zscore", scale=2.0)}).load_state_dict(state)
 
     @pytest.mark.parametrize(
@@ -448,7 +471,7 @@ class TestState:
             lambda state: state["normalization"]["two"].update(shared=[1.0, math.nan, 0.0]),
             lambda state: state["normalization"]["two"].update(shared=[1.0, 2.0]),
             lambda state: state["normalization"]["two"].update(shared=[-1.0, 2.0, 0.0]),
-            lambda state: state["scales"].pop("two"),
+            lambda state: state["settings"].pop("two"),
             lambda state: state["history"].update(two=["high"]),
         ],
     )
@@ -471,8 +494,15 @@ class TestState:
         state = RewardSet({"a": Component(bright, normalize="zscore")}).state_dict()
         with pytest.raises(ValueError, match=r"the state is of the components \['a'\], this set has"):
             RewardSet({"b": bright}).load_state_dict(state)
-        with pytest.raises(ValueError, match=r"the state of GroupRelative has \[\], got"):
-            RewardSet({"a": Component(bright, normalize="group")}).load_state_dict(state)
+
+    @pytest.mark.parametrize("theirs", ["none", "zscore", "rank", FixedScale(5, 1), GroupRelative()])
+    def test_a_state_of_another_normalisation_is_refused(self, theirs: Any) -> None:
+        state = RewardSet({"b": Component(Brightness(), normalize=theirs)}).state_dict()
+        own = RewardSet({"b": Component(Brightness(), normalize=GroupRelative(correction=1))})
+        with pytest.raises(
+            ValueError, match=r"'b' has normalize = {'type': 'GroupRelative', .*: 1}, and"
+        ):
+            own.load_state_dict(state)
 
     def test_a_set_can_be_copied_and_sent(self, images: torch.Tensor) -> None:
         rewards = RewardSet({"b": Component(Brightness(), normalize="zscore")}, held_out={"h": Judge()})
