@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from diffsynth_metrics.checkpoint import is_published, read_config
+from diffsynth_metrics.checkpoint import check_owner, is_published, read_config, weight_files
 from diffsynth_metrics.errors import CheckpointError, DownloadError
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, SharedImages
 from diffsynth_metrics.model_config import ModelConfig
@@ -146,31 +146,41 @@ class BaseMetric(ABC):
     @classmethod
     def _resolve(
         cls, model_config: ModelConfig | None, processor_config: ModelConfig | None
-    ) -> tuple[list[str], list[str]]:
-        """Return the local paths of the weights and of the processor's files.
+    ) -> tuple[list[Path], list[str]]:
+        """Return the local weight files, and the paths of the processor's files.
 
         Without a `processor_config`, a folder of weights that holds processor files serves itself,
         and any other weights are used with the metric's own processor, found where they are found.
         """
         model_config = model_config or cls.default_model
-        weights = model_config.resolve()
+        weights = weight_files(model_config.resolve())
+        # Before a processor is looked for, which another metric's weights do not have beside them.
+        check_owner(weights, cls)
         if processor_config is None and model_config.path is not None:
-            own = ModelConfig(path=Path(weights[0]).parent).resolve()
+            own = ModelConfig(path=weights[0].parent).resolve()
             if any(Path(file).name in cls.processor_files for file in own):
                 return weights, own
-        if processor_config is None:
-            processor_config = replace(
+        processor = processor_config
+        if processor is None:
+            processor = replace(
                 cls.default_processor,
                 local_model_path=model_config.local_model_path,
                 skip_download=model_config.skip_download,
             )
             if model_config.model_id == cls.default_processor.model_id:
-                processor_config = replace(
-                    processor_config,
+                processor = replace(
+                    processor,
                     download_source=model_config.download_source,
                     revision=model_config.revision,
                 )
-        return weights, processor_config.resolve(sufficient=cls.processor_files)
+        try:
+            return weights, processor.resolve(sufficient=cls.processor_files)
+        except DownloadError as error:
+            if processor_config is not None or model_config.path is None:
+                raise
+            raise DownloadError(
+                f"there is no {' or '.join(cls.processor_files)} beside {weights[0]}, and {error}"
+            ) from error
 
     @classmethod
     def _architecture(
@@ -330,7 +340,7 @@ def check_loading(
     Raises:
         TypeError: A config is not a ModelConfig, or the dtype is none of a network.
         ValueError: `batch_size` is not a positive int.
-        RuntimeError: torch does not know the device.
+        RuntimeError: torch does not know the device, or it is not there.
     """
     for config in configs:
         if config is not None and not isinstance(config, ModelConfig):
@@ -364,8 +374,16 @@ def check_max_length(max_length: int) -> None:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device, or for None the best one that torch reports."""
+    """Return the device, or for None the best one that torch reports.
+
+    Raises:
+        RuntimeError: torch does not know the device, or it is not there.
+    """
     if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:  # each torch's, by backend
+            raise RuntimeError(f"the device {str(device)!r} cannot be used: {error}") from error
         return torch.device(device)
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -22,6 +22,7 @@ from diffsynth_metrics.errors import CheckpointError
 __all__ = [
     "KNOWN_LAYOUTS",
     "Layout",
+    "check_owner",
     "fingerprint",
     "is_published",
     "load_weights",
@@ -97,6 +98,19 @@ def fingerprint(layout: Layout) -> str:
     return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
 
 
+def check_owner(files: Sequence[Path], metric: type) -> None:
+    """Check that files are not the published checkpoint of other metrics.
+
+    Raises:
+        CheckpointError: They are; the message names those metrics. Or a file is truncated.
+    """
+    owners = KNOWN_LAYOUTS.get(fingerprint(read_layout(files)), ())
+    if owners and not {base.__name__ for base in metric.__mro__} & {*owners}:
+        raise CheckpointError(
+            f"{_some(files)} is the checkpoint of {' or '.join(owners)}, not of {metric.__name__}"
+        )
+
+
 def is_published(files: Sequence[Path]) -> bool:
     """Tell whether the files' names and shapes are those of a published checkpoint."""
     return fingerprint(read_layout(files)) in KNOWN_LAYOUTS
@@ -124,7 +138,7 @@ def load_weights(
     model: nn.Module,
     files: Sequence[Path],
     *,
-    metric: str,
+    metric: type,
     device: torch.device,
     dtype: torch.dtype,
     float32: Collection[str] = (),
@@ -140,7 +154,7 @@ def load_weights(
         model: Its parameters lie on the meta device, its non-persistent buffers do not.
         files: Safetensors files that together hold every tensor. They may also hold the model's
             non-persistent buffers, which older libraries saved and which are computed, not read.
-        metric: Name of the metric class, for messages.
+        metric: The class of the metric.
         device: Where the tensors go.
         dtype: Floating dtype of the tensors.
         float32: Prefixes of tensors that stay in float32 where `dtype` is narrower.
@@ -150,7 +164,8 @@ def load_weights(
         CheckpointError: A file is truncated, belongs to another metric, or its names or shapes are
             not those of the model.
     """
-    _check_layout(model, files, metric, unused)
+    check_owner(files, metric)
+    _check_layout(model, files, metric.__name__, unused)
     wide = torch.promote_types(dtype, torch.float32)
     wanted = model.state_dict().keys()
     tensors: dict[str, torch.Tensor] = {}
@@ -166,11 +181,6 @@ def load_weights(
 
 def _check_layout(model: nn.Module, files: Sequence[Path], metric: str, unused: Collection[str]) -> None:
     layout = read_layout(files)
-    owners = KNOWN_LAYOUTS.get(fingerprint(layout), (metric,))
-    if metric not in owners:
-        raise CheckpointError(
-            f"{_some(files)} is the checkpoint of {' or '.join(owners)}, not of {metric}"
-        )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     everything = chain(model.named_parameters(), model.named_buffers())
     computed = {name for name, _ in everything} - expected.keys()

@@ -427,7 +427,14 @@ class TestProperties:
 
     def test_a_given_device_is_taken(self) -> None:
         assert choose_device("cpu") == torch.device("cpu")
-        assert choose_device(torch.device("cuda", 1)) == torch.device("cuda:1")
+        assert choose_device(torch.device("meta")) == torch.device("meta")
+
+    @pytest.mark.parametrize("device", ["cuda:99", torch.device("xpu", 99), "hpu:99", "cdua"])
+    def test_a_device_that_is_not_there_is_an_error_before_files_are_looked_for(
+        self, device: Any
+    ) -> None:
+        with pytest.raises(RuntimeError, match=f"the device '{device}' cannot be used: "):
+            PickScoreMetric.from_pretrained(ModelConfig(path="nowhere"), device=device)
 
     def test_without_an_accelerator_the_device_is_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import diffsynth_metrics
 from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.checkpoint import (
     KNOWN_LAYOUTS,
@@ -23,7 +24,7 @@ from diffsynth_metrics.checkpoint import (
     read_layout,
     weight_files,
 )
-from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.errors import CheckpointError, DownloadError
 from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
 
 CPU = torch.device("cpu")
@@ -88,8 +89,12 @@ def small_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+class MyMetric:
+    """Any class does."""
+
+
 def load(model: nn.Module, *files: Path, dtype: torch.dtype = torch.float32) -> None:
-    load_weights(model, files, metric="MyMetric", device=CPU, dtype=dtype, float32=("scale",))
+    load_weights(model, files, metric=MyMetric, device=CPU, dtype=dtype, float32=("scale",))
 
 
 @pytest.fixture
@@ -404,16 +409,47 @@ class TestPublishedLayouts:
         assert sum(p.numel() for p in metric.model.parameters()) == 986_109_441
         path.unlink()
 
-    @pytest.mark.parametrize("metric_class", [PickScoreMetric, CLIPMetric])
+    @pytest.mark.parametrize(
+        "name", sorted({name for names in KNOWN_LAYOUTS.values() for name in names})
+    )
     def test_the_file_of_another_metric_is_an_error_that_names_it(
-        self, metric_class: type[CLIPMetric], tiny_folder: Path, tmp_path: Path
+        self, name: str, tmp_path: Path
     ) -> None:
-        path = write_zeros(tmp_path / "model.safetensors", layout_of("hpsv2"))
-        message = rf"^{path} is the checkpoint of HPSv2Metric, not of {metric_class.__name__}$"
-        with pytest.raises(CheckpointError, match=message):
-            metric_class.from_pretrained(
-                ModelConfig(path=path), ModelConfig(path=tiny_folder), device="cpu"
-            )
+        """Without a processor beside it, and without a question to a hub."""
+        theirs, owner = ("hpsv2", "HPSv2Metric") if name != "HPSv2Metric" else ("fid", "FIDMetric")
+        path = write_zeros(tmp_path / "model.safetensors", layout_of(theirs))
+        with pytest.raises(
+            CheckpointError, match=rf"^{path} is the checkpoint of {owner}, not of {name}$"
+        ):
+            getattr(diffsynth_metrics, name).from_pretrained(ModelConfig(path=path), device="cpu")
+        path.unlink()
+
+    def test_a_metric_of_your_own_takes_the_file_of_its_base(
+        self, tiny_folder: Path, tmp_path: Path
+    ) -> None:
+        class Mine(PickScoreMetric):
+            pass
+
+        path = write_zeros(tmp_path / "model.safetensors", layout_of("clip_h14"))
+        Mine.from_pretrained(ModelConfig(path=path), ModelConfig(path=tiny_folder), device="cpu")
+        path.unlink()
+
+    def test_what_is_wrong_with_the_weights_is_said_before_a_processor_is_looked_for(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "pytorch_model.bin").touch()
+        with pytest.raises(CheckpointError, match=r"there is no .safetensors file among pytorch_model"):
+            PickScoreMetric.from_pretrained(ModelConfig(path=tmp_path), device="cpu")
+
+    def test_a_processor_that_is_missing_beside_the_weights_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
+        monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+        path = write_zeros(tmp_path / "model.safetensors", layout_of("clip_h14"))
+        message = rf"there is no tokenizer\.json or vocab\.json beside {path}, and no local file matches"
+        with pytest.raises(DownloadError, match=message):
+            PickScoreMetric.from_pretrained(ModelConfig(path=path), device="cpu")
         path.unlink()
 
     def test_a_file_of_two_metrics_names_both(self, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 from typing_extensions import Self, TypedDict, Unpack
 
 from diffsynth_metrics.base import BaseMetric, check_loading
-from diffsynth_metrics.checkpoint import weight_files
 from diffsynth_metrics.errors import AnswerError, ImageError
 from diffsynth_metrics.inputs import CheckedImages, as_pil, as_rgb, open_image
 from diffsynth_metrics.judges.architectures import judge_config
@@ -129,13 +128,12 @@ class JudgeMetric(BaseMetric):
         )
         on_parse_error = _checked_policy(loading.get("on_parse_error", "nan"))
         processor_kwargs = _checked_kwargs(loading.get("processor_kwargs"))
-        weights, processor = cls._resolve(model_config, processor_config)
-        files = weight_files(weights)
+        files, processor = cls._resolve(model_config, processor_config)
         engine = LocalEngine.load(
             judge_config(cls._architecture(model_config, files), cls.published()),
             files,
             cls._processor_folder(processor),
-            metric=cls.__name__,
+            metric=cls,
             device=first,
             device_map=device_map,
             dtype=dtype,

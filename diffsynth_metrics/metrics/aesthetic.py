@@ -119,7 +119,7 @@ class AestheticMetric(ImageMetric):
         load_weights(
             model,
             files,
-            metric=cls.__name__,
+            metric=cls,
             device=place,
             dtype=dtype,
             float32=("visual_projection", "layers"),

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, check_loading, check_max_length
-from diffsynth_metrics.checkpoint import load_weights, read_config, weight_files
+from diffsynth_metrics.checkpoint import load_weights, read_config
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
@@ -145,14 +145,13 @@ class CLIPMetric(DualEncoderMetric):
         place, dtype = check_loading(
             model_config, processor_config, device=device, torch_dtype=torch_dtype, batch_size=batch_size
         )
-        weights, processor = cls._resolve(model_config, processor_config)
-        files = weight_files(weights)
+        files, processor = cls._resolve(model_config, processor_config)
         config = _clip_config(cls._architecture(model_config, files))
         model = build_clip(config)
         load_weights(
             model,
             files,
-            metric=cls.__name__,
+            metric=cls,
             device=place,
             dtype=dtype,
             float32=("logit_scale", "text_projection", "visual_projection"),

@@ -172,7 +172,7 @@ class FIDMetric(BaseMetric):
         load_weights(
             model,
             files,
-            metric=cls.__name__,
+            metric=cls,
             device=place,
             dtype=torch.promote_types(dtype, torch.float32),
         )

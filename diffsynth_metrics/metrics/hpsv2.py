@@ -132,7 +132,7 @@ class HPSv2Metric(DualEncoderMetric):
         load_weights(
             model,
             files,
-            metric=cls.__name__,
+            metric=cls,
             device=place,
             dtype=dtype,
             float32=("logit_scale", "text_projection", "visual.proj"),

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, PromptMetric, check_loading
-from diffsynth_metrics.checkpoint import load_weights, read_layout, weight_files
+from diffsynth_metrics.checkpoint import load_weights, read_layout
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, pair
@@ -155,13 +155,12 @@ class HPSv3Metric(PromptMetric):
             official=torch.bfloat16,
         )
         transform = SmartResize(min_pixels=min_pixels, max_pixels=max_pixels)
-        weights, processor = cls._resolve(model_config, processor_config)
-        files = weight_files(weights)
+        files, processor = cls._resolve(model_config, processor_config)
         model: Any = build_hpsv3(_qwen2_vl_config(cls._architecture(model_config, files), files), dtype)
         load_weights(
             model,
             files,
-            metric=cls.__name__,
+            metric=cls,
             # Mapped from the files on the CPU, where they are not copied, before they are spread.
             device=first if device_map is None else torch.device("cpu"),
             dtype=dtype,

@@ -11,7 +11,7 @@ from transformers import BertTokenizer, BlipConfig
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, PromptMetric, check_loading, check_max_length
-from diffsynth_metrics.checkpoint import load_weights, weight_files
+from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
@@ -122,13 +122,12 @@ class ImageRewardMetric(PromptMetric):
         )
         if tokenizer_config is not None and processor_config is not None:
             raise ValueError("tokenizer_config and processor_config name the same files: pass one")
-        weights, processor = cls._resolve(model_config, tokenizer_config or processor_config)
-        files = weight_files(weights)
+        files, processor = cls._resolve(model_config, tokenizer_config or processor_config)
         model = build_image_reward(_blip_config(cls._architecture(model_config, files)))
         load_weights(
             model,
             files,
-            metric=cls.__name__,
+            metric=cls,
             device=place,
             dtype=dtype,
             float32=("mlp",),
