@@ -28,6 +28,7 @@ __all__ = [
     "as_pil",
     "as_prompts",
     "as_rgb",
+    "extremes",
     "open_image",
     "pair",
     "rounded",
@@ -145,7 +146,10 @@ def as_images(images: ImagesInput) -> CheckedImages:
     elif isinstance(images, (PIL.Image.Image, str, os.PathLike, np.ndarray, torch.Tensor)):
         images = [images]
     if not isinstance(images, Sequence):
-        raise TypeError(f"images must be {_EXPECTED}, or a list of these; got {type(images).__name__}")
+        raise TypeError(
+            f"images must be {_EXPECTED}, or a list of these (not an iterator); "
+            f"got {type(images).__name__}"
+        )
     if not images:
         raise ValueError("images is empty; pass at least one image")
     return [_as_image(image, f"image {index}") for index, image in enumerate(images)]
@@ -251,7 +255,12 @@ def _as_image(image: object, name: str) -> PIL.Image.Image | Path | torch.Tensor
         path = Path(image)
         # Path.is_file() raises where the name is too long, as that of a misplaced prompt is.
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{name}: there is no file {str(path)!r}")
+            if os.path.isdir(path):
+                raise FileNotFoundError(
+                    f"{name}: {os.fspath(image)!r} is a folder; pass its files, such as "
+                    "sorted(pathlib.Path(folder).glob('*.png'))"
+                )
+            raise FileNotFoundError(f"{name}: there is no file {os.fspath(image)!r}")
         return path
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
@@ -282,7 +291,7 @@ def _check_tensor(images: torch.Tensor, name: str) -> None:
     if _in_range(images):  # all at once, which torch does much faster than one by one
         return
     index = next(index for index, image in enumerate(images) if not _in_range(image))
-    low, high = (float(value) for value in _extremes(images[index]))
+    low, high = (float(value) for value in extremes(images[index]))
     which = f"image {index}" if name == "images" else name
     raise ImageError(
         f"{which}: a float tensor must lie in 0..1, got values from {low:.8g} to {high:.8g}; clamp it, "
@@ -291,13 +300,13 @@ def _check_tensor(images: torch.Tensor, name: str) -> None:
 
 
 def _in_range(values: torch.Tensor) -> bool:
-    low, high = _extremes(values)
+    low, high = extremes(values)
     # NaN, for which every comparison is false, is not in the range.
     return bool((low >= 0) & (high <= 1))
 
 
-def _extremes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the lowest and the highest value; both are NaN where there is one."""
+def extremes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the lowest and the highest value, without gradients; both are NaN where there is one."""
     values = values.detach()
     if values.device.type == "cpu" and values.is_contiguous():
         low, high = values.aminmax()  # one pass where reading takes the time; it copies other layouts

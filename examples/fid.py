@@ -18,7 +18,9 @@ parser.add_argument("--preprocessing", default="clean", help="which package's nu
 arguments = parser.parse_args()
 
 reference, generated = arguments.reference, arguments.generated
-if generated is None:
+if reference is not None and generated is None:
+    parser.error("give two folders, or none for the example")
+if reference is None:
     dataset_snapshot_download(
         "DiffSynth-Studio/diffsynth_example_dataset",
         allow_file_pattern="flux/FLUX.1-dev/*",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import diffsynth_metrics
-from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
+from diffsynth_metrics import AestheticMetric, CLIPMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.checkpoint import (
     KNOWN_LAYOUTS,
     fingerprint,
@@ -335,6 +335,14 @@ class TestConfig:
             CheckpointError, match=r"config\.json.* describes a 'siglip' model, not 'clip'"
         ):
             PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+
+    @pytest.mark.parametrize(
+        "config", [{"vision_config": {"model_type": "qwen2_vl", "hidden_size": 32}}, {}]
+    )
+    def test_a_config_of_another_model_has_no_image_tower(self, config: object, copy: Path) -> None:
+        (copy / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="describes no CLIP image tower"):
+            AestheticMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
 
     def test_a_config_of_another_size_does_not_fit(self, copy: Path) -> None:
         config = json.loads((copy / "config.json").read_text())

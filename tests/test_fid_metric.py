@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -285,7 +286,7 @@ def corrupt(folder: Path, pictures: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("nowhere/at/all", FileNotFoundError, "there is no file 'nowhere/at/all'"),
+        ("nowhere/at/all", FileNotFoundError, "there is no folder 'nowhere/at/all'"),
         ("nowhere.npz", FileNotFoundError, r"nowhere\.npz"),
         ([], ValueError, "images is empty"),
         ({"images": 1}, TypeError, "must be a folder.*got dict"),
@@ -294,7 +295,7 @@ def corrupt(folder: Path, pictures: np.ndarray) -> None:
         (iter([3]), TypeError, "batch 0: images must be"),
         (iter([torch.zeros(2, 3, 8, 8), torch.ones(1, 4, 8, 8)]), ImageError, "batch 1: .*got shape"),
         (torch.full((2, 3, 8, 8), 2.0), ImageError, "must lie in 0..1"),
-        (np.zeros((1, 8, 8, 3), np.uint8), ValueError, "at least two images"),
+        (np.zeros((1, 8, 8, 3), np.uint8), ValueError, "at least 2 reference images"),
     ],
 )
 def test_what_is_no_source_is_an_error(
@@ -319,8 +320,19 @@ class NoNetwork(Stub):
     [
         ("no/such/folder", {}, "no/such/folder"),
         ([np.zeros((8, 8, 3), np.uint8), "absent.png"], {}, "absent.png"),
-        (np.zeros((1, 8, 8, 3), np.uint8), {}, "at least two images on each side, got 1 generated"),
-        ("statistics.npz", {"kid": True}, "need the generated images"),
+        (np.zeros((1, 8, 8, 3), np.uint8), {}, "FID needs at least 2 generated images, got 1$"),
+        ("statistics.npz", {"kid": True}, "KID need the generated images: statistics do not hold"),
+        (
+            np.zeros((3, 8, 8, 3), np.uint8),
+            {"kid": True},
+            "KID needs at least 4 generated images, got 3",
+        ),
+        (
+            np.zeros((5, 8, 8, 3), np.uint8),
+            {"prdc": True},
+            "recall needs at least 6 generated .*, got 5",
+        ),
+        (np.zeros((19, 8, 8, 3), np.uint8), {"infinity": True}, "infinity needs at least 20 .*, got 19"),
         ("statistics.npz", {"preprocessing": "diffsynth"}, "prepared as 'clean'"),
         ("text.npz", {}, "not a readable"),
         ([], {"on_error": "skip"}, "images is empty"),
@@ -390,6 +402,14 @@ def test_evaluate_returns_the_parts_and_what_they_were_made_of(
         "preprocessing": "clean",
         "weights": "ab" * 32,
     }
+
+
+@pytest.mark.parametrize(("measure", "fewest"), [("kid", 4), ("prdc", 6), ("infinity", 20)])
+def test_the_fewest_images_are_enough(metric: FIDMetric, measure: str, fewest: int) -> None:
+    sides = np.random.default_rng(1).integers(0, 256, (2, fewest, 8, 8, 3), dtype=np.uint8)
+    reference = sides[0][:2] if measure == "infinity" else sides[0]
+    result = metric.evaluate(reference, sides[1], **{measure: True})  # type: ignore[arg-type]
+    assert all(map(math.isfinite, (value for value in result.values() if isinstance(value, float))))
 
 
 def test_one_pass_over_the_images_serves_all(metric: FIDMetric) -> None:

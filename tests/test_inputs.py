@@ -194,7 +194,7 @@ class TestBadImages:
 
     @pytest.mark.parametrize("wrong", [None, 3, {"a": picture()}, iter([picture()])])
     def test_what_is_no_image_and_no_list_is_named_by_its_type(self, wrong: Any) -> None:
-        message = rf"images must be a PIL image, a path, .* got {type(wrong).__name__}"
+        message = rf"images must be a PIL image, .* \(not an iterator\); got {type(wrong).__name__}"
         with pytest.raises(TypeError, match=message):
             as_images(wrong)
 
@@ -208,8 +208,14 @@ class TestBadImages:
             as_images([picture(), missing])
 
     def test_a_folder_is_no_image(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=rf"image 0: there is no file '{tmp_path}'"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"image 0: '{tmp_path}' is a folder; pass its files"
+        ):
             as_images(tmp_path)
+
+    def test_an_address_is_named_as_it_was_given(self) -> None:
+        with pytest.raises(FileNotFoundError, match=r"there is no file 'https://example\.com/a\.png'"):
+            as_images("https://example.com/a.png")
 
     def test_a_text_too_long_for_a_path_is_a_missing_file(self) -> None:
         with pytest.raises(FileNotFoundError, match=r"image 0: there is no file 'a cat a cat"):

@@ -32,6 +32,10 @@ _CHUNK = 1024
 _TIE = 1e-12
 
 
+FEWEST_FOR_KID, FEWEST_FOR_PRDC, FEWEST_FOR_INFINITY = 4, 6, 20
+"""The fewest images for a measure: two in half of a side, one more than neighbours, two in a tenth."""
+
+
 def frechet_distance(
     mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray
 ) -> float:
@@ -164,8 +168,10 @@ def fid_infinity(
         ValueError: There are fewer than 20 generated images.
     """
     count = len(features)
-    if count < 20:
-        raise ValueError(f"FID_infinity needs at least 20 generated images, got {count}")
+    if count < FEWEST_FOR_INFINITY:
+        raise ValueError(
+            f"FID_infinity needs at least {FEWEST_FOR_INFINITY} generated images, got {count}"
+        )
     generator = np.random.default_rng(seed)
     smallest = max(count // 10, min(count // 2, features.shape[1]))
     sizes = np.linspace(smallest, count, points).astype(int)
@@ -241,7 +247,7 @@ def _kernel_sum(x: np.ndarray, y: np.ndarray, *, diagonal: bool = True) -> float
 
 
 def precision_recall_density_coverage(
-    reference: np.ndarray, generated: np.ndarray, *, nearest: int = 5
+    reference: np.ndarray, generated: np.ndarray, *, nearest: int = FEWEST_FOR_PRDC - 1
 ) -> dict[str, float]:
     """Return ``"precision"``, ``"recall"``, ``"density"`` and ``"coverage"``.
 

@@ -199,6 +199,8 @@ def _open_source(source: ImageSource, on_error: OnError) -> tuple[Iterator[_Name
     """Return the images of a source with names for messages, and their number if it is known."""
     if isinstance(source, (str, os.PathLike)):
         # A name that does not exist is a mistyped folder rather than an image to skip.
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"there is no folder {os.fspath(source)!r}")
         source = image_files(source) if os.path.isdir(source) else as_images(source)
     single = (PIL.Image.Image, np.ndarray, torch.Tensor)
     if isinstance(source, (*single, Sequence)):

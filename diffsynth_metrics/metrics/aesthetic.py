@@ -154,6 +154,7 @@ def _vision_config(config: dict[str, Any] | None) -> CLIPVisionConfig:
         return vit_l_14_config()
     # Both the predictor's own config and a whole CLIP's say what the image tower is.
     config = config.get("vision_config", config)
-    if "hidden_size" not in config:
+    known = config.get("model_type", "clip_vision_model") in ("clip", "clip_vision_model")
+    if "hidden_size" not in config or not known:
         raise CheckpointError("the config.json next to the weights describes no CLIP image tower")
     return CLIPVisionConfig.from_dict(config)

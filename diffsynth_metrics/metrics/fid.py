@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -19,6 +19,9 @@ from typing_extensions import Self
 from diffsynth_metrics.base import BaseMetric, MetricCard, check_batch_size, check_loading
 from diffsynth_metrics.checkpoint import load_weights, weight_files
 from diffsynth_metrics.fid.distances import (
+    FEWEST_FOR_INFINITY,
+    FEWEST_FOR_KID,
+    FEWEST_FOR_PRDC,
     factor_of_features,
     fid_infinity,
     frechet_terms,
@@ -276,15 +279,20 @@ class FIDMetric(BaseMetric):
 
         Raises:
             TypeError: See :meth:`compute`.
-            ValueError: See :meth:`compute`; or features are needed of a side that has statistics only.
+            ValueError: See :meth:`compute`; or features are needed of a side that has statistics only,
+                or that has too few images: KID takes 4, `prdc` 6 and `infinity` 20.
             ImageError: See :meth:`compute`.
             FileNotFoundError: See :meth:`compute`.
         """
+        both = {
+            **({"KID": FEWEST_FOR_KID} if kid else {}),
+            **({"precision and recall": FEWEST_FOR_PRDC} if prdc else {}),
+        }
         (reference, real), (generated, fake) = self._extract_both(
             reference_images,
             generated_images,
-            keep_reference=kid or prdc,
-            keep_generated=kid or prdc or infinity,
+            reference_features=both,
+            generated_features={**both, **({"FID_infinity": FEWEST_FOR_INFINITY} if infinity else {})},
             preprocessing=preprocessing,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -365,28 +373,31 @@ class FIDMetric(BaseMetric):
         reference_images: FIDSource,
         generated_images: FIDSource,
         *,
-        keep_reference: bool = False,
-        keep_generated: bool = False,
+        reference_features: Mapping[str, int] | None = None,
+        generated_features: Mapping[str, int] | None = None,
         **options: Any,
     ) -> list[tuple[FIDStatistics, np.ndarray | None]]:
-        """Do :meth:`_extract` with both sides, after both were checked: the first may take hours."""
+        """Do :meth:`_extract` with both sides, after both were checked: the first may take hours.
+
+        What needs the features of a side is given with the fewest images that it takes.
+        """
         sides = (
-            ("reference", reference_images, keep_reference),
-            ("generated", generated_images, keep_generated),
+            ("reference", reference_images, reference_features or {}),
+            ("generated", generated_images, generated_features or {}),
         )
         sources = [self._open(images, side=side, **options) for side, images, _ in sides]
-        for source, (side, _, keep) in zip(sources, sides, strict=True):
-            count = source.count if isinstance(source, FIDStatistics) else source.total
-            if count is not None and count < 2:
-                raise ValueError(f"FID needs at least two images on each side, got {count} {side}")
-            if keep and isinstance(source, FIDStatistics) and source.features is None:
+        for source, (side, _, measures) in zip(sources, sides, strict=True):
+            if measures and isinstance(source, FIDStatistics) and source.features is None:
                 raise ValueError(
-                    f"KID, precision and recall, and FID_infinity need the {side} images; statistics do "
-                    "not hold their features"
+                    f"{', '.join(measures)} need the {side} images: statistics do not hold features"
                 )
+            count = source.count if isinstance(source, FIDStatistics) else source.total
+            for measure, fewest in {"FID": 2, **measures}.items():
+                if count is not None and count < fewest:
+                    raise ValueError(f"{measure} needs at least {fewest} {side} images, got {count}")
         return [
-            self._extract(source, side=side, keep=keep)
-            for source, (side, _, keep) in zip(sources, sides, strict=True)
+            self._extract(source, side=side, keep=bool(measures))
+            for source, (side, _, measures) in zip(sources, sides, strict=True)
         ]
 
     def _open(
@@ -483,7 +494,8 @@ def _warn_of_few_images(reference: FIDStatistics, generated: FIDStatistics) -> N
     warnings.warn(
         f"FID of {_count(reference.count)} reference and {_count(generated.count)} generated images: "
         f"below {FEATURES:,} the covariance is singular and FID is strongly biased upwards.{example} "
-        "Compare only with numbers of as many images, or use evaluate(kid=True, infinity=True).",
+        "Compare only with numbers of as many images, or use evaluate(kid=True) with at least "
+        f"{FEWEST_FOR_KID} images, and not statistics, on each side.",
         UserWarning,
         stacklevel=3,
     )

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from diffsynth_metrics.base import plain_modes, wants_gradients
+from diffsynth_metrics.base import (
+    BaseMetric,
+    ImageMetric,
+    PromptMetric,
+    plain_modes,
+    wants_gradients,
+)
 from diffsynth_metrics.dual_encoder import DualEncoderMetric, paired_cosine
+from diffsynth_metrics.inputs import extremes
 from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, named, scorer_of
 from diffsynth_metrics.rewards.scales import find_scale
@@ -38,7 +45,8 @@ def as_loss(
     Args:
         source: A metric with gradients, or a :class:`RewardSet` of such.
         input_range: The range of the pixels: ``(0, 1)``, or ``(-1, 1)`` as a VAE decodes them. What
-            leaves the range is clamped, and gets no gradient.
+            leaves the range is clamped, and gets no gradient; what is farther out than half of its
+            width is of another range, and an error.
         loss: ``"one_minus"`` is 1 - reward (AlignProp with HPS), ``"relu_margin"`` is
             max(margin - reward, 0) (ReFL: 2, SRPO: 0.7), ``"neg"`` is -reward.
         margin: Of ``"relu_margin"``.
@@ -52,11 +60,13 @@ def as_loss(
         A function of pixels ``[N, 3, H, W]`` (float of any precision) and N prompts or one, without
         which metrics of images alone may be called. It returns loss and reward, both float32 ``[N]``
         (float64 for metrics in float64) with a graph to the pixels where these require a gradient and
-        the caller has gradients enabled. The caller's autocast is left for the call.
+        the caller has gradients enabled. The caller's autocast is left for the call; ``backward()``
+        belongs outside of it, as torch says, for it rounds gradients to its dtype.
 
     Raises:
+        TypeError: The source is a judge, which has no gradients.
         ValueError: A setting is unknown, or there is a margin too many or too few. When called: the
-            pixels are not a batch, or prompts are missing.
+            pixels are not a batch or of another range, or prompts are missing.
         RewardError: (when called) A sample has no reward.
     """
     if tuple(input_range) not in ((0, 1), (-1, 1)):
@@ -66,6 +76,8 @@ def as_loss(
     if (margin is None) == (loss == "relu_margin"):
         raise ValueError("margin belongs to loss='relu_margin', which needs one")
     scorer = scorer_of(source, scale, name)
+    if isinstance(source, BaseMetric) and not isinstance(source, (PromptMetric, ImageMetric)):
+        raise TypeError(f"a loss needs gradients, and {type(source).__name__} has none")
 
     def loss_function(
         pixels: Tensor, prompts: str | Sequence[str] | None = None, *ignored: Any
@@ -186,6 +198,13 @@ def _check_pixels(pixels: Tensor) -> None:
 
 def _unit_range(pixels: Tensor, input_range: tuple[float, float]) -> Tensor:
     wide = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    low, high = (float(value) for value in extremes(wide))
+    margin = (input_range[1] - input_range[0]) / 2
+    if low < input_range[0] - margin or high > input_range[1] + margin:
+        raise ValueError(
+            f"the pixels reach from {low:.3g} to {high:.3g}, which is not input_range={input_range}; "
+            "a VAE decodes pixels in (-1, 1), and metrics take (0, 1)"
+        )
     if tuple(input_range) == (-1, 1):
         wide = wide / 2 + 0.5
     return wide.clamp(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -359,7 +360,8 @@ def _missing(count: int, device: torch.device) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error)
+    # A sample was scored alone, and who reads its reason knows its number.
+    text = re.sub(r"^image 0\b", "the image", str(error))
     return text if isinstance(error, RewardError) and text else f"{type(error).__name__}: {text}"
 
 

@@ -686,9 +686,25 @@ class TestLosses:
     def test_what_leaves_the_range_is_clamped(
         self, pickscore: PickScoreMetric, pixels: torch.Tensor
     ) -> None:
-        wide = (pixels * 3 - 1).requires_grad_()
+        wide = (pixels * 1.8 - 0.4).requires_grad_()
         _, reward = as_loss(pickscore)(wide, PROMPTS)
         assert reward.tolist() == pickscore.compute(PROMPTS, wide.detach().clamp(0, 1))
+
+    @pytest.mark.parametrize(
+        ("input_range", "wrong"), [((0, 1), (-1, 1)), ((0, 1), (0, 255)), ((-1, 1), (0, 255))]
+    )
+    def test_pixels_of_another_range_are_an_error(
+        self, input_range: Any, wrong: Any, pickscore: PickScoreMetric, pixels: torch.Tensor
+    ) -> None:
+        low, high = wrong
+        with pytest.raises(ValueError, match="the pixels reach from .*, which is not input_range="):
+            as_loss(pickscore, input_range=input_range)(pixels * (high - low) + low, PROMPTS)
+
+    def test_a_judge_is_no_loss(self) -> None:
+        with pytest.raises(TypeError, match="a loss needs gradients, and Judge has none"):
+            as_loss(Judge())
+        with pytest.raises(TypeError, match="a loss needs gradients, and Judge has none"):
+            to_alignprop(Judge())
 
     def test_settings_are_checked(self, pickscore: PickScoreMetric, pixels: torch.Tensor) -> None:
         with pytest.raises(ValueError, match=r"input_range must be \(0, 1\) or \(-1, 1\)"):

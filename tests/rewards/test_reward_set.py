@@ -224,7 +224,7 @@ class TestFailures:
         result = rewards.score(prompts, images)
         assert result.reward.isnan().tolist() == [False, True, False, False]
         assert list(result.failures) == ["quality"] and list(result.failures["quality"]) == [1]
-        assert reason in result.failures["quality"][1]
+        assert reason in result.failures["quality"][1] and "image 0" not in result.failures["quality"][1]
         scored = rewards.scored(prompts, images)
         assert scored.reasons[1] is not None and reason in scored.reasons[1]
         assert [scored.reasons[i] for i in (0, 2, 3)] == [None] * 3
