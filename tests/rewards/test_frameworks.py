@@ -697,7 +697,7 @@ class TestLosses:
         self, input_range: Any, wrong: Any, pickscore: PickScoreMetric, pixels: torch.Tensor
     ) -> None:
         low, high = wrong
-        with pytest.raises(ValueError, match="the pixels reach from .*, which is not input_range="):
+        with pytest.raises(ValueError, match=r"the pixels reach from .*, which is not input_range="):
             as_loss(pickscore, input_range=input_range)(pixels * (high - low) + low, PROMPTS)
 
     def test_a_judge_is_no_loss(self) -> None:
