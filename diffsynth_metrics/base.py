@@ -157,7 +157,7 @@ class BaseMetric(ABC):
         # Before a processor is looked for, which another metric's weights do not have beside them.
         check_owner(weights, cls)
         if processor_config is None and model_config.path is not None:
-            own = ModelConfig(path=weights[0].parent).resolve()
+            own = [str(file) for file in weights[0].parent.iterdir() if file.is_file()]
             if any(Path(file).name in cls.processor_files for file in own):
                 return weights, own
         processor = processor_config

@@ -166,14 +166,30 @@ def load_weights(
     """
     check_owner(files, metric)
     _check_layout(model, files, metric.__name__, unused)
+    with torch.inference_mode(False):  # weights that are made in it give no gradients afterwards
+        _assign(model, files, device, dtype, tuple(float32))
+
+
+def _assign(
+    model: nn.Module,
+    files: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    float32: tuple[str, ...],
+) -> None:
     wide = torch.promote_types(dtype, torch.float32)
-    wanted = model.state_dict().keys()
+    wanted = model.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for name in wanted & set(opened.keys()):
+            for name in wanted.keys() & set(opened.keys()):
                 tensor = opened.get_tensor(name)
-                target = wide if name.startswith(tuple(float32)) else dtype
+                if tensor.is_floating_point() != wanted[name].is_floating_point():
+                    raise CheckpointError(
+                        f"{file} holds {name} as {tensor.dtype}, and the network needs "
+                        f"{wanted[name].dtype}"
+                    )
+                target = wide if name.startswith(float32) else dtype
                 tensors[name] = tensor.to(device, target if tensor.is_floating_point() else None)
     model.load_state_dict(tensors, assign=True)
     model.to(device).requires_grad_(False).eval()

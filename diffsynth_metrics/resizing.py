@@ -38,7 +38,10 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     if images.dtype == torch.uint8:
         return _resize_bytes(images, height, width).to(torch.float32).div_(255)
     pixels = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
-    for size in ((images.shape[-2], width), (height, width)):
+    old_height, old_width = images.shape[-2:]
+    tall = _columns_first(images, height, width)
+    between = (height, old_width) if tall else (old_height, width)
+    for size in (between, (height, width)):
         if pixels.shape[-2:] != size:
             pixels = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
             pixels = pixels.clamp_(0, 1)
@@ -71,12 +74,15 @@ def _by_pillow(images: Tensor, height: int, width: int) -> Tensor:
 
 def filter_bytes(images: Tensor, height: int, width: int) -> Tensor:
     """Resize bytes in Pillow's integers, on any device: uint8 ``[B, C, H, W]`` to its size."""
-    old_height, old_width = images.shape[-2:]
-    # From 13.0 on, Pillow begins with the columns where that leaves it less to do.
-    shrinks = old_height - height
-    if _PILLOW >= 13 and shrinks > 0 and shrinks > 2 * (old_width - width):
+    if _columns_first(images, height, width):
         return _filtered(_filtered(images, -2, height), -1, width)
     return _filtered(_filtered(images, -1, width), -2, height)
+
+
+def _columns_first(images: Tensor, height: int, width: int) -> bool:
+    """Tell whether Pillow begins with the columns: from 13.0 on, where that leaves it less to do."""
+    shrinks = images.shape[-2] - height
+    return _PILLOW >= 13 and shrinks > 0 and shrinks > 2 * (images.shape[-1] - width)
 
 
 def _filtered(images: Tensor, dim: int, size: int) -> Tensor:

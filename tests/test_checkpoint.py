@@ -442,6 +442,18 @@ class TestPublishedLayouts:
         Mine.from_pretrained(ModelConfig(path=path), ModelConfig(path=tiny_folder), device="cpu")
         path.unlink()
 
+    def test_a_file_is_loaded_whatever_lies_beside_it(self, tiny_folder: Path, tmp_path: Path) -> None:
+        for file in tiny_folder.iterdir():
+            (tmp_path / file.name).symlink_to(file)
+        (tmp_path / "other-00001-of-00003.safetensors").touch()
+        PickScoreMetric.from_pretrained(ModelConfig(path=tmp_path / "model.safetensors"), device="cpu")
+
+    def test_weights_of_another_kind_of_dtype_are_refused(self, tmp_path: Path) -> None:
+        tensors = {**small_tensors(), "scale": torch.tensor(4, dtype=torch.int8)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"holds scale as torch\.int8, and the network needs"):
+            load(small(), tmp_path / "model.safetensors")
+
     def test_what_is_wrong_with_the_weights_is_said_before_a_processor_is_looked_for(
         self, tmp_path: Path
     ) -> None:

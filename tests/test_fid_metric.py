@@ -104,6 +104,53 @@ def test_every_source_gives_the_same_statistics(
     np.testing.assert_allclose(statistics.covariance, expected.covariance, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_generator_may_close_its_pictures_or_draw_on_them_again(
+    metric: FIDMetric, pictures: np.ndarray, folder: Path, num_workers: int
+) -> None:
+    def closed() -> Iterator[PIL.Image.Image]:
+        for path in sorted(folder.rglob("[0-9]*.png")):
+            with PIL.Image.open(path) as picture:
+                yield picture
+
+    def drawn_again() -> Iterator[PIL.Image.Image]:
+        canvas = PIL.Image.fromarray(pictures[0])
+        for picture in pictures:
+            canvas.paste(PIL.Image.fromarray(picture))
+            yield canvas
+
+    expected = metric.statistics(folder)
+    for source in (closed(), drawn_again()):
+        statistics = metric.statistics(source, num_workers=num_workers, on_error="skip")
+        assert (statistics.count, statistics.skipped) == (12, 0)
+        np.testing.assert_allclose(statistics.covariance, expected.covariance, atol=1e-6)
+
+
+def test_a_picture_of_a_generator_that_cannot_be_read_is_named_or_skipped(
+    metric: FIDMetric, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    PIL.Image.fromarray(pictures[0]).save(tmp_path / "cut.png")
+    data = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+
+    def source() -> Iterator[PIL.Image.Image]:
+        yield from map(PIL.Image.fromarray, pictures[:3])
+        with PIL.Image.open(tmp_path / "cut.png") as cut:
+            yield cut
+
+    assert metric.statistics(source(), on_error="skip").skipped == 1
+    with pytest.raises(ImageError, match=r"^batch 3, image 0.*cut\.png.* cannot be read"):
+        metric.statistics(source())
+
+
+def test_statistics_are_no_images_to_encode(metric: FIDMetric, pictures: np.ndarray) -> None:
+    statistics = FIDStatistics.from_moments(np.zeros(2048), np.eye(2048), 10)
+    with pytest.raises(ValueError, match="statistics do not hold features"):
+        metric.encode_image(statistics)  # type: ignore[arg-type]
+    kept = metric.encode_image(metric.statistics(pictures))  # type: ignore[arg-type]
+    assert kept.dtype == torch.float32 and torch.allclose(kept, metric.encode_image(list(pictures)))
+
+
 def test_statistics_and_files_of_statistics_are_sources(
     metric: FIDMetric, pictures: np.ndarray, folder: Path, tmp_path: Path
 ) -> None:

@@ -474,3 +474,14 @@ def test_statistics_need_no_torch() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
     )
     assert output.stdout == "False\n"
+
+
+def test_counts_of_numpy_do_not_overflow() -> None:
+    parts = [
+        FIDStatistics.from_moments(np.full(2, mean), np.eye(2), np.int16(30_000)) for mean in (0.0, 2.0)
+    ]
+    total = parts[0].merge(parts[1])
+    assert total.count == 60_000
+    np.testing.assert_allclose(np.diag(total.covariance), 2, rtol=1e-3)
+    with pytest.raises(TypeError):
+        FIDStatistics.from_moments(np.zeros(2), np.eye(2), 30_000.5)  # type: ignore[arg-type]

@@ -46,6 +46,7 @@ SIZES = (
     (3, 40),
     (600, 400),
     (1024, 768),
+    (512, 1040),
 )
 OPAQUE_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "I;16", "I", "F")
 # transformers 5.8 converts these with Pillow's convert("RGB"), as it did when the metrics were published

@@ -220,7 +220,16 @@ def _from_batches(batches: Iterable[Any], on_error: OnError) -> Iterator[_Named]
             images = _check(_without_labels(batch), on_error)
         except (ImageError, TypeError, ValueError, FileNotFoundError) as error:
             raise type(error)(f"batch {number}: {error}") from error
-        yield from _named(images, f"batch {number}, ")
+        for name, image in _named(images, f"batch {number}, "):
+            if isinstance(image, PIL.Image.Image):
+                try:
+                    # Its own copy: the generator may draw on it or close it before a worker reads it.
+                    image = open_image(image, name).copy()
+                except ImageError as error:
+                    if on_error == "raise":
+                        raise
+                    image = ImageError(str(error).removeprefix(f"{name} "))
+            yield name, image
 
 
 def _without_labels(batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ class FIDStatistics:
             raise ValueError(
                 f"mean and covariance must be [D] and [D, D], got {mean.shape} and {covariance.shape}"
             )
+        count = None if count is None else operator.index(count)  # NumPy's own integers overflow
         if count is not None and count < 0:
             raise ValueError(f"count must be at least 0, got {count}")
         if count in (0, 1):

@@ -357,8 +357,9 @@ class FIDMetric(BaseMetric):
             float32 ``[N, 2048]`` on the CPU, of at least 0.
         """
         _, features = self._extract(self._open(images, progress=progress), keep=True)
-        assert features is not None
-        return torch.from_numpy(features)
+        if features is None:
+            raise ValueError("statistics do not hold features; pass the images")
+        return torch.from_numpy(features.astype(np.float32, copy=False))
 
     def __call__(self, reference_images: FIDSource, generated_images: FIDSource) -> FIDScore:
         """Do the same as :meth:`compute`."""
@@ -466,7 +467,11 @@ class FIDMetric(BaseMetric):
 def _given_statistics(images: FIDSource) -> FIDStatistics | None:
     if isinstance(images, FIDStatistics):
         return images
-    if isinstance(images, (str, os.PathLike)) and os.fspath(images).endswith(".npz"):
+    if (
+        isinstance(images, (str, os.PathLike))
+        and os.fspath(images).endswith(".npz")
+        and not os.path.isdir(images)
+    ):
         return FIDStatistics.load(images)
     return None
 

@@ -94,6 +94,17 @@ def held() -> tuple[int, int]:
     return len(tensors), sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_metric_that_was_loaded_in_inference_mode_has_gradients(
+    name: str, folders: dict[str, Path]
+) -> None:
+    with torch.inference_mode():
+        metric = DIFFERENTIABLE[name].from_pretrained(ModelConfig(path=folders[name]), device="cpu")
+    pixels = torch.rand(1, 3, 64, 64, requires_grad=True)
+    reward(metric, pixels).sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+
+
 def test_memory_after_a_hundred_calls_is_that_after_five(single: Any) -> None:
     rewards = RewardSet(
         {"one": Component(single, 1.0, "zscore"), "two": Component(single, 1.0, "group")}
