@@ -109,21 +109,22 @@ def measure_pickscore(metric: PickScoreMetric, folder: Path, size: int, rounds: 
     images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8, device=device)
     floats = images / 255
     texts = metric.encode_text(PROMPTS)
+    asked = pickscore(folder, device, metric.dtype)  # who is asked for its network remembers no prompts
     processor = CLIPProcessor.from_pretrained(folder)
     rewards = RewardSet({"pickscore": Component(metric, 1.0, "zscore")})
     flow_grpo = to_flow_grpo(metric, scale=None)(device)
 
     @torch.no_grad()
     def bare_scores() -> list[float]:
-        return bare(metric, texts, images).tolist()
+        return bare(asked, texts, images).tolist()
 
     @torch.no_grad()
     def pil_scores() -> list[float]:
-        return through_pil(metric, processor, images).tolist()
+        return through_pil(asked, processor, images).tolist()
 
     def bare_gradients() -> torch.Tensor:
         leaf = floats.clone().requires_grad_()
-        bare(metric, texts, leaf).sum().backward()
+        bare(asked, texts, leaf).sum().backward()
         return leaf.grad
 
     def gradients() -> torch.Tensor:

@@ -29,14 +29,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize as l2_normalize
-from transformers import CLIPVisionModel
+from transformers import CLIPModel, CLIPVisionModel
 
 from diffsynth_metrics import AestheticMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.metrics.aesthetic import aesthetic_score
 from diffsynth_metrics.models.class_token import class_token_of_clip
 from diffsynth_metrics.rewards import Component, RewardSet, to_dance_grpo, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
-from diffsynth_metrics.transforms import tensor_pixels
+from diffsynth_metrics.transforms import Transform, tensor_pixels
 
 IMAGES = 16
 PROMPTS = [f"prompt {number}" for number in range(IMAGES)]
@@ -55,20 +55,17 @@ def whole_tower(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def bare_pickscore(
-    metric: PickScoreMetric, texts: torch.Tensor, images: torch.Tensor, tower: Tower = whole_tower
+    model: CLIPModel, transform: Transform, texts: torch.Tensor, images: torch.Tensor, tower: Tower
 ) -> torch.Tensor:
-    model = metric.model
     with torch.no_grad():
         rows = []
-        for pixels in tensor_pixels(images, metric.transform).split(16):
+        for pixels in tensor_pixels(images, transform).split(16):
             pooled = tower(model.vision_model, pixels)
             rows.append(l2_normalize(model.visual_projection(pooled), dim=-1))
         return model.logit_scale.exp() * (texts * torch.cat(rows)).sum(dim=-1)
 
 
-def bare_aesthetic(
-    metric: AestheticMetric, images: torch.Tensor, tower: Tower = whole_tower
-) -> torch.Tensor:
+def bare_aesthetic(metric: AestheticMetric, images: torch.Tensor, tower: Tower) -> torch.Tensor:
     model = metric.model
     with torch.no_grad():
         rows = []
@@ -111,10 +108,14 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
     )
     images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
     floats = images / 255
+    network = pickscore.model
+    pickscore.remembers_prompts = (
+        True  # as before somebody asked for the network; nobody changes it here
+    )
     texts = pickscore.encode_text(PROMPTS)
 
     def bare(images: torch.Tensor, tower: Tower = whole_tower) -> torch.Tensor:
-        return bare_pickscore(pickscore, texts, images, tower)
+        return bare_pickscore(network, pickscore.transform, texts, images, tower)
 
     def bare_both(tower: Tower) -> torch.Tensor:
         return bare(images, tower) + bare_aesthetic(aesthetic, images, tower)
@@ -221,11 +222,10 @@ def main() -> None:
         *verdicts,
         "",
         "Images of 224×224 are not resized: there the bare line is a network of a few milliseconds "
-        "alone. What checks, names, statistics and the failure policy take is the same at every size; a "
-        "part of it is the look at every weight of the text tower, which keeps remembered prompts from "
-        "outliving weights that changed. The bare network is `metric.model`, called as transformers "
-        "calls it; the own pass is what the metric makes of it: it computes of the last block of the "
-        "tower the class token alone, and leaves out what transformers does around the parts of a "
+        "alone. What checks, names, statistics and the failure policy take is the same at every size. "
+        "The bare network is `metric.model`, called as transformers calls it; the own pass is what the "
+        "metric makes of it: it computes of the last block of the tower the class token alone, and leaves "
+        "out what transformers does around the parts of a "
         "network. These two metrics share no transform, so a set of both saves nothing.",
         "",
         "The bare line of floats reads every value once, to refuse NaN and what is not in 0..1; `floats "

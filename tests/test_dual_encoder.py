@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 
 from diffsynth_metrics import CLIPMetric, HPSv2Metric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.dual_encoder import (
-    DualEncoderMetric,
     _TextCache,
     cosine_matrix,
     paired_cosine,
@@ -29,8 +29,9 @@ PROMPTS = ["a cat", "an astronaut in orange", "", "a cup of coffee on a table", 
 
 @pytest.fixture
 def metric(tiny_metric: PickScoreMetric) -> PickScoreMetric:
-    """The tiny metric, which has forgotten the prompts of other tests."""
-    return tiny_metric.to("cpu")
+    """The tiny metric, which has forgotten the prompts of other tests, and who asked for its network."""
+    tiny_metric.remembers_prompts = True
+    return tiny_metric
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,11 @@ def images(photographs: Photographs) -> list[PIL.Image.Image]:
 
 @pytest.fixture
 def encoded(metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The batches of prompts that reach the text tower from now on."""
+    return watch_encoding(metric, monkeypatch)
+
+
+def watch_encoding(metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return the batches of prompts that reach the text tower from now on."""
     batches: list[list[str]] = []
     embed = metric._embed_texts
 
@@ -50,6 +55,24 @@ def encoded(metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch) -> list[li
 
     monkeypatch.setattr(metric, "_embed_texts", recorded)
     return batches
+
+
+def change_data(network: Any) -> None:
+    for weight in network.parameters():
+        weight.data.add_(0.1 * torch.randn_like(weight))
+
+
+def step_fused(network: Any) -> None:
+    weights = list(network.parameters())
+    for weight in weights:
+        weight.grad = torch.randn_like(weight.requires_grad_())
+    torch.optim.AdamW(weights, lr=0.1, fused=True).step()
+
+
+def hook(network: Any) -> None:
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
 
 
 def unit(*rows: list[float]) -> torch.Tensor:
@@ -278,41 +301,60 @@ class TestMemoryOfPrompts:
         metric.encode_text("a")
         assert encoded == [["a"], ["a"]]
 
-    def test_other_weights_or_lengths_forget_the_prompts(self, tiny_metric: PickScoreMetric) -> None:
+    def test_another_length_is_another_text(self, tiny_metric: PickScoreMetric) -> None:
         metric = copy.deepcopy(tiny_metric)
-        prompt = "a cat on a sofa by the window"
-        first = metric.encode_text(prompt)
-        with torch.no_grad():
-            metric.model.text_projection.weight[0] *= -1
-        second = metric.encode_text(prompt)
+        first = metric.encode_text("a cat on a sofa by the window")
         metric.max_length = 5
-        third = metric.encode_text(prompt)
-        assert not torch.allclose(first, second, atol=1e-3)
-        assert not torch.allclose(second, third, atol=1e-3)
+        assert not torch.allclose(first, metric.encode_text("a cat on a sofa by the window"), atol=1e-3)
 
     @pytest.mark.parametrize(("name", "metric_class"), [("clip", CLIPMetric), ("hpsv2", HPSv2Metric)])
-    def test_weights_that_are_not_watched_are_of_no_text(
-        self, name: str, metric_class: type[DualEncoderMetric], tmp_path: Path
+    @pytest.mark.parametrize("change", [change_data, step_fused, hook], ids=lambda f: f.__name__)
+    def test_no_prompt_outlives_a_change_of_the_network(
+        self, change: Any, name: str, metric_class: Any, tmp_path: Path
     ) -> None:
         files = ModelConfig(path=tiny_checkpoint(name, tmp_path))
-        metric = metric_class.from_pretrained(files, device="cpu")  # type: ignore[attr-defined]
-        text = metric.encode_text("a")
-        watched = 0
-        for weight_name, weight in metric.model.named_parameters():
-            state, before = metric._text_state(), weight.detach().clone()
-            with torch.no_grad():
-                weight.add_(torch.randn_like(weight))
-            if metric._text_state() == state:
-                metric._text_cache.clear()
-                assert torch.equal(metric.encode_text("a"), text), weight_name
-            else:
-                watched += 1
-            with torch.no_grad():
-                weight.copy_(before)
-        assert 20 < watched < len(list(metric.model.parameters())) - 20
+        metric = metric_class.from_pretrained(files, device="cpu")
+        first = metric.encode_text("a")
+        network = metric.model  # asked for once, before the prompt is asked for again
+        assert torch.equal(metric.encode_text("a"), first)
+        change(network)
+        second = metric.encode_text("a")
+        assert not torch.allclose(first, second, atol=1e-3)
+        change(network)
+        assert not torch.allclose(second, metric.encode_text("a"), atol=1e-4)
+
+    def test_who_has_asked_for_the_network_may_promise_not_to_change_it(
+        self, tiny_metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        metric = copy.deepcopy(tiny_metric)
+        encoded = watch_encoding(metric, monkeypatch)
+        metric.remembers_prompts = True
+        metric.encode_text("a")
+        metric.encode_text("a")
+        assert metric.model is not None and not metric.remembers_prompts
+        metric.encode_text("a")
+        metric.encode_text("a")
+        metric.remembers_prompts = True
+        metric.encode_text("a")
+        metric.encode_text("a")
+        assert encoded == [["a"]] * 4
+
+    def test_only_a_network_that_nobody_else_has_is_trusted(self, tiny_folder: Path) -> None:
+        metric = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
+        assert metric.remembers_prompts
+        for same in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.to("cpu")):
+            assert same.remembers_prompts
+        own = PickScoreMetric(metric._network, metric.tokenizer, max_length=77, batch_size=16)
+        assert not own.remembers_prompts
+        shallow = copy.copy(metric)
+        assert shallow.model is metric._network and not metric.remembers_prompts
+        assert not copy.deepcopy(metric).remembers_prompts
+        other = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
+        other.model = metric._network
+        assert not other.remembers_prompts and other._network is metric._network
 
     def test_the_batches_used_last_are_kept(self) -> None:
-        cache = _TextCache(5)
+        cache = _TextCache(5, is_used=True)
         for name, rows in (("a", 2), ("b", 3)):
             cache.put(name, torch.zeros(rows, 4))
         assert cache.get("a") is not None
@@ -320,7 +362,7 @@ class TestMemoryOfPrompts:
         assert [cache.get(name) is None for name in "abc"] == [False, True, False]
 
     def test_a_batch_of_more_prompts_than_are_kept_is_kept_alone(self) -> None:
-        cache = _TextCache(5)
+        cache = _TextCache(5, is_used=True)
         cache.put("a", torch.zeros(1, 4))
         cache.put("b", torch.zeros(7, 4))
         assert cache.get("a") is None and cache.get("b") is not None
@@ -329,7 +371,7 @@ class TestMemoryOfPrompts:
         self, metric: PickScoreMetric, images: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         expected = [metric.compute(prompt, images) for prompt in PROMPTS]
-        monkeypatch.setattr(metric, "_text_cache", _TextCache(2))
+        monkeypatch.setattr(metric, "_text_cache", _TextCache(2, is_used=True))
         assert [metric.compute(prompt, images) for prompt in PROMPTS] == expected
         assert len(metric._text_cache) == 2
 

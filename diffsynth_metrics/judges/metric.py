@@ -180,7 +180,7 @@ class JudgeMetric(BaseMetric):
             return self.engine.ask(questions)
 
     @property
-    def model(self) -> nn.Module:  # type: ignore[override]
+    def _network(self) -> nn.Module:  # type: ignore[override]
         """The network; an engine that has none in memory is an AttributeError."""
         model: nn.Module = self.engine.model  # type: ignore[attr-defined]
         return model

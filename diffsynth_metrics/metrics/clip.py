@@ -90,8 +90,8 @@ class CLIPMetric(DualEncoderMetric):
         origin_file_pattern="CLIP-ViT-H-14-laion2B-s32B-b79K/*.[jt]*",
     )
     processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
-    _image_tower = "vision_model"
     model: CLIPModel
+    _network: CLIPModel
     transform: ShortestEdgeCrop
 
     def __init__(
@@ -165,17 +165,18 @@ class CLIPMetric(DualEncoderMetric):
         _check_tokenizer(tokenizer, config.text_config, folder)
         max_length = min(max_length, config.text_config.max_position_embeddings)
         metric = cls(model, tokenizer, max_length=max_length, batch_size=batch_size)
+        metric.remembers_prompts = True
         _check_preprocessor(folder, metric.transform)
         return metric
 
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
-        model = self.model
+        model = self._network
         pooled = class_token_of_clip(model.vision_model, pixel_values)
         projection: Tensor = model.visual_projection(pooled.to(model.visual_projection.weight.dtype))
         return projection
 
     def _embed_texts(self, prompts: list[str]) -> Tensor:
-        model = self.model
+        model = self._network
         with self._tokenizer_lock:
             tokens = self.tokenizer(
                 prompts,
@@ -190,11 +191,11 @@ class CLIPMetric(DualEncoderMetric):
         projection: Tensor = model.text_projection(pooled.to(model.text_projection.weight.dtype))
         return projection
 
-    def _text_state(self) -> Hashable:
-        return super()._text_state(), self.max_length
+    def _text_settings(self) -> Hashable:
+        return self.max_length
 
     def _score(self, cosine: Tensor) -> Tensor:
-        return clip_score(cosine, self.model.logit_scale)
+        return clip_score(cosine, self._network.logit_scale)
 
 
 def _check_tokenizer(tokenizer: CLIPTokenizer, config: CLIPTextConfig, folder: Path) -> None:

@@ -65,8 +65,8 @@ class HPSv2Metric(DualEncoderMetric):
     default_model: ClassVar[ModelConfig] = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv2/model.safetensors"
     )
-    _image_tower = "visual"
     model: open_clip.CLIP
+    _network: open_clip.CLIP
 
     def __init__(
         self,
@@ -140,24 +140,26 @@ class HPSv2Metric(DualEncoderMetric):
         _detach_heads(model)
         if gradient_checkpointing:
             checkpoint_blocks(model)
-        return cls(model, scale=scale, antialias=antialias, batch_size=batch_size)
+        metric = cls(model, scale=scale, antialias=antialias, batch_size=batch_size)
+        metric.remembers_prompts = True
+        return metric
 
     def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
         components = super()._components(prompt, images)
         return {**components, "percent": 100 * components["cosine"]}
 
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
-        pooled = class_token_of_open_clip(self.model.visual, pixel_values.to(self.dtype))
-        head: Tensor = self.model.heads["visual"]
+        pooled = class_token_of_open_clip(self._network.visual, pixel_values.to(self.dtype))
+        head: Tensor = self._network.heads["visual"]
         return pooled.to(head.dtype) @ head
 
     def _embed_texts(self, prompts: list[str]) -> Tensor:
-        pooled: Tensor = self.model.encode_text(self.tokenizer(prompts).to(self.device))
-        head: Tensor = self.model.heads["text"]
+        pooled: Tensor = self._network.encode_text(self.tokenizer(prompts).to(self.device))
+        head: Tensor = self._network.heads["text"]
         return pooled.to(head.dtype) @ head
 
     def _score(self, cosine: Tensor) -> Tensor:
-        return hps_v2(cosine, self.model.logit_scale, self.scale)
+        return hps_v2(cosine, self._network.logit_scale, self.scale)
 
 
 def _detach_heads(model: open_clip.CLIP) -> None:
