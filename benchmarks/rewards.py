@@ -224,9 +224,9 @@ def main() -> None:
         "Images of 224×224 are not resized: there the bare line is a network of a few milliseconds "
         "alone. What checks, names, statistics and the failure policy take is the same at every size. "
         "The bare network is `metric.model`, called as transformers calls it; the own pass is what the "
-        "metric makes of it: it computes of the last block of the tower the class token alone, and leaves "
-        "out what transformers does around the parts of a "
-        "network. These two metrics share no transform, so a set of both saves nothing.",
+        "metric makes of it: it computes of the last block of the tower the class token alone, and "
+        "leaves out what transformers does around the parts of a network. These two metrics share no "
+        "transform, so a set of both saves nothing.",
         "",
         "The bare line of floats reads every value once, to refuse NaN and what is not in 0..1; `floats "
         "rounded` is what flow_grpo does with floats, which rounds them to bytes first.",

@@ -315,6 +315,7 @@ class TestMemoryOfPrompts:
         files = ModelConfig(path=tiny_checkpoint(name, tmp_path))
         metric = metric_class.from_pretrained(files, device="cpu")
         first = metric.encode_text("a")
+        assert metric.remembers_prompts
         network = metric.model  # asked for once, before the prompt is asked for again
         assert torch.equal(metric.encode_text("a"), first)
         change(network)
