@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-__all__ = ["DeviceMap", "execution_device", "place"]
+from diffsynth_metrics.base import choose_device
+
+__all__ = ["DeviceMap", "check_device_map", "execution_device", "place"]
 
 DeviceMap: TypeAlias = "str | Mapping[str, int | str | torch.device]"
 """``"auto"`` and the like, one device, or parts of the network to devices, as in transformers."""
@@ -31,9 +33,7 @@ def place(model: Any, device_map: DeviceMap, dtype: torch.dtype) -> nn.Module:
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    if not isinstance(device_map, str):
-        places = dict(device_map)
-    elif device_map in _STRATEGIES:
+    if device_map in _STRATEGIES:
         whole = list(model._no_split_modules)
         limits = None
         if device_map != "sequential":
@@ -47,14 +47,42 @@ def place(model: Any, device_map: DeviceMap, dtype: torch.dtype) -> nn.Module:
             model, max_memory=limits, dtype=dtype, no_split_module_classes=whole
         )
     else:
-        places = {"": device_map}
-    if disk := sorted(name for name, device in places.items() if device == "disk"):
+        places = _places(device_map)
+    _refuse_disk(places)
+    placed: nn.Module = dispatch_model(model, device_map=places)
+    return placed
+
+
+def check_device_map(device_map: DeviceMap | None) -> None:
+    """Check what can be checked without the network, which may have to be fetched first.
+
+    Raises:
+        TypeError: It is neither a str nor a mapping.
+        ValueError: A part is mapped to the disk.
+        RuntimeError: torch does not know a device, or it is not there.
+    """
+    if device_map is None or device_map in _STRATEGIES:
+        return
+    if not isinstance(device_map, (str, Mapping)):
+        raise TypeError(
+            f"device_map must be a str or map modules to devices, got {type(device_map).__name__}"
+        )
+    places = _places(device_map)
+    _refuse_disk(places)
+    for device in places.values():
+        choose_device(device if isinstance(device, (str, torch.device)) else torch.device(device))
+
+
+def _places(device_map: DeviceMap) -> dict[str, Any]:
+    return {"": device_map} if isinstance(device_map, str) else dict(device_map)
+
+
+def _refuse_disk(places: Mapping[str, Any]) -> None:
+    if disk := sorted(name or "the network" for name, device in places.items() if device == "disk"):
         raise ValueError(
             f"device_map puts {', '.join(disk)} on the disk, which is not supported; "
             "give it more devices, or map these parts to 'cpu'"
         )
-    placed: nn.Module = dispatch_model(model, device_map=places)
-    return placed
 
 
 def execution_device(model: nn.Module) -> torch.device:

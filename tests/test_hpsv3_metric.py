@@ -348,6 +348,7 @@ def test_bad_options_are_errors(folder: Path, options: dict[str, Any], message: 
         ({"torch_dtype": torch.int8}, TypeError, "torch_dtype must be one of"),
         ({"max_pixels": 100}, ValueError, "max_pixels"),
         ({"processor_kwargs": {"local_files_only": True}}, TypeError, "local_files_only"),
+        ({"processor_kwargs": 5}, TypeError, "processor_kwargs must be a mapping, got int"),
     ],
 )
 def test_options_are_checked_before_files_are_looked_for(

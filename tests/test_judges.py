@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import threading
@@ -17,6 +18,7 @@ import torch
 
 from diffsynth_metrics import (
     CheckpointError,
+    HPSv3Metric,
     ImageError,
     ModelConfig,
     QwenImageBenchMetric,
@@ -26,6 +28,7 @@ from diffsynth_metrics import (
 from diffsynth_metrics.judges.architectures import build_judge, judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import JudgeMetric, load_prompts
+from diffsynth_metrics.rewards import RewardSet, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
 
 RED = PIL.Image.new("RGB", (64, 48), "red")
@@ -360,7 +363,7 @@ def test_qwen_image_bench_aggregates_level_by_level() -> None:
     assert row["level3_scores"]["Quality"]["Realism"] == {"Physical Logic": 100, "Material Texture": 0}
     assert row["level2_scores"]["Quality"] == {"Realism": 50, "Detail": 60, "Resolution": None}
     assert row["level1_scores"] == {"Quality": 55, "Alignment": 100}
-    assert row["total_score"] == 77.5
+    assert row["score"] == row["total_score"] == 77.5
     assert row["parse_failures"] == [] and row["error"] is None
     assert row["raw_outputs"] == {"Quality": quality, "Alignment": alignment}
 
@@ -388,6 +391,64 @@ def test_what_does_not_apply_is_left_out_of_the_total() -> None:
     engine = Scripted('</think>{"Noise": {"score": 1}}', '</think>{"Color": {"score": "N/A"}}')
     (row,) = QwenImageBenchMetric(engine).evaluate("a", RED, dimensions=["Quality", "Alignment"])
     assert (row["total_score"], row["level1_scores"]["Alignment"], row["error"]) == (60, None, None)
+
+
+@pytest.mark.parametrize("adapter", ["flow_grpo", "set", "official"])
+def test_every_judge_is_a_reward(adapter: str) -> None:
+    checklist = '</think>{"Realism": {"Naturalness": {"score": 1}}}'
+    judges: list[tuple[Any, str, Any]] = [
+        (
+            UnifiedReward2Metric,
+            "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2",
+            [RED, GREEN],
+        ),
+        (UnifiedRewardEditMetric, '{"score": [20, 10], "reasoning": "r"}', [[RED, GREEN], [RED, BLUE]]),
+        (QwenImageBenchMetric, checklist, [RED, GREEN]),
+    ]
+    for judge, answer, images in judges:
+        metric = judge(Scripted(answer))
+        expected = metric.reward(["a", "b"], images).tolist()
+        assert all(map(math.isfinite, expected))
+        if adapter == "set":
+            rewards = RewardSet({"judge": metric}).score(["a", "b"], images).reward.tolist()
+        else:
+            scale = "official" if adapter == "official" else None
+            rewards, _ = to_flow_grpo(metric, scale=scale)()(images, ["a", "b"], [{}, {}])
+        assert rewards == expected, judge
+
+
+def test_an_engine_that_loses_an_answer_is_found_out() -> None:
+    class Forgetful(Scripted):
+        def ask(self, questions: Sequence[Question]) -> list[Answer]:
+            return super().ask(questions)[1:]
+
+    for judge in CLASSES.values():
+        with pytest.raises(RuntimeError, match=r"Forgetful gave \d+ answers to \d+ questions"):
+            judge(Forgetful()).evaluate("a", [RED, GREEN])
+
+
+def test_a_task_of_one_image_takes_a_flat_list_and_a_batch() -> None:
+    metric = UnifiedRewardEditMetric(
+        Scripted('{"score": [20, 10], "reasoning": "r"}'), task="edit_pointwise_quality"
+    )
+    batch = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    for images in (
+        [RED, GREEN, BLUE],
+        [[RED], [GREEN], [BLUE]],
+        batch,
+        list(batch),
+        batch.movedim(1, -1).numpy(),
+    ):
+        assert metric.compute(["a", "b", "c"], images) == [15.0] * 3
+    assert metric.compute("a", RED) == metric.compute("a", batch[0]) == [15.0]
+
+
+def test_a_comma_between_dimensions_with_slashes_is_an_error() -> None:
+    metric = QwenImageBenchMetric(Scripted())
+    with pytest.raises(ValueError, match=r"has a comma before 'Alignment': write ;"):
+        metric.evaluate("a", RED, dimensions="Quality / Realism, Alignment / Color")
+    below = "Quality / Detail, and so on / Noise; Alignment / Color"
+    assert metric.evaluate("a", RED, dimensions=below)[0]["dimensions"] == ["Quality", "Alignment"]
 
 
 # Loading
@@ -485,6 +546,32 @@ def test_parts_of_the_network_can_be_placed(folders: dict[str, Path], judges: di
         assert metric.evaluate("a", RED) == judges["unified_reward_2"].evaluate("a", RED)
     with pytest.raises(ValueError, match="either device or device_map"):
         UnifiedReward2Metric.from_pretrained(config, device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize("judge", [*CLASSES.values(), HPSv3Metric])
+@pytest.mark.parametrize(
+    ("device_map", "error", "message"),
+    [
+        ("nonsense", RuntimeError, "the device 'nonsense' cannot be used"),
+        ({"": "cuda:99"}, RuntimeError, "the device 'cuda:99' cannot be used"),
+        ({"": "disk"}, ValueError, "device_map puts the network on the disk"),
+        ({"model": "disk", "": "cpu"}, ValueError, "device_map puts model on the disk"),
+        (5, TypeError, "device_map must be a str or map modules to devices, got int"),
+    ],
+)
+def test_a_wrong_device_map_is_an_error_before_files_are_looked_for(
+    judge: Any, device_map: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        judge.from_pretrained(ModelConfig(path="nowhere"), device_map=device_map)
+
+
+def test_the_network_of_a_judge_can_be_replaced(judges: dict[str, Any]) -> None:
+    metric = copy.copy(judges["unified_reward_2"])
+    metric.engine = copy.copy(metric.engine)
+    before = metric.evaluate("a", RED)
+    metric.model = other = copy.deepcopy(metric.model)
+    assert metric.engine.model is other and metric.evaluate("a", RED) == before
 
 
 def test_processor_kwargs_reach_the_processor(folders: dict[str, Path]) -> None:

@@ -23,7 +23,7 @@ from diffsynth_metrics.judges.architectures import judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.local import LocalEngine, check_limits
 from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.placement import DeviceMap
+from diffsynth_metrics.placement import DeviceMap, check_device_map
 
 __all__ = [
     "JudgeMetric",
@@ -126,6 +126,7 @@ class JudgeMetric(BaseMetric):
             batch_size=batch_size,
             official=torch.bfloat16,
         )
+        check_device_map(device_map)
         on_parse_error = _checked_policy(loading.get("on_parse_error", "nan"))
         processor_kwargs = _checked_kwargs(loading.get("processor_kwargs"))
         files, processor = cls._resolve(model_config, processor_config)
@@ -177,13 +178,22 @@ class JudgeMetric(BaseMetric):
 
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
         with self._scoring(gradients=False):
-            return self.engine.ask(questions)
+            answers = self.engine.ask(questions)
+        if len(answers) != len(questions):
+            raise RuntimeError(
+                f"{type(self.engine).__name__} gave {len(answers)} answers to {len(questions)} questions"
+            )
+        return answers
 
     @property
-    def _network(self) -> nn.Module:  # type: ignore[override]
+    def _network(self) -> nn.Module:
         """The network; an engine that has none in memory is an AttributeError."""
         model: nn.Module = self.engine.model  # type: ignore[attr-defined]
         return model
+
+    @_network.setter
+    def _network(self, network: nn.Module) -> None:
+        self.engine.model = network  # type: ignore[attr-defined]
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,7 @@ from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, pair
 from diffsynth_metrics.model_config import ModelConfig
 from diffsynth_metrics.models.hpsv3 import HPSv3Network, build_hpsv3, qwen2_vl_7b_config
-from diffsynth_metrics.placement import DeviceMap, execution_device, place
+from diffsynth_metrics.placement import DeviceMap, check_device_map, execution_device, place
 from diffsynth_metrics.plain_text import without_added_tokens
 from diffsynth_metrics.transforms import SmartResize, pixel_lists
 
@@ -146,6 +146,7 @@ class HPSv3Metric(PromptMetric):
         if device is not None and device_map is not None:
             raise ValueError("pass either device or device_map")
         _check_options(positions, processor_kwargs)
+        check_device_map(device_map)
         first, dtype = check_loading(
             model_config,
             processor_config,
@@ -265,6 +266,8 @@ def _check_options(positions: object, processor_kwargs: Mapping[str, Any] | None
     """Check what is HPSv3's own and needs no files, so that a mistake does not cost loading 16 GB."""
     if positions not in ("official", "diffsynth"):
         raise ValueError(f"positions must be 'official' or 'diffsynth', got {positions!r}")
+    if not isinstance(processor_kwargs, (Mapping, type(None))):
+        raise TypeError(f"processor_kwargs must be a mapping, got {type(processor_kwargs).__name__}")
     if "local_files_only" in (processor_kwargs or {}):
         raise TypeError("processor_kwargs may not have local_files_only, which is always True")
 

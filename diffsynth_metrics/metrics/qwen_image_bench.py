@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -125,9 +125,10 @@ class QwenImageBenchMetric(JudgeMetric):
                 always one set for all pairs; the only dimension of one pair is ``["Quality"]``.
 
         Returns:
-            One dict per pair: ``"total_score"`` (None where the answer about a dimension cannot be
-            read, or nothing applies), ``"level1_scores"``, ``"level2_scores"``, ``"level3_scores"``
-            (by dimension; None where it cannot be read or does not apply), ``"raw_scores"`` (0, 1, 2
+            One dict per pair: ``"score"`` and ``"total_score"`` (the same number; None where the answer
+            about a dimension cannot be read, or nothing applies), ``"level1_scores"``,
+            ``"level2_scores"``, ``"level3_scores"`` (by dimension; None where it cannot be read or does
+            not apply), ``"raw_scores"`` (0, 1, 2
             or None), ``"missing"`` (facets that the answer leaves out; None where it cannot be read),
             ``"raw_outputs"``, ``"finish"`` (by dimension: ``"stop"``, or ``"length"`` where
             ``max_new_tokens`` cut the answer off), ``"parse_failures"`` (dimensions), ``"errors"``
@@ -162,9 +163,6 @@ class QwenImageBenchMetric(JudgeMetric):
             for index in range(count)
         ]
 
-    def _score(self, row: dict[str, Any]) -> float:
-        return math.nan if row["total_score"] is None else float(row["total_score"])
-
     def _resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
         side = self.resize_long_edge
         if side and max(image.size) > side:
@@ -186,8 +184,10 @@ class QwenImageBenchMetric(JudgeMetric):
             dimension: _mean_of_known(groups.values()) if groups else None
             for dimension, groups in level2.items()
         }
+        total = None if errors else _mean_of_known(level1.values())
         return {
-            "total_score": None if errors else _mean_of_known(level1.values()),
+            "score": total,
+            "total_score": total,
             "level1_scores": level1,
             "level2_scores": level2,
             "level3_scores": level3,
@@ -281,8 +281,14 @@ def _names(dimensions: Any) -> list[str]:
         return list(known.values())
     if isinstance(dimensions, str):
         separator = ";" if "/" in dimensions or ";" in dimensions else ","
-        parts = [part.partition("/")[0].strip() for part in dimensions.split(separator)]
-        dimensions = [part for part in parts if part]
+        parts = [part.partition("/") for part in dimensions.split(separator)]
+        for _, _, below in parts:  # whose names may have commas
+            for name in re.findall(r",([^,/]*)/", below):
+                if name.strip().casefold() in known:
+                    raise ValueError(
+                        f"dimensions {dimensions!r} has a comma before {name.strip()!r}: write ;"
+                    )
+        dimensions = [name.strip() for name, _, _ in parts if name.strip()]
     if not isinstance(dimensions, Iterable):
         raise TypeError(f"dimensions must be names of dimensions, got {type(dimensions).__name__}")
     names = list(dimensions)

@@ -139,7 +139,8 @@ class UnifiedRewardEditMetric(JudgeMetric):
 
         Args:
             prompt: The instruction: one for all samples, or as many as samples.
-            images: One sample, such as ``[source, edited]``, or a list of samples. Images are what
+            images: One sample, such as ``[source, edited]``, or a list of samples; for a task of one
+                image each, a flat list or a batch is as many samples. Images are what
                 other metrics take too: PIL, paths, arrays, tensors.
             task: See the class; by default the metric's own.
             both_orders: For pairwise tasks: ask a second time with the edited images swapped.
@@ -164,7 +165,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
         if both_orders and asked.images != _PAIR:
             raise ValueError(f"both_orders belongs to the pairwise tasks, and the task is {name}")
         prompts = as_prompts(prompt)
-        samples = [_sample(sample, index, name) for index, sample in enumerate(_samples(images))]
+        samples = [_sample(sample, index, name) for index, sample in enumerate(_samples(images, asked))]
         if len(prompts) != len(samples) and not isinstance(prompt, str):
             raise ValueError(
                 f"got {len(prompts)} prompts and {len(samples)} samples; pass one prompt (a str) for "
@@ -214,14 +215,20 @@ def _checked_task(task: str) -> str:
     return task
 
 
-def _samples(images: Any) -> list[Any]:
-    """Return samples: `images` holds samples where its first element holds images."""
+def _samples(images: Any, task: _Task) -> list[Any]:
+    """Return samples: `images` holds samples where its first element holds images.
+
+    Where a sample is a single image, a flat list and a batch are as many samples.
+    """
     if isinstance(images, Sequence) and not isinstance(images, str) and len(images):
         first = images[0]
         if (isinstance(first, Sequence) and not isinstance(first, str)) or getattr(
             first, "ndim", 3
         ) == 4:
             return list(images)
+    several = isinstance(images, Sequence) and not isinstance(images, str)
+    if len(task.images) == 1 and (several or getattr(images, "ndim", 3) == 4):
+        return [[image] for image in images]
     return [images]
 
 

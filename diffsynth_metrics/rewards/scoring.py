@@ -306,7 +306,7 @@ def _judged(
             raise _no_component(metric, component, numbers)
     scores = [math.nan if row[component] is None else float(row[component]) for row in rows]
     errors: list[Exception | None] = [
-        RewardError(str(row.get("error") or "the answer cannot be read"))
+        RewardError(str(row.get("error") or "the judge gave no number"))
         if row[component] is None
         else None
         for row in rows
