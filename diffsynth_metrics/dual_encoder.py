@@ -89,8 +89,8 @@ class DualEncoderMetric(PromptMetric):
 
     @remembers_prompts.setter
     def remembers_prompts(self, value: bool) -> None:
-        self._text_cache.clear()
         self._text_cache.is_used = value
+        self._text_cache.clear()  # afterwards, so that no other thread adds to it in between
 
     @abstractmethod
     def _embed_images(self, pixel_values: Tensor) -> Tensor:
