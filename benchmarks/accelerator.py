@@ -55,7 +55,9 @@ def pickscore(folder: Path, device: torch.device, dtype: torch.dtype) -> PickSco
     heads = ("logit_scale", "text_projection", "visual_projection")
     model = fill(build_clip(vit_h_14_config()), device, dtype, heads)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    return PickScoreMetric(model, tokenizer, max_length=77, batch_size=IMAGES)
+    metric = PickScoreMetric(model, tokenizer, max_length=77, batch_size=IMAGES)
+    metric.remembers_prompts = True  # as from_pretrained leaves it: nobody else has the network
+    return metric
 
 
 def hpsv3(folder: Path, device: torch.device) -> HPSv3Metric:

@@ -157,7 +157,9 @@ def test_rewards_stay_on_the_device_with_their_gradients(both: tuple[Any, Any]) 
         grads.append(leaf.grad.cpu())
     assert grads[0].abs().max() > 0
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3 * float(grads[0].abs().max()))
-    assert all(weight.grad is None and not weight.requires_grad for weight in metric.model.parameters())
+    assert all(
+        weight.grad is None and not weight.requires_grad for weight in metric._network.parameters()
+    )
     assert not call(metric.reward, PROMPTS, pixels.to(device)).requires_grad
 
 
