@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 from materials import random_weight, tiny_folder
 from torch import nn
-from transformers import AutoTokenizer, CLIPProcessor, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from diffsynth_metrics import HPSv3Metric, PickScoreMetric
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
@@ -55,9 +55,7 @@ def pickscore(folder: Path, device: torch.device, dtype: torch.dtype) -> PickSco
     heads = ("logit_scale", "text_projection", "visual_projection")
     model = fill(build_clip(vit_h_14_config()), device, dtype, heads)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    metric = PickScoreMetric(model, tokenizer, max_length=77, batch_size=IMAGES)
-    metric.remembers_prompts = True  # as from_pretrained leaves it: nobody else has the network
-    return metric
+    return PickScoreMetric(model, tokenizer, max_length=77, batch_size=IMAGES)
 
 
 def hpsv3(folder: Path, device: torch.device) -> HPSv3Metric:
@@ -83,50 +81,45 @@ def timed(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
     return times
 
 
-def scores_of(metric: PickScoreMetric, texts: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    model = metric.model
-    pooled = model.vision_model(pixel_values=pixels.to(metric.dtype)).pooler_output
-    features = nn.functional.normalize(model.visual_projection(pooled.float()), dim=-1)
-    return model.logit_scale.exp() * (texts * features).sum(dim=-1)
+def scores_of(network: CLIPModel, texts: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    pooled = network.vision_model(pixel_values=pixels.to(network.vision_model.dtype)).pooler_output
+    features = nn.functional.normalize(network.visual_projection(pooled.float()), dim=-1)
+    return network.logit_scale.exp() * (texts * features).sum(dim=-1)
 
 
-def bare(metric: PickScoreMetric, texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    return scores_of(metric, texts, tensor_pixels(images, metric.transform))
-
-
-def through_pil(metric: PickScoreMetric, processor: CLIPProcessor, images: torch.Tensor) -> torch.Tensor:
-    model = metric.model
+def through_pil(network: CLIPModel, processor: CLIPProcessor, images: torch.Tensor) -> torch.Tensor:
     arrays = images.cpu().numpy().transpose(0, 2, 3, 1)
     pictures = [PIL.Image.fromarray(array) for array in arrays]
     inputs = processor(
         text=PROMPTS, images=pictures, padding=True, truncation=True, max_length=77, return_tensors="pt"
-    ).to(metric.device)
-    words = model.text_model(input_ids=inputs["input_ids"]).pooler_output
-    texts = nn.functional.normalize(model.text_projection(words.float()), dim=-1)
-    return scores_of(metric, texts, inputs["pixel_values"])
+    ).to(images.device)
+    words = network.text_model(input_ids=inputs["input_ids"]).pooler_output
+    texts = nn.functional.normalize(network.text_projection(words.float()), dim=-1)
+    return scores_of(network, texts, inputs["pixel_values"])
 
 
 def measure_pickscore(metric: PickScoreMetric, folder: Path, size: int, rounds: int) -> list[Row]:
     device = metric.device
     images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8, device=device)
     floats = images / 255
+    network = metric.model
+    metric.remembers_prompts = True  # nobody changes the network here
     texts = metric.encode_text(PROMPTS)
-    asked = pickscore(folder, device, metric.dtype)  # who is asked for its network remembers no prompts
     processor = CLIPProcessor.from_pretrained(folder)
     rewards = RewardSet({"pickscore": Component(metric, 1.0, "zscore")})
     flow_grpo = to_flow_grpo(metric, scale=None)(device)
 
     @torch.no_grad()
     def bare_scores() -> list[float]:
-        return bare(asked, texts, images).tolist()
+        return scores_of(network, texts, tensor_pixels(images, metric.transform)).tolist()
 
     @torch.no_grad()
     def pil_scores() -> list[float]:
-        return through_pil(asked, processor, images).tolist()
+        return through_pil(network, processor, images).tolist()
 
     def bare_gradients() -> torch.Tensor:
         leaf = floats.clone().requires_grad_()
-        bare(asked, texts, leaf).sum().backward()
+        scores_of(network, texts, tensor_pixels(leaf, metric.transform)).sum().backward()
         return leaf.grad
 
     def gradients() -> torch.Tensor:

@@ -109,9 +109,7 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
     images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
     floats = images / 255
     network = pickscore.model
-    pickscore.remembers_prompts = (
-        True  # as before somebody asked for the network; nobody changes it here
-    )
+    pickscore.remembers_prompts = True  # nobody changes the network here
     texts = pickscore.encode_text(PROMPTS)
 
     def bare(images: torch.Tensor, tower: Tower = whole_tower) -> torch.Tensor:

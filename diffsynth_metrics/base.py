@@ -159,6 +159,13 @@ class BaseMetric(ABC):
         return torch.enable_grad() if gradients else torch.no_grad()
 
     @classmethod
+    def _weights(cls, model_config: ModelConfig | None) -> list[Path]:
+        """Return the local weight files, which are not another metric's."""
+        files = weight_files((model_config or cls.default_model).resolve())
+        check_owner(files, cls)
+        return files
+
+    @classmethod
     def _resolve(
         cls, model_config: ModelConfig | None, processor_config: ModelConfig | None
     ) -> tuple[list[Path], list[str]]:
@@ -168,9 +175,7 @@ class BaseMetric(ABC):
         and any other weights are used with the metric's own processor, found where they are found.
         """
         model_config = model_config or cls.default_model
-        weights = weight_files(model_config.resolve())
-        # Before a processor is looked for, which another metric's weights do not have beside them.
-        check_owner(weights, cls)
+        weights = cls._weights(model_config)
         if processor_config is None and model_config.path is not None:
             own = [str(file) for file in weights[0].parent.iterdir() if file.is_file()]
             if any(Path(file).name in cls.processor_files for file in own):

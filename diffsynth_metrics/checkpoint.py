@@ -134,11 +134,12 @@ def read_config(files: Sequence[Path], name: str = "config.json") -> dict[str, A
     return config
 
 
+@torch.inference_mode(False)  # tensors that are made in it give no gradients afterwards
 def load_weights(
     model: nn.Module,
     files: Sequence[Path],
     *,
-    metric: type,
+    metric: str,
     device: torch.device,
     dtype: torch.dtype,
     float32: Collection[str] = (),
@@ -154,29 +155,17 @@ def load_weights(
         model: Its parameters lie on the meta device, its non-persistent buffers do not.
         files: Safetensors files that together hold every tensor. They may also hold the model's
             non-persistent buffers, which older libraries saved and which are computed, not read.
-        metric: The class of the metric.
+        metric: Name of the metric class, for messages.
         device: Where the tensors go.
         dtype: Floating dtype of the tensors.
         float32: Prefixes of tensors that stay in float32 where `dtype` is narrower.
         unused: Names of tensors that the files may hold and the model does without.
 
     Raises:
-        CheckpointError: A file is truncated, belongs to another metric, or its names or shapes are
-            not those of the model.
+        CheckpointError: A file is truncated, or its names, shapes or kinds of dtype are not those of the
+            model.
     """
-    check_owner(files, metric)
-    _check_layout(model, files, metric.__name__, unused)
-    with torch.inference_mode(False):  # weights that are made in it give no gradients afterwards
-        _assign(model, files, device, dtype, tuple(float32))
-
-
-def _assign(
-    model: nn.Module,
-    files: Sequence[Path],
-    device: torch.device,
-    dtype: torch.dtype,
-    float32: tuple[str, ...],
-) -> None:
+    _check_layout(model, files, metric, unused)
     wide = torch.promote_types(dtype, torch.float32)
     wanted = model.state_dict()
     tensors: dict[str, torch.Tensor] = {}
@@ -189,7 +178,7 @@ def _assign(
                         f"{file} holds {name} as {tensor.dtype}, and the network needs "
                         f"{wanted[name].dtype}"
                     )
-                target = wide if name.startswith(float32) else dtype
+                target = wide if name.startswith(tuple(float32)) else dtype
                 tensors[name] = tensor.to(device, target if tensor.is_floating_point() else None)
     model.load_state_dict(tensors, assign=True)
     model.to(device).requires_grad_(False).eval()

@@ -18,6 +18,7 @@ import diffsynth_metrics
 from diffsynth_metrics import AestheticMetric, CLIPMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.checkpoint import (
     KNOWN_LAYOUTS,
+    check_owner,
     fingerprint,
     load_weights,
     read_config,
@@ -94,7 +95,7 @@ class MyMetric:
 
 
 def load(model: nn.Module, *files: Path, dtype: torch.dtype = torch.float32) -> None:
-    load_weights(model, files, metric=MyMetric, device=CPU, dtype=dtype, float32=("scale",))
+    load_weights(model, files, metric="MyMetric", device=CPU, dtype=dtype, float32=("scale",))
 
 
 @pytest.fixture
@@ -477,5 +478,5 @@ class TestPublishedLayouts:
         with pytest.raises(
             CheckpointError, match=r"checkpoint of PickScoreMetric or CLIPMetric, not of M"
         ):
-            load(small(), path)
+            check_owner([path], MyMetric)
         path.unlink()

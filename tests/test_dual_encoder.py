@@ -303,6 +303,7 @@ class TestMemoryOfPrompts:
 
     def test_another_length_is_another_text(self, tiny_metric: PickScoreMetric) -> None:
         metric = copy.deepcopy(tiny_metric)
+        metric.remembers_prompts = True
         first = metric.encode_text("a cat on a sofa by the window")
         metric.max_length = 5
         assert not torch.allclose(first, metric.encode_text("a cat on a sofa by the window"), atol=1e-3)

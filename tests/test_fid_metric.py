@@ -597,7 +597,7 @@ def test_the_fastest_form_of_the_network_is_equal(
     load_weights(
         plain,
         [checkpoint / "model.safetensors"],
-        metric=FIDMetric,
+        metric="FIDMetric",
         device=torch.device("cpu"),
         dtype=torch.float32,
     )

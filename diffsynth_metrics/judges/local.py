@@ -67,7 +67,7 @@ class LocalEngine(Engine):
         files: Sequence[Path],
         processor_folder: Path,
         *,
-        metric: type,
+        metric: str,
         device: torch.device,
         device_map: DeviceMap | None,
         dtype: torch.dtype,

@@ -134,7 +134,7 @@ class JudgeMetric(BaseMetric):
             judge_config(cls._architecture(model_config, files), cls.published()),
             files,
             cls._processor_folder(processor),
-            metric=cls,
+            metric=cls.__name__,
             device=first,
             device_map=device_map,
             dtype=dtype,

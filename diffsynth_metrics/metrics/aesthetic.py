@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from typing_extensions import Self
 
 from diffsynth_metrics.base import ImageMetric, MetricCard, check_loading, wants_gradients
-from diffsynth_metrics.checkpoint import load_weights, weight_files
+from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_images
@@ -114,12 +114,12 @@ class AestheticMetric(ImageMetric):
         place, dtype = check_loading(
             model_config, processor_config, device=device, torch_dtype=torch_dtype, batch_size=batch_size
         )
-        files = weight_files((model_config or cls.default_model).resolve())
+        files = cls._weights(model_config)
         model = build_aesthetic(_vision_config(cls._architecture(model_config, files)))
         load_weights(
             model,
             files,
-            metric=cls,
+            metric=cls.__name__,
             device=place,
             dtype=dtype,
             float32=("visual_projection", "layers"),

@@ -151,7 +151,7 @@ class CLIPMetric(DualEncoderMetric):
         load_weights(
             model,
             files,
-            metric=cls,
+            metric=cls.__name__,
             device=place,
             dtype=dtype,
             float32=("logit_scale", "text_projection", "visual_projection"),

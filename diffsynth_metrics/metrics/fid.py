@@ -17,7 +17,7 @@ from torchvision.models.inception import Inception3
 from typing_extensions import Self
 
 from diffsynth_metrics.base import BaseMetric, MetricCard, check_batch_size, check_loading
-from diffsynth_metrics.checkpoint import load_weights, weight_files
+from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.fid.distances import (
     FEWEST_FOR_INFINITY,
     FEWEST_FOR_KID,
@@ -170,12 +170,12 @@ class FIDMetric(BaseMetric):
             torch_dtype=torch_dtype,
             batch_size=batch_size,
         )
-        files = weight_files((model_config or cls.default_model).resolve())
+        files = cls._weights(model_config)
         model = build_inception()
         load_weights(
             model,
             files,
-            metric=cls,
+            metric=cls.__name__,
             device=place,
             dtype=torch.promote_types(dtype, torch.float32),
         )

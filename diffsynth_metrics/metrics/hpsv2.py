@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, check_loading
-from diffsynth_metrics.checkpoint import load_weights, weight_files
+from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
@@ -125,14 +125,14 @@ class HPSv2Metric(DualEncoderMetric):
         place, dtype = check_loading(
             model_config, processor_config, device=device, torch_dtype=torch_dtype, batch_size=batch_size
         )
-        files = weight_files((model_config or cls.default_model).resolve())
+        files = cls._weights(model_config)
         model = build_open_clip(
             _open_clip_config(cls._architecture(model_config, files, "open_clip_config.json"))
         )
         load_weights(
             model,
             files,
-            metric=cls,
+            metric=cls.__name__,
             device=place,
             dtype=dtype,
             float32=("logit_scale", "text_projection", "visual.proj"),

@@ -161,7 +161,7 @@ class HPSv3Metric(PromptMetric):
         load_weights(
             model,
             files,
-            metric=cls,
+            metric=cls.__name__,
             # Mapped from the files on the CPU, where they are not copied, before they are spread.
             device=first if device_map is None else torch.device("cpu"),
             dtype=dtype,

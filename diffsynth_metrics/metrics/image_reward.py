@@ -127,7 +127,7 @@ class ImageRewardMetric(PromptMetric):
         load_weights(
             model,
             files,
-            metric=cls,
+            metric=cls.__name__,
             device=place,
             dtype=dtype,
             float32=("mlp",),
