@@ -24,12 +24,13 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from diffsynth_metrics import HPSv3Metric, PickScoreMetric
-from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
-from diffsynth_metrics.models.hpsv3 import build_hpsv3, qwen2_vl_7b_config
+from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
+from diffsynth_metrics.networks.hpsv3 import build_hpsv3, qwen2_vl_7b_config
+from diffsynth_metrics.pixels.batches import tensor_pixels
+from diffsynth_metrics.pixels.transforms import SmartResize
 from diffsynth_metrics.rewards import Component, RewardSet, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
-from diffsynth_metrics.transforms import SmartResize, tensor_pixels
 
 IMAGES = 16
 PROMPTS = [f"a photograph of {number} cats on a sofa" for number in range(IMAGES)]

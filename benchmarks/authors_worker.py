@@ -190,7 +190,7 @@ def _authors_image_reward(folder: Path) -> Score:
     from safetensors.torch import load_file
     from transformers import BertTokenizer, BlipConfig
 
-    from diffsynth_metrics.models.image_reward import blip_vit_l_16_config
+    from diffsynth_metrics.networks.image_reward import blip_vit_l_16_config
 
     tiny = (folder / "config.json").exists()
     config = BlipConfig.from_pretrained(folder) if tiny else blip_vit_l_16_config()
@@ -229,7 +229,7 @@ class Worker:
         import PIL.Image
         from worker import cores
 
-        from diffsynth_metrics.transforms import Letterbox, ShortestEdgeCrop
+        from diffsynth_metrics.pixels.transforms import Letterbox, ShortestEdgeCrop
 
         transform = Letterbox() if name == "hpsv2" else ShortestEdgeCrop(convert="after")
         make: Callable[[Any], Any] = transform.from_pil

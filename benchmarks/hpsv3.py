@@ -45,7 +45,7 @@ def checkpoint(size: str) -> Path:
     from safetensors.torch import save_file
     from transformers import Qwen2VLConfig
 
-    from diffsynth_metrics.models.hpsv3 import HPSv3Network
+    from diffsynth_metrics.networks.hpsv3 import HPSv3Network
     from diffsynth_metrics.testing import randomize, tiny_checkpoint
 
     folder = tiny_checkpoint("hpsv3", WORK / f"hpsv3_{size}")

@@ -33,10 +33,11 @@ from transformers import CLIPModel, CLIPVisionModel
 
 from diffsynth_metrics import AestheticMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.metrics.aesthetic import aesthetic_score
-from diffsynth_metrics.models.class_token import class_token_of_clip
+from diffsynth_metrics.networks.class_token import class_token_of_clip
+from diffsynth_metrics.pixels.batches import tensor_pixels
+from diffsynth_metrics.pixels.transforms import Transform
 from diffsynth_metrics.rewards import Component, RewardSet, to_dance_grpo, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
-from diffsynth_metrics.transforms import Transform, tensor_pixels
 
 IMAGES = 16
 PROMPTS = [f"prompt {number}" for number in range(IMAGES)]

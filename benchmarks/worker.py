@@ -83,7 +83,7 @@ class Ours:
 
     def components(self, metric: Any, images: list[Any], prompt: str) -> dict[str, Any]:
         """Return what a call consists of, as actions to be timed."""
-        from diffsynth_metrics.transforms import pixel_batches
+        from diffsynth_metrics.pixels.batches import pixel_batches
 
         transform = metric.transform
         return {

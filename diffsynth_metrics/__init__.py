@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
     from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
     from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
-    from diffsynth_metrics.model_config import ModelConfig
+    from diffsynth_metrics.weights.model_config import ModelConfig
 
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ _HOME = {
     "ImageRewardMetric": "metrics.image_reward",
     "Metric": "base",
     "MetricCard": "base",
-    "ModelConfig": "model_config",
+    "ModelConfig": "weights.model_config",
     "PickScoreMetric": "metrics.pickscore",
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
     "RewardError": "errors",

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from diffsynth_metrics.checkpoint import check_owner, is_published, read_config, weight_files
 from diffsynth_metrics.errors import CheckpointError, DownloadError
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, SharedImages
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.transforms import Transform, pixel_batches
+from diffsynth_metrics.pixels.batches import pixel_batches
+from diffsynth_metrics.pixels.transforms import Transform
+from diffsynth_metrics.weights.checkpoint import check_owner, is_published, read_config, weight_files
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = [
     "BaseMetric",

@@ -20,7 +20,8 @@ from typing_extensions import Self
 from diffsynth_metrics.base import PromptMetric, wants_gradients
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
 from diffsynth_metrics.locks import Lock
-from diffsynth_metrics.transforms import Transform, joined
+from diffsynth_metrics.pixels.batches import joined
+from diffsynth_metrics.pixels.transforms import Transform
 
 __all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
 

@@ -26,7 +26,7 @@ from diffsynth_metrics import (
     UnifiedReward2Metric,
     UnifiedRewardEditMetric,
 )
-from diffsynth_metrics.resizing import resize
+from diffsynth_metrics.pixels.resizing import resize
 from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_dance_grpo, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
 

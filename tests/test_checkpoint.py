@@ -16,7 +16,9 @@ from torch import nn
 
 import diffsynth_metrics
 from diffsynth_metrics import AestheticMetric, CLIPMetric, ModelConfig, PickScoreMetric
-from diffsynth_metrics.checkpoint import (
+from diffsynth_metrics.errors import CheckpointError, DownloadError
+from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
+from diffsynth_metrics.weights.checkpoint import (
     KNOWN_LAYOUTS,
     check_owner,
     fingerprint,
@@ -25,8 +27,6 @@ from diffsynth_metrics.checkpoint import (
     read_layout,
     weight_files,
 )
-from diffsynth_metrics.errors import CheckpointError, DownloadError
-from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
 
 CPU = torch.device("cpu")
 LAYOUTS = Path(__file__).parent / "data" / "layouts"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import diffsynth_metrics
 from diffsynth_metrics import ModelConfig
-from diffsynth_metrics.models.class_token import class_token_of_clip, class_token_of_open_clip
+from diffsynth_metrics.networks.class_token import class_token_of_clip, class_token_of_open_clip
 from diffsynth_metrics.testing import tiny_checkpoint
 
 METRICS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from random import Random
 
@@ -12,7 +13,6 @@ from transformers import CLIPTokenizer
 
 import diffsynth_metrics
 from diffsynth_metrics import CLIPMetric, ModelConfig
-from diffsynth_metrics.embedded import train_shapes
 from diffsynth_metrics.embedded.drawing import (
     BACKGROUNDS,
     COLORS,
@@ -23,6 +23,7 @@ from diffsynth_metrics.embedded.drawing import (
 )
 
 FOLDER = Path(diffsynth_metrics.__file__).parent / "embedded" / "shapes"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_shapes.py"
 PAIRS = [(shape, color) for shape in SHAPES for color in COLORS]
 
 
@@ -109,7 +110,7 @@ def test_files_agree_and_are_small() -> None:
 
 def test_the_training_script_writes_a_model_that_loads(tmp_path: Path) -> None:
     options = ["--steps", "2", "--examples", "16", "--batch-size", "8"]
-    train_shapes.main(["--output", str(tmp_path), *options])
+    runpy.run_path(str(SCRIPT))["main"](["--output", str(tmp_path), *options])
     metric = CLIPMetric.from_pretrained(ModelConfig(path=tmp_path), device="cpu")
     assert len(metric.compute("a red circle", draw_shape("circle", "red"))) == 1
 

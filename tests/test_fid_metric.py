@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffsynth_metrics import CheckpointError, FIDMetric, FIDStatistics, ImageError, ModelConfig
-from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.fid.preprocessing import PREPROCESSINGS
 from diffsynth_metrics.fid.sources import image_files
-from diffsynth_metrics.models.inception import build_inception
+from diffsynth_metrics.networks.inception import build_inception
 from diffsynth_metrics.testing import tiny_checkpoint
+from diffsynth_metrics.weights.checkpoint import load_weights
 
 FEW = "ignore:FID of:UserWarning"
 pytestmark = pytest.mark.filterwarnings(FEW)

@@ -24,8 +24,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from diffsynth_metrics import CheckpointError, HPSv3Metric, ImageError, ModelConfig
 from diffsynth_metrics.base import choose_device
 from diffsynth_metrics.metrics.hpsv3 import preference_probability
+from diffsynth_metrics.pixels.transforms import SmartResize
 from diffsynth_metrics.testing import tiny_checkpoint
-from diffsynth_metrics.transforms import SmartResize
 
 # Rows of one batch share matrix products of other shapes, which rounds float32 differently.
 BATCH_TOLERANCE = 2e-5

@@ -18,7 +18,7 @@ from hub import LocalHub
 from modelscope_hub.config import set_default_config
 
 from diffsynth_metrics.errors import CheckpointError, DownloadError
-from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 REPOSITORY = "DiffSynth-Studio/ImageMetrics"
 WEIGHTS = "PickScore/model.safetensors"
@@ -88,7 +88,7 @@ def in_new_process(config: ModelConfig, *, prefix: Sequence[str] = ()) -> subpro
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     code = (
         "import json, sys, logging; logging.basicConfig()\n"
-        "from diffsynth_metrics.model_config import ModelConfig\n"
+        "from diffsynth_metrics.weights.model_config import ModelConfig\n"
         "try: answer = ModelConfig(**json.loads(sys.argv[1])).resolve()\n"
         "except Exception as e: answer = {'error': type(e).__name__, 'message': str(e)}\n"
         "print(json.dumps(answer))"
@@ -181,7 +181,7 @@ def test_wrong_types_are_type_errors(arguments: dict[str, Any], message: str) ->
 
 def test_importing_the_module_imports_no_client() -> None:
     code = (
-        "import sys, diffsynth_metrics.model_config\n"
+        "import sys, diffsynth_metrics.weights.model_config\n"
         "heavy = {'torch', 'transformers', 'modelscope', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -193,7 +193,7 @@ def test_embedded_models_are_found_by_name(tmp_path: Path, monkeypatch: pytest.M
     write(tmp_path / "shapes", ["README.md"])
     (tmp_path / "shapes" / "model.safetensors").write_bytes(b"")
     (tmp_path / "unfinished").mkdir()
-    monkeypatch.setattr("diffsynth_metrics.model_config._EMBEDDED", tmp_path)
+    monkeypatch.setattr("diffsynth_metrics.weights.model_config._EMBEDDED", tmp_path)
     assert ModelConfig.embedded("shapes").path == str(tmp_path / "shapes")
     with pytest.raises(ValueError, match=r"called 'colours'; there are \['shapes'\]"):
         ModelConfig.embedded("colours")
@@ -504,7 +504,7 @@ def test_a_dead_hub(source: str, hub: LocalHub, local: Path, config: Callable[..
     assert "could not be reached" not in exact[1]
 
     assert folder[0] == [str(local / name) for name in PROCESSOR]
-    assert f"WARNING:diffsynth_metrics.model_config:{source} could not be reached" in folder[1]
+    assert f"WARNING:diffsynth_metrics.weights.model_config:{source} could not be reached" in folder[1]
     assert f"using the files of {REPOSITORY} that match 'PickScore/processor/'" in folder[1]
 
     assert absent[0]["error"] == "DownloadError"

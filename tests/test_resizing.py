@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 import torch
 
-from diffsynth_metrics import resizing
-from diffsynth_metrics.resizing import filter_bytes, resize
+from diffsynth_metrics.pixels import resizing
+from diffsynth_metrics.pixels.resizing import filter_bytes, resize
 
 # Height and width, before and after. Ratios such as 4/7 have many exact halves; the last ones are of
 # pictures that Pillow 13 filters in the other order than older releases.

@@ -16,10 +16,11 @@ import torch
 import torchvision.transforms as tv
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from diffsynth_metrics import transforms
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import CheckedImages, SharedImages, as_images
-from diffsynth_metrics.transforms import (
+from diffsynth_metrics.pixels import batches as batches_module
+from diffsynth_metrics.pixels.batches import pixel_batches, tensor_pixels
+from diffsynth_metrics.pixels.transforms import (
     CLIP_MEAN,
     CLIP_STD,
     Letterbox,
@@ -27,8 +28,6 @@ from diffsynth_metrics.transforms import (
     SmartResize,
     Transform,
     normalize_,
-    pixel_batches,
-    tensor_pixels,
 )
 
 Photographs = dict[str, PIL.Image.Image]
@@ -403,7 +402,7 @@ class TestPixelBatches:
             return resized(self, part)
 
         monkeypatch.setattr(ShortestEdgeCrop, "from_tensor", counted)
-        monkeypatch.setattr(transforms, "_BYTES_AT_ONCE_ON_CPU", 2 * 3 * 40 * 30 * 4)
+        monkeypatch.setattr(batches_module, "_BYTES_AT_ONCE_ON_CPU", 2 * 3 * 40 * 30 * 4)
         assert torch.equal(tensor_pixels(images, transform), whole)
         assert sizes == [2, 2, 1]
 

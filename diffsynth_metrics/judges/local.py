@@ -14,12 +14,12 @@ from transformers import AutoProcessor, PreTrainedConfig
 from typing_extensions import Self
 
 from diffsynth_metrics.base import check_batch_size
-from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
-from diffsynth_metrics.placement import DeviceMap, execution_device, place
-from diffsynth_metrics.plain_text import without_added_tokens
+from diffsynth_metrics.judges.plain_text import without_added_tokens
+from diffsynth_metrics.weights.checkpoint import load_weights
+from diffsynth_metrics.weights.placement import DeviceMap, execution_device, place
 
 __all__ = ["LocalEngine", "check_limits"]
 

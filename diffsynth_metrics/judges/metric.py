@@ -22,8 +22,8 @@ from diffsynth_metrics.inputs import CheckedImages, as_pil, as_rgb, open_image
 from diffsynth_metrics.judges.architectures import judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.local import LocalEngine, check_limits
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.placement import DeviceMap, check_device_map
+from diffsynth_metrics.weights.model_config import ModelConfig
+from diffsynth_metrics.weights.placement import DeviceMap, check_device_map
 
 __all__ = [
     "JudgeMetric",

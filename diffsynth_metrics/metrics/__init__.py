@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
     from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
     from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
-    from diffsynth_metrics.model_config import ModelConfig
+    from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = [
     "AestheticMetric",

@@ -11,14 +11,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from typing_extensions import Self
 
 from diffsynth_metrics.base import ImageMetric, MetricCard, check_loading, wants_gradients
-from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.errors import CheckpointError
-from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_images
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.class_token import class_token_of_clip
-from diffsynth_metrics.models.score_head import score_head
-from diffsynth_metrics.transforms import ShortestEdgeCrop
+from diffsynth_metrics.networks.class_token import class_token_of_clip
+from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
+from diffsynth_metrics.networks.score_head import score_head
+from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
+from diffsynth_metrics.weights.checkpoint import load_weights
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["AestheticMetric", "aesthetic_score", "build_aesthetic", "vit_l_14_config"]
 

@@ -12,14 +12,14 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, check_loading, check_max_length
-from diffsynth_metrics.checkpoint import load_weights, read_config
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
-from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.locks import Lock
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.class_token import class_token_of_clip
-from diffsynth_metrics.transforms import ShortestEdgeCrop
+from diffsynth_metrics.networks.class_token import class_token_of_clip
+from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
+from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
+from diffsynth_metrics.weights.checkpoint import load_weights, read_config
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["CLIPMetric", "build_clip", "clip_score", "vit_h_14_config"]
 

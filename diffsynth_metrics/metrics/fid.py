@@ -17,7 +17,6 @@ from torchvision.models.inception import Inception3
 from typing_extensions import Self
 
 from diffsynth_metrics.base import BaseMetric, MetricCard, check_batch_size, check_loading
-from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.fid.distances import (
     FEWEST_FOR_INFINITY,
     FEWEST_FOR_KID,
@@ -31,8 +30,9 @@ from diffsynth_metrics.fid.distances import (
 from diffsynth_metrics.fid.preprocessing import find_preprocessing
 from diffsynth_metrics.fid.sources import ImageReader, ImageSource, OnError, choose_workers
 from diffsynth_metrics.fid.statistics import FeatureRows, FIDStatistics, compare_statistics
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.inception import FEATURES, build_inception, optimize_inception
+from diffsynth_metrics.networks.inception import FEATURES, build_inception, optimize_inception
+from diffsynth_metrics.weights.checkpoint import load_weights
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["FIDMetric", "FIDScore", "FIDSource"]
 

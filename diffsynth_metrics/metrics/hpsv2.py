@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, check_loading
-from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.errors import CheckpointError
-from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.class_token import class_token_of_open_clip
-from diffsynth_metrics.transforms import Letterbox
+from diffsynth_metrics.networks.class_token import class_token_of_open_clip
+from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
+from diffsynth_metrics.pixels.transforms import Letterbox
+from diffsynth_metrics.weights.checkpoint import load_weights
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["HPSv2Metric", "build_open_clip", "hps_v2"]
 

@@ -15,15 +15,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2VLConfig
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, PromptMetric, check_loading
-from diffsynth_metrics.checkpoint import load_weights, read_layout
 from diffsynth_metrics.errors import CheckpointError
-from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, pair
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.hpsv3 import HPSv3Network, build_hpsv3, qwen2_vl_7b_config
-from diffsynth_metrics.placement import DeviceMap, check_device_map, execution_device, place
-from diffsynth_metrics.plain_text import without_added_tokens
-from diffsynth_metrics.transforms import SmartResize, pixel_lists
+from diffsynth_metrics.judges.plain_text import without_added_tokens
+from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
+from diffsynth_metrics.networks.hpsv3 import HPSv3Network, build_hpsv3, qwen2_vl_7b_config
+from diffsynth_metrics.pixels.batches import pixel_lists
+from diffsynth_metrics.pixels.transforms import SmartResize
+from diffsynth_metrics.weights.checkpoint import load_weights, read_layout
+from diffsynth_metrics.weights.model_config import ModelConfig
+from diffsynth_metrics.weights.placement import DeviceMap, check_device_map, execution_device, place
 
 __all__ = ["HPSv3Metric", "preference_probability"]
 

@@ -11,18 +11,18 @@ from transformers import BertTokenizer, BlipConfig
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, PromptMetric, check_loading, check_max_length
-from diffsynth_metrics.checkpoint import load_weights
 from diffsynth_metrics.errors import CheckpointError
-from diffsynth_metrics.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
 from diffsynth_metrics.locks import Lock
-from diffsynth_metrics.model_config import ModelConfig
-from diffsynth_metrics.models.image_reward import (
+from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
+from diffsynth_metrics.networks.image_reward import (
     ImageRewardNetwork,
     blip_vit_l_16_config,
     build_image_reward,
 )
-from diffsynth_metrics.transforms import ShortestEdgeCrop
+from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
+from diffsynth_metrics.weights.checkpoint import load_weights
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["ImageRewardMetric", "standardize"]
 

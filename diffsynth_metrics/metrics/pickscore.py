@@ -10,7 +10,7 @@ from torch import Tensor
 from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.metrics.clip import CLIPMetric
-from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["PickScoreMetric", "pick_probabilities"]
 

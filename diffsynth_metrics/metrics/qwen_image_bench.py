@@ -23,7 +23,7 @@ from diffsynth_metrics.judges.metric import (
     mean,
     rgb_images,
 )
-from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
 

@@ -21,7 +21,7 @@ from diffsynth_metrics.judges.metric import (
     mean,
     rgb_images,
 )
-from diffsynth_metrics.model_config import ModelConfig
+from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["UnifiedReward2Metric", "draft_scores", "unified_reward_2_config"]
 

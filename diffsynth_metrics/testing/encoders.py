@@ -82,7 +82,7 @@ def write_aesthetic(folder: Path, seed: int) -> None:
     """Write a two-layer CLIP image tower with the head."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from diffsynth_metrics.models.score_head import score_head
+    from diffsynth_metrics.networks.score_head import score_head
 
     config = CLIPVisionConfig(
         hidden_act="quick_gelu",
@@ -104,7 +104,7 @@ def write_image_reward(folder: Path, seed: int) -> None:
     """Write a two-layer BLIP and BERT with a small vocabulary."""
     from transformers import BertTokenizer, BlipConfig
 
-    from diffsynth_metrics.models.image_reward import ImageRewardNetwork
+    from diffsynth_metrics.networks.image_reward import ImageRewardNetwork
 
     vocabulary = _word_pieces()
     tokenizer = BertTokenizer(
@@ -143,7 +143,7 @@ def write_image_reward(folder: Path, seed: int) -> None:
 
 def write_fid(folder: Path, seed: int) -> None:
     """Write a complete Inception, which has one size."""
-    from diffsynth_metrics.models.inception import build_inception
+    from diffsynth_metrics.networks.inception import build_inception
 
     # torchvision's Inception has one size, so this one is complete: 95 MB, and a second to write.
     model = build_inception().to_empty(device="cpu").eval()
@@ -177,7 +177,7 @@ def _write_clip_processor(folder: Path, *, image_size: int) -> None:
     """Write the tokenizer with CLIP's real vocabulary, and the image processor's settings."""
     from transformers import CLIPTokenizer
 
-    from diffsynth_metrics.transforms import CLIP_MEAN, CLIP_STD
+    from diffsynth_metrics.pixels.transforms import CLIP_MEAN, CLIP_STD
 
     vocabulary, merges = clip_vocabulary()
     CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77).save_pretrained(

@@ -17,7 +17,7 @@ def write_hpsv3(folder: Path, seed: int) -> None:
     """Write a three-layer Qwen2-VL with the reward head."""
     from transformers import Qwen2VLConfig
 
-    from diffsynth_metrics.models.hpsv3 import HPSv3Network
+    from diffsynth_metrics.networks.hpsv3 import HPSv3Network
 
     tokens = _write_qwen2_vl_tokenizer(folder)
     # The keys of Qwen2-VL's own config.json, which is older than transformers' nested configs.
@@ -76,7 +76,7 @@ def _write_qwen2_vl_tokenizer(folder: Path) -> dict[str, int]:
     from transformers import AddedToken, Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    from diffsynth_metrics.transforms import CLIP_MEAN, CLIP_STD
+    from diffsynth_metrics.pixels.transforms import CLIP_MEAN, CLIP_STD
 
     words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

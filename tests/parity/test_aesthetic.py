@@ -34,9 +34,9 @@ from transformers import CLIPVisionConfig
 from diffsynth_metrics import AestheticMetric, ModelConfig
 from diffsynth_metrics.inputs import as_images
 from diffsynth_metrics.metrics.aesthetic import aesthetic_score, build_aesthetic, vit_l_14_config
-from diffsynth_metrics.models.score_head import score_head
+from diffsynth_metrics.networks.score_head import score_head
+from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.testing import randomize, tiny_checkpoint
-from diffsynth_metrics.transforms import pixel_batches
 
 TOLERANCE = 1e-4  # absolute, on scores with a standard deviation of about 1
 

@@ -13,11 +13,11 @@ from official_fid import OFFICIAL_DISTANCES, OFFICIAL_FEATURES, official
 from safetensors.torch import load_file
 
 from diffsynth_metrics import FIDMetric, FIDStatistics, ModelConfig
-from diffsynth_metrics.checkpoint import KNOWN_LAYOUTS, fingerprint
 from diffsynth_metrics.fid.distances import kernel_distance, precision_recall_density_coverage
 from diffsynth_metrics.fid.preprocessing import PREPROCESSINGS
-from diffsynth_metrics.models.inception import build_inception
+from diffsynth_metrics.networks.inception import build_inception
 from diffsynth_metrics.testing import tiny_checkpoint
+from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint
 
 COUNT = 200  # per side
 

@@ -32,8 +32,8 @@ from torchvision.transforms.functional import to_tensor
 from diffsynth_metrics import HPSv2Metric, ModelConfig
 from diffsynth_metrics.inputs import as_images
 from diffsynth_metrics.metrics.hpsv2 import build_open_clip
+from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.testing import randomize, tiny_checkpoint
-from diffsynth_metrics.transforms import pixel_batches
 
 TOLERANCE = 1e-6  # absolute, on cosines
 

@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from diffsynth_metrics import HPSv3Metric, ImageError, ModelConfig
-from diffsynth_metrics.checkpoint import KNOWN_LAYOUTS, fingerprint
-from diffsynth_metrics.models.hpsv3 import build_hpsv3, qwen2_vl_7b_config
-from diffsynth_metrics.transforms import SmartResize
+from diffsynth_metrics.networks.hpsv3 import build_hpsv3, qwen2_vl_7b_config
+from diffsynth_metrics.pixels.transforms import SmartResize
+from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint
 
 DATA = Path(__file__).parents[1] / "data"
 OFFICIAL = json.loads((DATA / "hpsv3" / "official.json").read_text())

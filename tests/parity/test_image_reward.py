@@ -21,9 +21,9 @@ from transformers import BertTokenizer, BlipConfig
 
 from diffsynth_metrics import ImageRewardMetric, ModelConfig
 from diffsynth_metrics.inputs import as_images
-from diffsynth_metrics.models.image_reward import blip_vit_l_16_config, build_image_reward
+from diffsynth_metrics.networks.image_reward import blip_vit_l_16_config, build_image_reward
+from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.testing import clip_vocabulary, randomize, tiny_checkpoint
-from diffsynth_metrics.transforms import pixel_batches
 
 TOLERANCE = 1e-5  # absolute, on scores with a standard deviation of about 1
 

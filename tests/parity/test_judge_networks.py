@@ -17,10 +17,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from diffsynth_metrics.checkpoint import KNOWN_LAYOUTS, fingerprint
 from diffsynth_metrics.judges.architectures import build_judge, judge_config, qwen3_vl_config
 from diffsynth_metrics.metrics.qwen_image_bench import qwen_image_bench_config
 from diffsynth_metrics.metrics.unified_reward_2 import unified_reward_2_config
+from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint
 
 LAYOUTS = Path(__file__).parent.parent / "data" / "layouts"
 PUBLISHED: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffsynth_metrics import PickScoreMetric
 from diffsynth_metrics.base import BaseMetric, ImageMetric
 from diffsynth_metrics.inputs import as_images
-from diffsynth_metrics.transforms import ShortestEdgeCrop
+from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
 
 
 class Brightness(ImageMetric):

@@ -29,6 +29,7 @@ from diffsynth_metrics import (
     UnifiedReward2Metric,
 )
 from diffsynth_metrics.judges.engine import Answer, Engine
+from diffsynth_metrics.pixels.transforms import normalize_
 from diffsynth_metrics.rewards import (
     Component,
     RewardSet,
@@ -48,7 +49,6 @@ from diffsynth_metrics.rewards import (
     to_verl_omni,
 )
 from diffsynth_metrics.testing import tiny_checkpoint
-from diffsynth_metrics.transforms import normalize_
 
 PROMPTS = ["a cat", "a dog", "a red circle"]
 

@@ -26,8 +26,8 @@ from diffsynth_metrics import (
     ModelConfig,
     PickScoreMetric,
     RewardError,
-    transforms,
 )
+from diffsynth_metrics.pixels import transforms
 from diffsynth_metrics.rewards import Component, FixedScale, GroupRelative, RewardSet, RunningZScore
 from diffsynth_metrics.rewards.divergence import DivergenceMonitor, trend
 from diffsynth_metrics.testing import tiny_checkpoint

@@ -1,6 +1,6 @@
 """Train the embedded model: a CLIP of about one million parameters, on drawn shapes, on a CPU.
 
-``python -m diffsynth_metrics.embedded.train_shapes --output FOLDER`` writes what ships in
+``python scripts/train_shapes.py --output FOLDER`` writes what ships in
 ``diffsynth_metrics/embedded/shapes``. Pictures come from :mod:`diffsynth_metrics.embedded.drawing`;
 their random streams are named "train", and no test draws from those.
 """
@@ -35,8 +35,8 @@ from diffsynth_metrics.embedded.drawing import (
     describe,
     draw_shape,
 )
-from diffsynth_metrics.transforms import CLIP_MEAN, CLIP_STD, ShortestEdgeCrop
-from diffsynth_metrics.transforms import normalize_ as normalize_pixels_
+from diffsynth_metrics.pixels.transforms import CLIP_MEAN, CLIP_STD, ShortestEdgeCrop
+from diffsynth_metrics.pixels.transforms import normalize_ as normalize_pixels_
 
 __all__ = ["main", "train"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffsynth_metrics.gradient_checkpointing import compute_block
+from diffsynth_metrics.networks.gradient_checkpointing import compute_block
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel

@@ -28,7 +28,7 @@ __all__ = ["ModelConfig"]
 
 logger = logging.getLogger(__name__)
 
-_EMBEDDED = Path(__file__).parent / "embedded"
+_EMBEDDED = Path(__file__).parents[1] / "embedded"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 # What the clients leave beside the files while they download: "x.incomplete", "x.parallel_tmp", and
 # "x.safetensors_0_167772159" for a part of a large file. Their other leftovers are hidden.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BlipConfig
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from diffsynth_metrics.models.score_head import score_head
+from diffsynth_metrics.networks.score_head import score_head
 
 __all__ = ["ImageRewardNetwork", "blip_vit_l_16_config", "build_image_reward"]
 
