@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from diffsynth_metrics.base import MetricCard, PromptMetric, rows_of_pairs
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput, pair
-from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.judges.plain_text import without_added_tokens
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.networks.hpsv3 import (
     HPSv3Network,
     build_hpsv3,
