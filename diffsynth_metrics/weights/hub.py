@@ -99,7 +99,7 @@ class Repository:
         if not files.names():
             raise self.error(hint, f"no local file matches {files}")
         if files.interrupted:
-            hint += f" If you have completed the files yourself, delete {files.note}."
+            hint += f" If you have completed the files yourself, delete {files.begun}."
             raise self.error(hint, f"the download of {files} was interrupted")
         if damaged := files.damaged():
             raise self.error(hint, f"missing or damaged since the download: {', '.join(damaged)}")
@@ -134,9 +134,9 @@ class Repository:
             raise self.error(_hint([], False), f"no file of the repository matches {files}")
 
     def _run_client(self, files: LocalFiles) -> None:
-        """Run the hub's client, and keep the note about it."""
-        before, note, interrupted = files.names(), files.read_note(), files.interrupted
-        files.write_note(finished=False)
+        """Run the hub's client, and keep the notes about it."""
+        before, interrupted = files.names(), files.interrupted
+        files.note_begin()
         try:
             if self.source == "huggingface":
                 self._from_huggingface(files)
@@ -144,9 +144,9 @@ class Repository:
                 self._from_modelscope(files)
         except Exception:
             if files.names() == before and not interrupted:
-                files.restore_note(note)  # nothing arrived: the files are what they were
+                files.begun.unlink(missing_ok=True)  # nothing arrived: the files are what they were
             raise
-        files.write_note(finished=True)
+        files.note_end()
 
     def _from_modelscope(self, files: LocalFiles) -> None:
         from modelscope import snapshot_download
@@ -184,11 +184,11 @@ class Repository:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """The files of one pattern in one local folder, and the note about their download.
+    """The files of one pattern in one local folder, and the notes about their download.
 
-    The note is for patterns of several files: it is written before the client starts, and completed
-    with names and sizes when the client has finished. A single file needs none, because the clients
-    give it its name when it is whole.
+    The notes are for patterns of several files: one says that a client has begun and not finished,
+    the other has the names and sizes of what it brought. A single file needs none, because the
+    clients give it its name when it is whole.
     """
 
     folder: Path
@@ -205,14 +205,19 @@ class LocalFiles:
 
     @property
     def note(self) -> Path:
-        """The file that tells how far the download of this pattern came."""
+        """The file with the names and sizes of a finished download of this pattern."""
         digest = hashlib.sha1(self.pattern.encode(), usedforsecurity=False).hexdigest()
         return self.folder / ".diffsynth_metrics" / f"{digest}.json"
 
     @property
+    def begun(self) -> Path:
+        """The file that is there while a download of this pattern is not finished."""
+        return self.note.with_suffix(".begun")
+
+    @property
     def interrupted(self) -> bool:
         """Whether a download of this pattern was begun and not finished."""
-        return self.note.is_file() and self._noted_sizes() is None
+        return self.begun.is_file()
 
     def names(self) -> list[str]:
         """Return the names, relative to the folder, of the files that are there."""
@@ -227,7 +232,7 @@ class LocalFiles:
 
     def damaged(self) -> list[str]:
         """Return the files that a finished download brought and that are not as it left them."""
-        sizes = self._noted_sizes() or {}
+        sizes = self._noted_sizes()
         return [name for name, size in sizes.items() if not _is_whole(self.folder / name, size)]
 
     def are_complete(self, sufficient: Sequence[str]) -> bool:
@@ -235,7 +240,7 @@ class LocalFiles:
         names = self.names()
         if not names or self.one_file:
             return bool(names)
-        if self.note.is_file():
+        if self.interrupted or self._noted_sizes():
             return not self.interrupted and not self.damaged()
         # A pattern such as "model*.safetensors" asks for one set of shards and nothing else.
         suffix = PurePosixPath(self.pattern).suffix
@@ -256,33 +261,28 @@ class LocalFiles:
             return self.pattern + "*", ""
         return self.pattern, "*/" * (self.pattern.count("/") + 1) + "*"
 
-    def read_note(self) -> bytes | None:
-        """Return the note as it is, or None when there is none."""
-        return self.note.read_bytes() if self.note.is_file() else None
+    def note_begin(self) -> None:
+        """Note that a download begins."""
+        if not self.one_file:
+            self.begun.touch()
 
-    def restore_note(self, content: bytes | None) -> None:
-        """Make the note what `read_note` returned."""
-        if content is None:
-            self.note.unlink(missing_ok=True)
-        else:
-            _replace(self.note, content)
-
-    def write_note(self, *, finished: bool) -> None:
-        """Note that the download begins, or what it brought."""
-        sizes = {name: (self.folder / name).stat().st_size for name in self.names()}
-        if self.one_file or (finished and not sizes):
-            self.note.unlink(missing_ok=True)
+    def note_end(self) -> None:
+        """Note what a download brought."""
+        if self.one_file:
             return
-        note = {"pattern": self.pattern, "files": sizes if finished else None}
-        _replace(self.note, json.dumps(note, indent=1).encode())
+        sizes = {name: (self.folder / name).stat().st_size for name in self.names()}
+        partial = self.note.with_suffix(".tmp")
+        partial.write_text(json.dumps({"pattern": self.pattern, "files": sizes}, indent=1), "utf-8")
+        os.replace(partial, self.note)
+        self.begun.unlink(missing_ok=True)
 
-    def _noted_sizes(self) -> dict[str, int] | None:
-        """Return the sizes by file name that a finished download noted."""
+    def _noted_sizes(self) -> dict[str, int]:
+        """Return the sizes by file name that a finished download noted; none where there is no note."""
         try:
             sizes = json.loads(self.note.read_bytes())["files"]
         except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return sizes if isinstance(sizes, dict) else None
+            return {}
+        return sizes if isinstance(sizes, dict) else {}
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
@@ -292,13 +292,6 @@ def missing_shards(names: Iterable[str]) -> list[str]:
         stem, count, suffix = shard.groups()
         wanted |= {f"{stem}-{i + 1:05d}-of-{count}{suffix}" for i in range(int(count))}
     return sorted(wanted - present)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a file at once, so that nobody reads half of it."""
-    partial = file.with_suffix(".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, file)
 
 
 def _is_whole(file: Path, size: int) -> bool:
