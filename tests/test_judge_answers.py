@@ -446,14 +446,18 @@ def test_there_are_sixty_answers_or_more() -> None:
 
 
 def test_a_number_that_may_have_been_cut_is_not_read() -> None:
-    row = UnifiedReward2Metric(ScriptedEngine(Answer(lines(3, 4, "2.8"), "length"))).evaluate("p", IMAGE)[0]
+    row = UnifiedReward2Metric(ScriptedEngine(Answer(lines(3, 4, "2.8"), "length"))).evaluate(
+        "p", IMAGE
+    )[0]
     assert (row["alignment"], row["coherence"], row["style"], row["score"]) == (3, 4, None, None)
     assert "cut off by max_new_tokens" in row["error"]
     assert row["raw_text"].endswith("2.8")
 
 
 def test_an_answer_that_was_cut_off_while_thinking_says_so() -> None:
-    row = UnifiedReward2Metric(ScriptedEngine(Answer("<think>\nLet me see", "length"))).evaluate("p", IMAGE)[0]
+    row = UnifiedReward2Metric(ScriptedEngine(Answer("<think>\nLet me see", "length"))).evaluate(
+        "p", IMAGE
+    )[0]
     assert row["error"] == "the answer was cut off by max_new_tokens: it never stopped thinking"
 
 
@@ -461,7 +465,9 @@ def test_a_row_says_how_its_answer_ended_also_where_everything_was_read() -> Non
     cut = Answer(lines(3, 4, 2) + "\nBecause", "length")
     row = UnifiedReward2Metric(ScriptedEngine(cut)).evaluate("p", IMAGE)[0]
     assert (row["score"], row["error"], row["finish"]) == (3, None, "length")
-    assert UnifiedReward2Metric(ScriptedEngine(lines(3, 4, 2))).evaluate("p", IMAGE)[0]["finish"] == "stop"
+    assert (
+        UnifiedReward2Metric(ScriptedEngine(lines(3, 4, 2))).evaluate("p", IMAGE)[0]["finish"] == "stop"
+    )
     cut = Answer('{"reasoning": "x", "score": [20, 18]', "length")
     row = UnifiedRewardEditMetric(ScriptedEngine(cut)).evaluate("p", [IMAGE] * 2)[0]
     assert (row["score"], row["error"], row["finish"]) == (19, None, "length")

@@ -8,7 +8,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, ClassVar
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
 import PIL.Image
 import torch
@@ -18,7 +20,7 @@ from typing_extensions import Self, TypedDict, Unpack
 
 from diffsynth_metrics.base import BaseMetric, check_loading
 from diffsynth_metrics.errors import AnswerError, ImageError
-from diffsynth_metrics.inputs import CheckedImages, as_pil, as_rgb, open_image
+from diffsynth_metrics.inputs import ImagesInput, as_pil, as_rgb, open_image, pair
 from diffsynth_metrics.judges.architectures import judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.local import LocalEngine, check_limits
@@ -26,17 +28,22 @@ from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import DeviceMap, check_device_map
 
 __all__ = [
+    "CheckedImage",
     "JudgeMetric",
     "Loading",
-    "check_shape",
     "load_prompts",
     "mean",
-    "rgb_images",
+    "pairs",
 ]
+
+CheckedImage: TypeAlias = "PIL.Image.Image | Path | Tensor"
+"""One image after checking."""
 
 _POLICIES = ("nan", "raise")
 _BATCH_SIZE, _MAX_NEW_TOKENS = 20, 4096
 _MAX_RATIO = 200
+# Pictures of 537 MB in Pillow's four bytes per pixel: 128 of 1024x1024, which fill many batches.
+_PIXELS_AT_ONCE = 2**27
 
 
 class Loading(TypedDict, total=False):
@@ -74,6 +81,8 @@ class JudgeMetric(BaseMetric):
     published: ClassVar[Callable[[], PreTrainedConfig]]
     """Returns the architecture of the published checkpoint."""
     processor_files: ClassVar[tuple[str, ...]] = ("tokenizer.json", "vocab.json")
+    image_name: ClassVar[str] = "image {sample}"
+    """How an error calls image `image` of sample `sample`."""
 
     def __init__(self, engine: Engine, *, on_parse_error: str = "nan") -> None:
         """Ask an engine; :meth:`from_pretrained` loads one.
@@ -150,10 +159,6 @@ class JudgeMetric(BaseMetric):
     ) -> list[dict[str, Any]]:
         """Ask, and return what was answered, with the raw texts."""
 
-    def _score(self, row: dict[str, Any]) -> Any:
-        """Return the score of a row of :meth:`evaluate`, NaN where it is None."""
-        return math.nan if row["score"] is None else float(row["score"])
-
     def compute(self, prompt: str | Sequence[str], images: Any, **options: Any) -> list[Any]:
         """Score like :meth:`evaluate`, which takes the same arguments.
 
@@ -161,7 +166,7 @@ class JudgeMetric(BaseMetric):
             One float per dict of :meth:`evaluate`, its ``"score"`` unless the metric says otherwise;
             NaN where the answer cannot be read.
         """
-        return [self._score(row) for row in self.evaluate(prompt, images, **options)]
+        return [_or_nan(row["score"]) for row in self.evaluate(prompt, images, **options)]
 
     def reward(self, prompt: str | Sequence[str], images: Any, **options: Any) -> Tensor:
         """Score like :meth:`compute`, as float32 ``[N]`` on the metric's device, without gradients."""
@@ -175,6 +180,78 @@ class JudgeMetric(BaseMetric):
     def __call__(self, prompt: str | Sequence[str], images: Any, **options: Any) -> list[Any]:
         """Do the same as :meth:`compute`."""
         return self.compute(prompt, images, **options)
+
+    def _rows(
+        self,
+        samples: Sequence[Sequence[CheckedImage]],
+        questions: Callable[[int, list[PIL.Image.Image]], list[Question]],
+        row: Callable[[int, list[Answer]], dict[str, Any]],
+    ) -> list[dict[str, Any]]:
+        """Ask about samples in parts, so that the pictures of one part only are in memory.
+
+        Args:
+            samples: The images of each sample.
+            questions: Makes the questions about a sample of its number and its pictures in RGB.
+            row: Makes what :meth:`evaluate` returns of a sample of its number and its answers.
+        """
+        rows = []
+        for part in self._parts(samples):
+            # A picture that several samples share is one object, which the engine prepares once.
+            pictures: dict[int, PIL.Image.Image] = {}
+            asked = []
+            for index in part:
+                for position, image in enumerate(samples[index]):
+                    if id(image) not in pictures:
+                        pictures[id(image)] = self._prepared(_rgb(image, self._name(index, position)))
+                asked.append(questions(index, [pictures[id(image)] for image in samples[index]]))
+            answers = iter(self._ask([question for group in asked for question in group]))
+            rows += [
+                row(index, list(islice(answers, len(group))))
+                for index, group in zip(part, asked, strict=True)
+            ]
+        return rows
+
+    def _parts(self, samples: Sequence[Sequence[CheckedImage]]) -> list[list[int]]:
+        """Divide samples into parts of limited pixels, after checking the size of every image."""
+        parts: list[list[int]] = [[]]
+        held: set[int] = set()
+        pixels = 0
+        for index, sample in enumerate(samples):
+            sizes = {
+                id(image): self._checked_pixels(image, self._name(index, position))
+                for position, image in enumerate(sample)
+            }
+            more = sum(size for key, size in sizes.items() if key not in held)
+            if parts[-1] and pixels + more > _PIXELS_AT_ONCE:
+                parts.append([])
+                held, pixels, more = set(), 0, sum(sizes.values())
+            parts[-1].append(index)
+            held |= sizes.keys()
+            pixels += more
+        return parts
+
+    def _checked_pixels(self, image: CheckedImage, name: str) -> int:
+        width, height = _size(image, name)
+        self._check_size((width, height), name)
+        return width * height
+
+    def _name(self, sample: int, image: int) -> str:
+        return self.image_name.format(sample=sample, image=image)
+
+    def _check_size(self, size: tuple[int, int], name: str) -> None:
+        """Check that the processors of the judges accept a picture.
+
+        Raises:
+            ImageError: One side is more than 200 times the other.
+        """
+        if max(size) > _MAX_RATIO * min(size):
+            raise ImageError(
+                f"{name}: one side may be at most {_MAX_RATIO} times the other, got {size[0]}x{size[1]}"
+            )
+
+    def _prepared(self, picture: PIL.Image.Image) -> PIL.Image.Image:
+        """Return a picture as the model is shown it."""
+        return picture
 
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
         with self._scoring(gradients=False):
@@ -244,29 +321,44 @@ def load_prompts(name: str) -> dict[str, Any]:
     return prompts
 
 
-def check_shape(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """Return a picture that the processors of the judges accept.
+def pairs(
+    prompt: str | Sequence[str] | None, images: ImagesInput
+) -> tuple[list[str], list[list[CheckedImage]]]:
+    """Align prompts with images: N prompts, and N samples of one image each.
 
-    Raises:
-        ImageError: One side is more than 200 times the other.
+    None is the empty prompt, as in ``diffsynth.metrics``.
     """
-    if max(picture.size) > _MAX_RATIO * min(picture.size):
-        raise ImageError(
-            f"{name}: one side may be at most {_MAX_RATIO} times the other, got "
-            f"{picture.width}x{picture.height}"
-        )
-    return picture
+    prompts, checked, count = pair("" if prompt is None else prompt, images)
+    alone = list(checked)
+    return (
+        prompts * count if len(prompts) == 1 else prompts,
+        [[image] for image in (alone * count if len(alone) == 1 else alone)],
+    )
 
 
-def rgb_images(images: CheckedImages) -> list[PIL.Image.Image]:
-    """Return images as RGB bytes, as a judge is given them; floats are rounded to 0..255."""
-    pictures = []
-    for index, image in enumerate(images):
-        if isinstance(image, Tensor):
-            pictures.append(as_pil(image))
-        else:
-            pictures.append(as_rgb(open_image(image, f"image {index}")))
-    return pictures
+def _size(image: CheckedImage, name: str) -> tuple[int, int]:
+    """Return width and height, of a file by its header."""
+    if isinstance(image, Tensor):
+        return image.shape[-1], image.shape[-2]
+    if isinstance(image, PIL.Image.Image):
+        return image.size
+    try:
+        with PIL.Image.open(image) as opened:
+            return opened.size
+    except Exception:
+        return open_image(image, name).size  # which says why it cannot be read
+
+
+def _rgb(image: CheckedImage, name: str) -> PIL.Image.Image:
+    """Return an image as RGB bytes, as a judge is given them; floats are rounded to 0..255."""
+    return as_pil(image) if isinstance(image, Tensor) else as_rgb(open_image(image, name))
+
+
+def _or_nan(score: Any) -> Any:
+    """Return a score, NaN where it is None; of a list, each of its numbers."""
+    if isinstance(score, list):
+        return [_or_nan(number) for number in score]
+    return math.nan if score is None else score
 
 
 def mean(values: Sequence[float | None]) -> float | None:

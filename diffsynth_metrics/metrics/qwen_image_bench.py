@@ -11,17 +11,16 @@ from transformers import Qwen3_5Config
 from typing_extensions import Self, Unpack
 
 from diffsynth_metrics.base import MetricCard
-from diffsynth_metrics.inputs import ImagesInput, pair
+from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.judges.answers import Reading, read_checklist
 from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import (
     JudgeMetric,
     Loading,
-    check_shape,
     load_prompts,
     mean,
-    rgb_images,
+    pairs,
 )
 from diffsynth_metrics.weights.model_config import ModelConfig
 
@@ -107,15 +106,14 @@ class QwenImageBenchMetric(JudgeMetric):
 
     def evaluate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         images: ImagesInput,
-        *,
         dimensions: Dimensions | Sequence[Dimensions] = None,
     ) -> list[dict[str, Any]]:
         """Ask about pairs of prompts and images, one question per dimension.
 
         Args:
-            prompt: One prompt for all images, or as many prompts as images.
+            prompt: One prompt for all images, or as many prompts as images; None is the empty prompt.
             images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
                 ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
             dimensions: What all pairs are asked: None for all five, a name, names separated by commas, a
@@ -142,32 +140,29 @@ class QwenImageBenchMetric(JudgeMetric):
             FileNotFoundError: A path does not exist.
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
-        prompts, checked, count = pair(prompt, images)
-        pictures = [
-            check_shape(self._resized(picture), f"image {index}")
-            for index, picture in enumerate(rgb_images(checked))
-        ]
-        asked = _dimensions_of_pairs(dimensions, count)
-        questions = [
-            _question(
-                prompts[index if len(prompts) > 1 else 0],
-                pictures[index if len(pictures) > 1 else 0],
-                dimension,
-            )
-            for index in range(count)
-            for dimension in asked[index]
-        ]
-        answers = iter(self._ask(questions))
-        return [
-            self._row(index, {dimension: next(answers) for dimension in asked[index]})
-            for index in range(count)
-        ]
+        prompts, samples = pairs(prompt, images)
+        asked = _dimensions_of_pairs(dimensions, len(samples))
 
-    def _resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        side = self.resize_long_edge
-        if side and max(image.size) > side:
-            return image.resize((side, side), PIL.Image.Resampling.LANCZOS)
-        return image
+        def questions(index: int, pictures: list[PIL.Image.Image]) -> list[Question]:
+            return [_question(prompts[index], *pictures, dimension) for dimension in asked[index]]
+
+        def row(index: int, answers: list[Answer]) -> dict[str, Any]:
+            return self._row(index, dict(zip(asked[index], answers, strict=True)))
+
+        return self._rows(samples, questions, row)
+
+    def _is_made_square(self, size: tuple[int, int]) -> bool:
+        return 0 < self.resize_long_edge < max(size)
+
+    def _check_size(self, size: tuple[int, int], name: str) -> None:
+        if not self._is_made_square(size):
+            super()._check_size(size, name)
+
+    def _prepared(self, picture: PIL.Image.Image) -> PIL.Image.Image:
+        if self._is_made_square(picture.size):
+            side = self.resize_long_edge
+            return picture.resize((side, side), PIL.Image.Resampling.LANCZOS)
+        return picture
 
     def _row(self, index: int, answers: dict[str, Answer]) -> dict[str, Any]:
         readings = {dimension: _read(answer, dimension) for dimension, answer in answers.items()}

@@ -16,12 +16,11 @@ class ScriptedEngine(Engine):
     """Answers with given texts, without a network.
 
     Example:
-        >>> text = "Alignment Score (1-5): 4\\nCoherence Score (1-5): 3\\nStyle Score (1-5): 5"
-        >>> engine = ScriptedEngine(text)
-        >>> UnifiedReward2Metric(engine).compute("a cat", image)
-        [4.0]
-        >>> engine.questions[0].content
-        (<PIL.Image.Image ...>, 'You are presented with ...')
+        >>> engine = ScriptedEngine('{"reasoning": "Good.", "score": [20, 18]}')
+        >>> UnifiedRewardEditMetric(engine).compute("make it grey", [source, edited])
+        [19.0]
+        >>> len(engine.questions)
+        1
 
     Attributes:
         questions: What was asked so far, in order.
