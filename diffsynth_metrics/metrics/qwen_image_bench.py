@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import PIL.Image
 from transformers import Qwen3_5Config
-from typing_extensions import Self, Unpack
 
 from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.inputs import ImagesInput
@@ -17,11 +16,10 @@ from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import (
     JudgeMetric,
-    Loading,
-    load_prompts,
     mean,
     pairs,
 )
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
@@ -29,6 +27,7 @@ __all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
 Dimensions: TypeAlias = "str | Iterable[str] | Mapping[str, Any] | None"
 
 _REPETITION_PENALTY = 1.05
+_LONG_EDGE = 1024
 # The network sees squares of 32 pixels; a picture that is smaller says nothing.
 _SMALLEST_SIDE = 32
 
@@ -45,9 +44,13 @@ class QwenImageBenchMetric(JudgeMetric):
 
     A level-2 score is the mean of its facets, a dimension the mean of its level-2 scores, the total the
     mean of the dimensions; what does not apply (N/A) is left out. See ``QwenImageBenchMetric.card``.
+
+    ``QwenImageBenchMetric.from_pretrained`` takes what :class:`JudgeMetric` lists and, under upstream's
+    name, ``resize_long_edge``: an image with a longer side is made a **square** of this side, whatever
+    its shape, as the benchmark does it; 1024 by default, at least 32, or 0 for no resizing.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="Qwen-Image-Bench",
         inputs="prompt and image",
         range="0 to 100; published models have about 50 to 65",
@@ -59,50 +62,29 @@ class QwenImageBenchMetric(JudgeMetric):
         weights_license="Apache-2.0",
         notes="The benchmark asks only the dimensions that its metadata lists: pass dims_en.",
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"
     )
-    default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*"
-    )
+    default_processor = ModelConfig(model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*")
     published = staticmethod(qwen_image_bench_config)
+    positional = ("max_new_tokens", "resize_long_edge", "processor_kwargs", "vram_limit")
 
-    def __init__(
-        self, engine: Engine, *, resize_long_edge: int = 1024, on_parse_error: str = "nan"
-    ) -> None:
+    def __init__(self, engine: Engine, *, resize_long_edge: int = _LONG_EDGE, **judge: Any) -> None:
         """Ask an engine; :meth:`from_pretrained` loads one.
 
         Args:
             engine: What answers the questions.
-            resize_long_edge: See :meth:`from_pretrained`.
-            on_parse_error: See :class:`JudgeMetric`.
+            resize_long_edge: See the class.
+            **judge: See :class:`JudgeMetric`.
         """
-        super().__init__(engine, on_parse_error=on_parse_error)
+        super().__init__(engine, **judge)
         self.resize_long_edge = _checked_side(resize_long_edge)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model_config: ModelConfig | None = None,
-        processor_config: ModelConfig | None = None,
-        *,
-        resize_long_edge: int = 1024,
-        **loading: Unpack[Loading],
-    ) -> Self:
-        """Load the judge, see :meth:`JudgeMetric.from_pretrained`.
-
-        Args:
-            model_config: See there.
-            processor_config: See there.
-            resize_long_edge: An image with a longer side is made a **square** of this side, whatever
-                its shape, as the benchmark does it; at least 32, or 0, which leaves all as they are.
-                The name is upstream's.
-            **loading: See :class:`Loading`.
-        """
-        _checked_side(resize_long_edge)
-        metric = super().from_pretrained(model_config, processor_config, **loading)
-        metric.resize_long_edge = resize_long_edge
-        return metric
+    def check_options(cls, **options: Any) -> None:
+        """Check ``resize_long_edge`` and what every judge takes."""
+        super().check_options(**options)
+        _checked_side(options.get("resize_long_edge", _LONG_EDGE))
 
     def evaluate(
         self,
@@ -144,12 +126,16 @@ class QwenImageBenchMetric(JudgeMetric):
         asked = _dimensions_of_pairs(dimensions, len(samples))
 
         def questions(index: int, pictures: list[PIL.Image.Image]) -> list[Question]:
-            return [_question(prompts[index], *pictures, dimension) for dimension in asked[index]]
+            return [_question(prompts[index], pictures[0], dimension) for dimension in asked[index]]
 
         def row(index: int, answers: list[Answer]) -> dict[str, Any]:
             return self._row(index, dict(zip(asked[index], answers, strict=True)))
 
         return self._rows(samples, questions, row)
+
+    def numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the total as the score, and the score of each dimension that was asked about."""
+        return {"score": row["score"], **row["level1_scores"]}
 
     def _is_made_square(self, size: tuple[int, int]) -> bool:
         return 0 < self.resize_long_edge < max(size)

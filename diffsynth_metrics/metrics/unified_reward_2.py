@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import PIL.Image
 from transformers import Qwen3_5Config
@@ -15,7 +15,8 @@ from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.judges.answers import read_labelled_scores
 from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Answer, Question
-from diffsynth_metrics.judges.metric import JudgeMetric, load_prompts, mean, pairs
+from diffsynth_metrics.judges.metric import JudgeMetric, mean, pairs
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["UnifiedReward2Metric", "draft_scores", "unified_reward_2_config"]
@@ -63,7 +64,7 @@ class UnifiedReward2Metric(JudgeMetric):
     ``UnifiedReward2Metric.card``.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="UnifiedReward 2.0",
         inputs="prompt and image",
         range="1 to 5",
@@ -75,11 +76,11 @@ class UnifiedReward2Metric(JudgeMetric):
         weights_license="MIT (base Qwen3.5-9B: Apache-2.0)",
         notes="The mean is a convention; the authors give three rewards and let the user weigh them.",
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-2.0-qwen35-9b/model-*.safetensors",
     )
-    default_processor: ClassVar[ModelConfig] = ModelConfig(
+    default_processor = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-2.0-qwen35-9b/*.[jt]*",
     )
@@ -126,3 +127,7 @@ class UnifiedReward2Metric(JudgeMetric):
             }
 
         return self._rows(samples, questions, row)
+
+    def numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the score and its three parts."""
+        return {name: row[name] for name in ("score", *_LABELS)}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import PIL.Image
-from typing_extensions import Self, Unpack
 
 from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.errors import ImageError
@@ -18,10 +17,9 @@ from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import (
     CheckedImage,
     JudgeMetric,
-    Loading,
-    load_prompts,
     mean,
 )
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["UnifiedRewardEditMetric"]
@@ -74,10 +72,12 @@ class UnifiedRewardEditMetric(JudgeMetric):
                                                              (0 to 25), ``score``: their mean
     ==========================  ===========================  =====================================
 
-    See ``UnifiedRewardEditMetric.card``.
+    ``UnifiedRewardEditMetric.from_pretrained`` takes what :class:`JudgeMetric` lists and ``task``, which
+    calls then ask by default. ``winner`` is a number where ``diffsynth.metrics`` gives a text; ``score``
+    is the same in both. See ``UnifiedRewardEditMetric.card``.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="UnifiedReward-Edit",
         inputs="instruction, source image and edited images",
         range="0 to 25 pointwise; 0, 1 or 2 for a ranking; any real number for pairwise scores",
@@ -89,44 +89,34 @@ class UnifiedRewardEditMetric(JudgeMetric):
         weights_license="MIT (base Qwen3-VL-8B: Apache-2.0)",
         notes="A high overediting score is good: nothing else was changed.",
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/model-*.safetensors",
     )
-    default_processor: ClassVar[ModelConfig] = ModelConfig(
+    default_processor = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/*.[jt]*",
     )
     published = staticmethod(qwen3_vl_config)
+    positional = ("task", "max_new_tokens", "processor_kwargs", "vram_limit")
     image_name = "sample {sample}: image {image}"
 
-    def __init__(
-        self, engine: Engine, *, task: str = _DEFAULT_TASK, on_parse_error: str = "nan"
-    ) -> None:
+    def __init__(self, engine: Engine, *, task: str = _DEFAULT_TASK, **judge: Any) -> None:
         """Ask an engine; :meth:`from_pretrained` loads one.
 
         Args:
             engine: What answers the questions.
             task: What is asked where a call does not say it.
-            on_parse_error: See :class:`JudgeMetric`.
+            **judge: See :class:`JudgeMetric`.
         """
-        super().__init__(engine, on_parse_error=on_parse_error)
+        super().__init__(engine, **judge)
         self.task = _checked_task(task)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model_config: ModelConfig | None = None,
-        processor_config: ModelConfig | None = None,
-        *,
-        task: str = _DEFAULT_TASK,
-        **loading: Unpack[Loading],
-    ) -> Self:
-        """Load the judge, see :meth:`JudgeMetric.from_pretrained`; calls ask `task` by default."""
-        _checked_task(task)
-        metric = super().from_pretrained(model_config, processor_config, **loading)
-        metric.task = task
-        return metric
+    def check_options(cls, **options: Any) -> None:
+        """Check ``task`` and what every judge takes."""
+        super().check_options(**options)
+        _checked_task(options.get("task", _DEFAULT_TASK))
 
     def evaluate(
         self,
@@ -183,6 +173,13 @@ class UnifiedRewardEditMetric(JudgeMetric):
             return _with_swapped(first, _numbered_as_passed(second[0], asked)) if second else first
 
         return self._rows(samples, questions, row)
+
+    def numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the values of the task, and its score where it is one number."""
+        names = {"score", *(name for task in _TASKS.values() for name in task.values)}
+        return {
+            name: value for name, value in row.items() if name in names and not isinstance(value, list)
+        }
 
     def _row(self, task: _Task, sample: int, answer: Answer) -> dict[str, Any]:
         reading = task.read(answer)
