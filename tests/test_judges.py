@@ -521,6 +521,44 @@ def test_a_comma_between_dimensions_with_slashes_is_an_error() -> None:
     assert metric.evaluate("a", RED, dimensions=below)[0]["dimensions"] == ["Quality", "Alignment"]
 
 
+def test_components_are_the_numbers_of_the_rows() -> None:
+    text = "Alignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 4"
+    metric: Any = UnifiedReward2Metric(ScriptedEngine(text, "Style Score (1-5): 5"))
+    assert_numbers(
+        metric.components("a", [RED, GREEN]),
+        {
+            "score": [3, math.nan],
+            "alignment": [2, math.nan],
+            "coherence": [3, math.nan],
+            "style": [4, 5],
+        },
+    )
+    metric = UnifiedRewardEditMetric(ScriptedEngine("Image 1: 2\nImage 2: -1", "?"))
+    pairs = [[RED, GREEN, BLUE]] * 2
+    assert_numbers(
+        metric.components("a", pairs, "edit_pairwise_score"),
+        {"image_1_score": [2, math.nan], "image_2_score": [-1, math.nan]},
+    )
+    with pytest.raises(ValueError, match=r"score is several here; components\(\) gives image_1_score"):
+        metric.reward("a", pairs, "edit_pairwise_score")
+    metric = UnifiedRewardEditMetric(ScriptedEngine("Edited image 2 is better"))
+    assert_numbers(
+        metric.components("a", pairs, "edit_pairwise_rank"), {"winner": [2, 2], "score": [2, 2]}
+    )
+    metric = QwenImageBenchMetric(ScriptedEngine('</think>{"Detail": {"Noise": {"score": 1}}}', "?"))
+    assert_numbers(
+        metric.components("a", [RED, GREEN], [["Quality", "Alignment"], ["Quality"]]),
+        {"score": [math.nan, 60], "Quality": [60, 60], "Alignment": [math.nan, math.nan]},
+    )
+
+
+def assert_numbers(found: dict[str, torch.Tensor], expected: dict[str, list[float]]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name].tolist(), values, equal_nan=True, check_dtype=False)
+        assert found[name].dtype == torch.float32 and not found[name].requires_grad
+
+
 # Loading
 
 
@@ -528,7 +566,7 @@ def test_a_comma_between_dimensions_with_slashes_is_an_error() -> None:
 def test_a_tiny_judge_answers_noise_that_cannot_be_read(name: str, judges: dict[str, Any]) -> None:
     row = ask_one(judges[name], "a photo of a cat")[0]
     texts = row["raw_outputs"].values() if name == "qwen_image_bench" else [row["raw_text"]]
-    assert any(texts)
+    assert any(texts) and all(isinstance(text, str) for text in texts)
     assert row["score"] is None and row["error"]
 
 
@@ -596,6 +634,36 @@ def test_rotary_frequencies_that_are_not_computed_here_are_an_error(published: A
     }
     with pytest.raises(CheckpointError, match=f"has the rope_type '{kind}'"):
         build_judge(judge_config(config, published()))
+
+
+def test_arguments_by_position_have_the_order_of_upstream(folders: dict[str, Path]) -> None:
+    cases: dict[str, tuple[Any, ...]] = {
+        "unified_reward_2": (7, {}, None),
+        "unified_reward_edit": ("edit_pairwise_rank", 7, {}, None),
+        "qwen_image_bench": (7, 512, {}, None),
+    }
+    for name, more in cases.items():
+        config = ModelConfig(path=folders[name])
+        metric = CLASSES[name].from_pretrained(config, config, torch.float32, "cpu", *more)
+        assert metric.engine.max_new_tokens == 7
+        assert metric.dtype == torch.float32
+        assert getattr(metric, "task", "edit_pairwise_rank") == "edit_pairwise_rank"
+        assert getattr(metric, "resize_long_edge", 512) == 512
+        with pytest.raises(ValueError, match="does not support another vram_limit than None"):
+            CLASSES[name].from_pretrained(config, config, torch.float32, "cpu", *more[:-1], 8.0)
+
+
+def test_a_judge_asks_an_engine() -> None:
+    with pytest.raises(TypeError, match=r"a judge asks an Engine, got Linear; .*from_pretrained\(\)"):
+        UnifiedReward2Metric(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_the_batch_size_of_a_judge_is_that_of_its_engine(judges: dict[str, Any]) -> None:
+    metric = copy.copy(judges["unified_reward_2"])
+    metric.engine = copy.copy(metric.engine)
+    assert metric.batch_size == metric.engine.batch_size == 20
+    metric.batch_size = 3
+    assert metric.engine.batch_size == 3
 
 
 def test_a_missing_shard_is_an_error(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -253,7 +253,8 @@ class JudgeMetric(BaseMetric):
 
     def _checked_pixels(self, image: CheckedImage, name: str) -> int:
         width, height = _size(image, name)
-        self._check_size((width, height), name)
+        file = image if isinstance(image, Path) else getattr(image, "filename", "")
+        self._check_size((width, height), f"{name} ({file})" if file else name)
         return width * height
 
     def _name(self, sample: int, image: int) -> str:
@@ -312,17 +313,17 @@ def pairs(
 
 
 def _size(image: CheckedImage, name: str) -> tuple[int, int]:
-    """Return width and height, of a file by its header."""
+    """Return width and height without decoding an image."""
     if isinstance(image, Tensor):
         return image.shape[-1], image.shape[-2]
-    if isinstance(image, PIL.Image.Image):
-        return image.size
-    try:
-        opened: PIL.Image.Image
-        with PIL.Image.open(image) as opened:
-            return opened.size
-    except Exception:
-        return open_image(image, name).size  # which says why it cannot be read
+    if isinstance(image, Path):
+        try:
+            opened: PIL.Image.Image
+            with PIL.Image.open(image) as opened:
+                return opened.size
+        except Exception:
+            return open_image(image, name).size  # which says why it cannot be read
+    return image.size
 
 
 def _rgb(image: CheckedImage, name: str) -> PIL.Image.Image:

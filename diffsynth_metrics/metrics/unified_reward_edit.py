@@ -204,16 +204,15 @@ def _samples(images: Any, task: _Task) -> list[Any]:
 
     Where a sample is a single image, a flat list and a batch are as many samples.
     """
-    if isinstance(images, Sequence) and not isinstance(images, str) and len(images):
-        first = images[0]
-        if (isinstance(first, Sequence) and not isinstance(first, str)) or getattr(
-            first, "ndim", 3
-        ) == 4:
-            return list(images)
-    several = isinstance(images, Sequence) and not isinstance(images, str)
-    if len(task.images) == 1 and (several or getattr(images, "ndim", 3) == 4):
+    if _is_list(images) and len(images) and (_is_list(images[0]) or getattr(images[0], "ndim", 3) == 4):
+        return list(images)
+    if len(task.images) == 1 and (_is_list(images) or getattr(images, "ndim", 3) == 4):
         return [[image] for image in images]
     return [images]
+
+
+def _is_list(images: Any) -> bool:
+    return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray))
 
 
 def _sample(images: Any, index: int, task: str) -> list[CheckedImage]:
