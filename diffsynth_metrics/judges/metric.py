@@ -115,7 +115,7 @@ class JudgeMetric(BaseMetric):
         """Ask, and return what was answered, with the raw texts."""
 
     @abstractmethod
-    def numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
         """Return what :meth:`components` has of a row of :meth:`evaluate`; None is unreadable."""
 
     def components(
@@ -127,7 +127,7 @@ class JudgeMetric(BaseMetric):
             Name to float32 ``[N]`` on the metric's device, without gradients, NaN where the answer does
             not say it: ``"score"`` where it is one number per sample, and what the metric has besides.
         """
-        rows = [self.numbers(row) for row in self.evaluate(prompt, images, *asked, **options)]
+        rows = [self._numbers(row) for row in self.evaluate(prompt, images, *asked, **options)]
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [_or_nan(row.get(name)) for row in rows] for name in names}
         return {

@@ -133,7 +133,7 @@ class QwenImageBenchMetric(JudgeMetric):
 
         return self._rows(samples, questions, row)
 
-    def numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
         """Return the total as the score, and the score of each dimension that was asked about."""
         return {"score": row["score"], **row["level1_scores"]}
 

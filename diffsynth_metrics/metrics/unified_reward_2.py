@@ -128,6 +128,6 @@ class UnifiedReward2Metric(JudgeMetric):
 
         return self._rows(samples, questions, row)
 
-    def numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
         """Return the score and its three parts."""
         return {name: row[name] for name in ("score", *_LABELS)}

@@ -174,7 +174,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
 
         return self._rows(samples, questions, row)
 
-    def numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
         """Return the values of the task, and its score where it is one number."""
         names = {"score", *(name for task in _TASKS.values() for name in task.values)}
         return {
