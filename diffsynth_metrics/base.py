@@ -223,6 +223,9 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         dtype = choose_dtype(torch_dtype, cls.official_dtype)
 
         files = find_weights(cls, model_config)
+        folder = None
+        if cls.processor_files:
+            folder = find_processor(cls, model_config, processor_config, files)
         # Buffers that are computed belong in memory and in no caller's inference mode.
         with torch.device("cpu"), torch.inference_mode(False):
             model = cls.build(cls.read_config(model_config, files))
@@ -241,10 +244,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
                 checkpoint_blocks(model)
             if device_map is not None:
                 model = place(model, device_map, dtype)
-            processor = None
-            if cls.processor_files:
-                folder = find_processor(cls, model_config, processor_config, files)
-                processor = cls.load_processor(folder, model, **processor_kwargs)
+            processor = folder and cls.load_processor(folder, model, **processor_kwargs)
             metric = cls.assemble(model, processor, batch_size=batch_size, **options)
         metric.weight_files = tuple(files)
         metric.describe()
