@@ -632,8 +632,9 @@ def _check_processor_kwargs(
 
 
 def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None:
-    """Refuse options that no ``__init__`` of the metric takes by keyword."""
-    known: list[str] = []
+    """Refuse options that neither ``assemble`` nor an ``__init__`` of the metric takes by keyword."""
+    parameters = inspect.signature(metric.assemble).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
     for kind in metric.__mro__:
         if (init := kind.__dict__.get("__init__")) is not None:
             parameters = inspect.signature(init).parameters.values()
