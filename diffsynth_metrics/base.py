@@ -371,7 +371,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             )
         return floats
 
-    def _rows(self, components: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def _plain_rows(self, components: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Turn columns ``[N]`` into N dicts of plain values."""
         columns: dict[str, list[Any]] = {
             name: self._floats(values) if values.is_floating_point() else values.tolist()
@@ -469,7 +469,7 @@ class PromptMetric(BaseMetric):
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
         with torch.no_grad():
-            return self._rows(self.components(prompt, images))
+            return self._plain_rows(self.components(prompt, images))
 
     @_explained
     def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
@@ -507,7 +507,7 @@ class ImageMetric(BaseMetric):
     def evaluate(self, images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return each image's :meth:`components` as plain values."""
         with torch.no_grad():
-            return self._rows(self.components(images))
+            return self._plain_rows(self.components(images))
 
     @_explained
     def reward(self, images: ImagesInput) -> Tensor:
@@ -557,7 +557,7 @@ class ReferenceMetric(BaseMetric):
     def evaluate(self, reference: ImagesInput, images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
         with torch.no_grad():
-            return self._rows(self.components(reference, images))
+            return self._plain_rows(self.components(reference, images))
 
     @_explained
     def reward(self, reference: ImagesInput, images: ImagesInput) -> Tensor:
