@@ -19,6 +19,25 @@ from hub import LocalHub
 
 from diffsynth_metrics.testing import tiny_checkpoint
 
+JUDGES = ("qwen_image_bench", "unified_reward_2", "unified_reward_edit")
+# Tiny judges write noise. Scripts that print a judge's score run with answers that it can read.
+READABLE = """
+import runpy
+import sys
+
+from diffsynth_metrics.judges.local import LocalEngine
+from diffsynth_metrics.testing import ScriptedEngine
+
+TEXTS = {
+    None: "Edited image 1 is better. score=[8,3]",
+    False: "Alignment Score (1-5): 4\\nCoherence Score (1-5): 3\\nStyle Score (1-5): 5",
+    True: '</think>{"Detail": {"Noise": {"score": 1}}}',
+}
+scripted = ScriptedEngine(lambda question: TEXTS[question.thinking])
+LocalEngine.ask = lambda self, questions: scripted.ask(questions)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 DOCUMENTS = [
@@ -68,7 +87,8 @@ def run(hub: LocalHub, folder: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs_as_it_stands(example: Path, hub: LocalHub, tmp_path: Path) -> None:
-    output = run(hub, tmp_path, str(example))
+    judged = ["-c", READABLE] if example.stem in JUDGES else []
+    output = run(hub, tmp_path, *judged, str(example))
     assert re.search(r"-?\d+\.\d\d", output), "an example prints a score"
     assert "nan" not in output.lower()
 
@@ -116,6 +136,7 @@ def test_quickstart_scores_the_users_pictures_with_a_published_metric(
     output = run(
         hub,
         tmp_path,
+        *(["-c", READABLE] if metric in JUDGES else []),
         str(ROOT / "examples" / "quickstart.py"),
         *("--metric", metric, "--prompt", "a red wall", "--images", "a.png", "b.jpg"),
     )
