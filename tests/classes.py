@@ -7,10 +7,14 @@ from typing import Any
 from diffsynth_metrics import (
     AestheticMetric,
     CLIPMetric,
+    FIDMetric,
     HPSv2Metric,
     HPSv3Metric,
     ImageRewardMetric,
     PickScoreMetric,
+    QwenImageBenchMetric,
+    UnifiedReward2Metric,
+    UnifiedRewardEditMetric,
 )
 
 DIFFERENTIABLE: dict[str, Any] = {
@@ -21,3 +25,11 @@ DIFFERENTIABLE: dict[str, Any] = {
     "image_reward": ImageRewardMetric,
     "pickscore": PickScoreMetric,
 }
+
+JUDGES: dict[str, Any] = {
+    "qwen_image_bench": QwenImageBenchMetric,
+    "unified_reward_2": UnifiedReward2Metric,
+    "unified_reward_edit": UnifiedRewardEditMetric,
+}
+
+ALL: dict[str, Any] = {**DIFFERENTIABLE, **JUDGES, "fid": FIDMetric}
