@@ -172,7 +172,7 @@ def to_refl(metric: ImageRewardMetric) -> Callable[[Tensor, Tensor, Tensor], Ten
         raise TypeError(f"score_gard is ImageReward's, got {type(metric).__name__}")
 
     def score_gard(prompt_ids: Tensor, prompt_attention_mask: Tensor, image: Tensor) -> Tensor:
-        with metric._scoring(gradients=wants_gradients(image)):
+        with plain_modes(metric.device.type, gradients=wants_gradients(image)):
             tokens = metric.model.encode_image(image.to(metric.device, metric.dtype))
             ids, mask = prompt_ids.to(metric.device), prompt_attention_mask.to(metric.device)
             return standardize(metric.model.read(ids, mask, tokens))[:, None]

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_gradients
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric
 from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.rewards.scales import Scale, find_scale
 
@@ -204,16 +204,11 @@ class MetricScorer:
         return values, errors
 
     def _component(self, metric: PromptMetric | ImageMetric, prompts: list[str], images: Any) -> Tensor:
-        if self.scale.component == "score":
-            if isinstance(metric, ImageMetric):
-                return metric.reward(images)
-            return metric.reward(prompts, images)
         name = self.scale.component
-        with metric._scoring(gradients=wants_gradients(images)):
-            if isinstance(metric, ImageMetric):
-                components = metric._components(images)
-            else:
-                components = metric._components(prompts, images)
+        if isinstance(metric, ImageMetric):
+            components = metric.components(images)
+        else:
+            components = metric.components(prompts, images)
         if name not in components:
             raise _no_component(metric, name, components)
         return components[name]
