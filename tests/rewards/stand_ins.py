@@ -28,7 +28,7 @@ class Brightness(ImageMetric):
         self.raises: Exception | None = None
         self.value: float | None = None
 
-    def _components(self, images: Any) -> dict[str, Tensor]:
+    def components(self, images: Any) -> dict[str, Tensor]:
         self.calls += 1
         if self.raises is not None:
             raise self.raises
