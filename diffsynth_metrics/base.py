@@ -1,25 +1,40 @@
-"""The contract that every metric keeps, and the card that says what its score means."""
+"""The contract that every metric keeps, the one way to load it, and the card that says what it means.
+
+A metric says how its network is built (:meth:`BaseMetric.build`) and what it computes
+(:meth:`PromptMetric.components`); loading, devices, dtypes, grad mode and the verbs are here, once.
+"""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+import inspect
+import os
+from abc import ABC, ABCMeta, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from diffsynth_metrics.errors import CheckpointError, DownloadError
-from diffsynth_metrics.inputs import CheckedImages, ImagesInput, SharedImages
+from diffsynth_metrics.drop_in import DropIn, name_arguments, take_neutral
+from diffsynth_metrics.inputs import CheckedImages, ImagesInput
+from diffsynth_metrics.modes import in_its_own_modes
+from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.pixels.transforms import Transform
-from diffsynth_metrics.weights.checkpoint import check_owner, is_published, read_config, weight_files
+from diffsynth_metrics.weights.checkpoint import load_weights
+from diffsynth_metrics.weights.files import find_config, find_processor, find_weights, sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
+from diffsynth_metrics.weights.placement import (
+    DeviceMap,
+    check_device_map,
+    choose_device,
+    choose_dtype,
+    place,
+)
 
 __all__ = [
     "BaseMetric",
@@ -27,15 +42,17 @@ __all__ = [
     "Metric",
     "MetricCard",
     "PromptMetric",
+    "ReferenceMetric",
+    "SetMetric",
     "check_batch_size",
-    "check_loading",
-    "check_max_length",
-    "choose_device",
-    "choose_dtype",
-    "plain_modes",
-    "wants_gradients",
-    "weights_of",
+    "rows_of_pairs",
 ]
+
+_BATCH_SIZE_ON_CPU = 4
+
+_Inputs = ParamSpec("_Inputs")
+_Result = TypeVar("_Result")
+_Batch = TypeVar("_Batch", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -67,191 +84,346 @@ class MetricCard:
     notes: str = ""
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+class _MetricType(ABCMeta):
+    """Says how a metric is loaded to whom calls its class without a network."""
 
-# On a CPU, activations of more than 32 MB are mapped afresh, zeroed and given back for every operation
-# (glibc's largest malloc threshold), unless the process happens to hold as much freed memory. Those of
-# four images in a ViT-H/14 are 21 MB. Six are no faster and have more memory given back; three make
-# slower products. A pass of a small network has a cost of its own, and nothing to gain.
-_IMAGES_AT_ONCE_ON_CPU = 4
-_LARGE_NETWORK = 50_000_000
-_LARGEST_THRESHOLD = 32 * 2**20
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **options)
+        except TypeError as error:
+            if arguments or options:
+                raise
+            raise TypeError(f"load a metric with {cls.__name__}.from_pretrained(): {error}") from None
 
 
-class BaseMetric(ABC):
+class BaseMetric(DropIn, ABC, metaclass=_MetricType):
     """A metric: load it with :meth:`from_pretrained`, then ask for scores.
 
-    It owns its network in ``.model`` and is not a Module itself, so a trainer that holds a metric does
-    not register, move or save its weights. One object can be called from several threads.
-
-    A metric declares its card and its default files, loads its network and computes the components
-    of a score; the verbs (see :class:`PromptMetric` and :class:`ImageMetric`), grad mode, autocast and
-    devices are handled here, once.
+    It owns its network in ``.model``, the library's own module, and is not a Module itself, so a trainer
+    that holds a metric does not register, move or save its weights. One object can be called from
+    several threads.
     """
 
-    card: ClassVar[MetricCard]
-    default_model: ClassVar[ModelConfig]
-    default_processor: ClassVar[ModelConfig]
+    model: Any
+    transform: Transform
+    """How pictures become pixels, for metrics that use :meth:`pixel_batches`."""
+    card: MetricCard
+    default_model: ModelConfig
+    default_processor: ModelConfig | None = None
     """Patterns end with ``*.[jt]*``: .json, .jinja and .txt files, and not the weights beside them."""
     processor_files: ClassVar[tuple[str, ...]] = ()
-    """File names any one of which says that a folder holds the metric's processor."""
+    """File names any one of which says that a folder holds the metric's processor; none: it has none."""
+    config_file: ClassVar[str] = "config.json"
+    """Name of the file next to the weights that gives the architecture."""
+    official_dtype: ClassVar[torch.dtype] = torch.float32
+    float32_parts: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the names of weights that stay in float32 where the network's dtype is narrower."""
+    unused_weights: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors that the files hold and the network does without."""
+    default_batch_size: ClassVar[int] = 16
+    supports_device_map: ClassVar[bool] = False
+    positional: ClassVar[tuple[str, ...]] = ("processor_kwargs", "vram_limit")
+    """Names of the arguments of :meth:`from_pretrained` behind `device`, in upstream's order."""
+    neutral: ClassVar[Mapping[str, Any]] = {"vram_limit": None}
+    """Arguments of upstream that only their default is accepted of."""
 
-    def __init__(self, model: nn.Module, *, batch_size: int) -> None:
-        """Wrap a loaded network; users call :meth:`from_pretrained`."""
-        check_batch_size(batch_size)
-        self._network = model
-        self.batch_size = batch_size
-        self._is_large = sum(weight.numel() for weight in model.parameters()) > _LARGE_NETWORK
-        if self._is_large:
-            _let_freed_memory_be_kept()
+    def __init__(
+        self, model: nn.Module, processor: Any = None, *, batch_size: int | None = None
+    ) -> None:
+        """Wrap a loaded network; users call :meth:`from_pretrained`.
 
-    if TYPE_CHECKING:
-        # Metrics say what network it is, which they could not of a property.
-        model: nn.Module
-        _network: nn.Module
-    else:
+        Args:
+            model: The network, in evaluation mode.
+            processor: What :meth:`load_processor` returned.
+            batch_size: The largest number of images or prompts in the network at once; None chooses.
+        """
+        if not isinstance(model, nn.Module):
+            name = type(self).__name__
+            raise TypeError(
+                f"load a metric with {name}.from_pretrained(ModelConfig(path=...)); {name} itself "
+                f"wraps a loaded network, got {type(model).__name__}"
+            )
+        self.model = model
+        self.processor = processor
+        self._batch_size = None if batch_size is None else check_batch_size(batch_size)
+        self.weight_files: tuple[Path, ...] = ()
 
-        @property
-        def model(self) -> nn.Module:
-            """The network."""
-            return self._network
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let every ``components`` set its own grad mode."""
+        super().__init_subclass__(**options)
+        if "components" in cls.__dict__:
+            cls.components = in_its_own_modes(cls.__dict__["components"])  # type: ignore[attr-defined]
 
-        @model.setter
-        def model(self, network: nn.Module) -> None:
-            self._network = network
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_config: ModelConfig | None = None,
+        processor_config: ModelConfig | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        *more: Any,
+        batch_size: int | None = None,
+        device_map: DeviceMap | None = None,
+        gradient_checkpointing: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load the metric. Everything has a working default.
 
-    def to(self, device: str | torch.device) -> Self:
-        """Move the network to a device and return the metric."""
-        self._network.to(torch.device(device))
-        return self
+        Args:
+            model_config: Where the weights are; the published ones by default. A ``config.json`` next to
+                them gives the architecture, otherwise it is the published one.
+            processor_config: Where the tokenizer or processor is; by default next to local weights, else
+                the published one. Metrics that need none accept it.
+            torch_dtype: Dtype of the towers; by default the dtype in which the authors run the network.
+                Heads, norms of features and scores are float32 in any case.
+            device: Any torch device; the best that torch reports by default.
+            *more: The arguments that follow in ``diffsynth.metrics``, in its order.
+            batch_size: The largest number of images or prompts in the network at once. It bounds memory
+                and does not change scores. None chooses: 4 on a CPU, the metric's default elsewhere.
+            device_map: Instead of `device`, several: ``"auto"``, ``"balanced"``, ``"sequential"``, or
+                names of modules to devices. For HPSv3 and the judges.
+            gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
+                back, which takes less memory and more time. Scores and gradients are the same.
+            processor_kwargs: Passed on to the ``from_pretrained`` of the tokenizer or processor.
+            **options: The metric's own options, see its class.
+
+        Raises:
+            CheckpointError: The files do not hold this metric's weights.
+            DownloadError: The files could not be had.
+            TypeError: An argument is of the wrong type, or there is no such argument.
+            ValueError: An argument is out of its range.
+            RuntimeError: torch does not know the device, or it is not there.
+        """
+        # Whatever is wrong with the arguments is said before gigabytes are fetched.
+        if processor_kwargs is not None:
+            options["processor_kwargs"] = processor_kwargs
+        options = name_arguments(cls.positional, more, options, owner=cls.__name__)
+        take_neutral(options, cls.neutral, owner=cls.__name__)
+        if "processor_config" in options and processor_config is not None:
+            raise TypeError("tokenizer_config and processor_config name the same files: pass one")
+        processor_config = options.pop("processor_config", processor_config)
+        processor_kwargs = _check_processor_kwargs(cls, options.pop("processor_kwargs", None))
+        for config in (model_config, processor_config):
+            if config is not None and not isinstance(config, ModelConfig):
+                raise TypeError(
+                    f"a config must be a ModelConfig, got {config!r}; write ModelConfig(path=...) or "
+                    "ModelConfig(model_id=..., origin_file_pattern=...)"
+                )
+        if batch_size is not None:
+            check_batch_size(batch_size)
+        _check_options(cls, options)
+        cls.check_options(**options)
+        if device is not None and device_map is not None:
+            raise ValueError("pass either device or device_map")
+        if device_map is not None and not cls.supports_device_map:
+            raise ValueError(f"{cls.__name__} runs on one device: pass device instead of device_map")
+        check_device_map(device_map)
+        first = choose_device(device)
+        dtype = choose_dtype(torch_dtype, cls.official_dtype)
+
+        files = find_weights(cls, model_config)
+        # Buffers that are computed belong in memory and in no caller's inference mode.
+        with torch.device("cpu"), torch.inference_mode(False):
+            model = cls.build(cls.read_config(model_config, files))
+            load_weights(
+                model,
+                files,
+                metric=cls.__name__,
+                # Mapped from the files on the CPU, where they are not copied, before they are spread.
+                device=first if device_map is None else torch.device("cpu"),
+                dtype=dtype,
+                float32=cls.float32_parts,
+                unused=cls.unused_weights,
+            )
+            model = cls.finish(model, dtype)
+            if gradient_checkpointing:
+                checkpoint_blocks(model)
+            if device_map is not None:
+                model = place(model, device_map, dtype)
+            processor = None
+            if cls.processor_files:
+                folder = find_processor(cls, model_config, processor_config, files)
+                processor = cls.load_processor(folder, model, **processor_kwargs)
+            metric = cls.assemble(model, processor, batch_size=batch_size, **options)
+        metric.weight_files = tuple(files)
+        metric.describe()
+        return metric
+
+    @classmethod
+    def build(cls, config: dict[str, Any] | None) -> nn.Module:
+        """Build the network: parameters on the meta device, buffers that no file holds in memory.
+
+        Args:
+            config: The parsed ``config.json`` next to the weights; None: the published architecture.
+
+        Raises:
+            CheckpointError: The config describes another kind of network.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not say how its network is built")
+
+    @classmethod
+    def read_config(
+        cls, model_config: ModelConfig | None, files: Sequence[Path]
+    ) -> dict[str, Any] | None:
+        """Return the architecture that :meth:`build` gets."""
+        return find_config(cls, model_config, files)
+
+    @classmethod
+    def finish(cls, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Change a loaded network where a metric needs it; called again after a new dtype."""
+        return model
+
+    @classmethod
+    def load_processor(cls, folder: Path, model: nn.Module, **processor_kwargs: Any) -> Any:
+        """Load the tokenizer or processor of a folder, and check that it belongs to the network."""
+        raise NotImplementedError(f"{cls.__name__} does not say how its processor is loaded")
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Check the metric's own options before files are fetched."""
+
+    @classmethod
+    def assemble(
+        cls, model: nn.Module, processor: Any, *, batch_size: int | None, **options: Any
+    ) -> Self:
+        """Make the metric of its loaded parts."""
+        return cls(model, processor, batch_size=batch_size, **options)
+
+    def describe(self) -> None:
+        """Set what only the files tell, such as a version in ``self.card``; called once."""
+
+    @property
+    def batch_size(self) -> int:
+        """The largest number of images or prompts in the network at once."""
+        if self._batch_size is not None:
+            return self._batch_size
+        on_cpu = self.device.type == "cpu"
+        return min(_BATCH_SIZE_ON_CPU, self.default_batch_size) if on_cpu else self.default_batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int | None) -> None:
+        self._batch_size = None if batch_size is None else check_batch_size(batch_size)
 
     @property
     def device(self) -> torch.device:
         """The device of the network."""
-        return next(self._network.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's towers; heads and scores are float32 or wider."""
-        dtypes = {weight.dtype for weight in weights_of(self._network)}
+        dtypes: set[torch.dtype] = {weight.dtype for weight in self.model.parameters()}
         return min(dtypes, key=lambda dtype: dtype.itemsize)
 
-    def _pixel_batches(self, images: CheckedImages, transform: Transform) -> Iterator[Tensor]:
-        """Yield normalised pixels ``[B, 3, S, S]`` as the network gets them, B at most `batch_size`."""
-        device = self.device
-        by_few = self._is_large and device.type == "cpu"
-        at_once = _IMAGES_AT_ONCE_ON_CPU if by_few else self.batch_size
-        for batch in pixel_batches(images, transform, batch_size=self.batch_size, device=device):
-            yield from torch.tensor_split(batch, math.ceil(len(batch) / at_once))
+    def to(
+        self,
+        device: str | int | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move the network to a device, bring its towers to a dtype, and return the metric.
+
+        What stays in float32 when the metric is loaded stays in float32 here.
+
+        Raises:
+            TypeError: `dtype` is none of a network.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if device is not None:
+            self.model.to(torch.device(device))
+        if dtype is not None and choose_dtype(dtype, dtype) != self.dtype:
+            wide = torch.promote_types(dtype, torch.float32)
+            with torch.no_grad():
+                for name, weight in self.model.named_parameters():
+                    weight.data = weight.to(wide if name.startswith(self.float32_parts) else dtype)
+            self.finish(self.model, dtype)
+        return self
+
+    def pixel_batches(self, images: CheckedImages) -> Iterator[Tensor]:
+        """Yield the inputs of the network, prepared by ``self.transform``.
+
+        Args:
+            images: What :func:`~diffsynth_metrics.inputs.as_images` or ``pair`` returned.
+
+        Yields:
+            Normalised float pixels ``[B, 3, S, S]`` on the metric's device, B at most the batch size.
+        """
+        return pixel_batches(images, self.transform, batch_size=self.batch_size, device=self.device)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What made a number: metric, versions, weights and settings, as plain values.
+
+        ``"weights"`` is the sha256 of the weight files, or None for a network that was not loaded from
+        files. It is computed at each call, of the files as they are now.
+        """
+        from diffsynth_metrics import __version__
+
+        return {
+            "metric": type(self).__name__,
+            "name": self.card.name,
+            "version": __version__,
+            "weights": sha256_of(self.weight_files) if self.weight_files else None,
+            "weight_files": [os.fspath(file) for file in self.weight_files],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+        }
 
     def __repr__(self) -> str:
-        """Show the class and where it runs."""
-        return (
-            f"{type(self).__name__}(device={str(self.device)!r}, dtype={self.dtype}, "
-            f"batch_size={self.batch_size})"
-        )
+        """Show which metric it is and where it runs."""
+        where = f"device={str(self.device)!r}, dtype={self.dtype}, batch_size={self.batch_size}"
+        return f"{type(self).__name__}({self.card.name!r}, {where})"
 
-    def _scoring(self, *, gradients: bool) -> AbstractContextManager[Any]:
-        """Set the grad mode and switch autocast off, for this thread and this call only."""
-        device = self.device.type
-        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device):
-            return plain_modes(device, gradients=gradients)
-        # Not set_grad_enabled: it sets the mode when it is made, and under torch.compile that stayed.
-        return torch.enable_grad() if gradients else torch.no_grad()
 
-    @classmethod
-    def _weights(cls, model_config: ModelConfig | None) -> list[Path]:
-        """Return the local weight files, which are not another metric's."""
-        files = weight_files((model_config or cls.default_model).resolve())
-        check_owner(files, cls)
-        return files
+def _explained(verb: Callable[_Inputs, _Result]) -> Callable[_Inputs, _Result]:
+    """Let a verb that was called with other arguments say which it takes."""
+    signature = inspect.signature(verb)
 
-    @classmethod
-    def _resolve(
-        cls, model_config: ModelConfig | None, processor_config: ModelConfig | None
-    ) -> tuple[list[Path], list[str]]:
-        """Return the local weight files, and the paths of the processor's files.
-
-        Without a `processor_config`, a folder of weights that holds processor files serves itself,
-        and any other weights are used with the metric's own processor, found where they are found.
-        """
-        model_config = model_config or cls.default_model
-        weights = cls._weights(model_config)
-        if processor_config is None and model_config.path is not None:
-            own = [str(file) for file in weights[0].parent.iterdir() if file.is_file()]
-            if any(Path(file).name in cls.processor_files for file in own):
-                return weights, own
-        processor = processor_config
-        if processor is None:
-            processor = replace(
-                cls.default_processor,
-                local_model_path=model_config.local_model_path,
-                skip_download=model_config.skip_download,
-            )
-            if model_config.model_id == cls.default_processor.model_id:
-                processor = replace(
-                    processor,
-                    download_source=model_config.download_source,
-                    revision=model_config.revision,
-                )
+    @wraps(verb)
+    def call(*inputs: _Inputs.args, **options: _Inputs.kwargs) -> _Result:
         try:
-            return weights, processor.resolve(sufficient=cls.processor_files)
-        except DownloadError as error:
-            if processor_config is not None or model_config.path is None:
-                raise
-            raise DownloadError(
-                f"there is no {' or '.join(cls.processor_files)} beside {weights[0]}, and {error}"
-            ) from error
+            signature.bind(*inputs, **options)
+        except TypeError as error:
+            unknown = [name for name in options if name not in signature.parameters]
+            problem = f"there is no argument {unknown[0]!r}" if unknown else str(error)
+            names = ", ".join(list(signature.parameters)[1:])
+            raise TypeError(
+                f"{verb.__name__} takes ({names}); several images are one list: {problem}"
+            ) from None
+        return verb(*inputs, **options)
 
-    @classmethod
-    def _architecture(
-        cls, model_config: ModelConfig | None, files: Sequence[Path], name: str = "config.json"
-    ) -> dict[str, Any] | None:
-        """Return the config next to the weights, or None where the published architecture holds.
-
-        Weights of an unknown layout that came from a repository without their config are asked for
-        it there.
-        """
-        config = read_config(files, name)
-        repository = model_config or cls.default_model
-        if config is None and repository.model_id and not is_published(files):
-            first = repository.origin_file_pattern or ""
-            folder = (first if isinstance(first, str) else first[0]).rpartition("/")[0]
-            try:
-                replace(repository, origin_file_pattern=f"{folder}/{name}".lstrip("/")).resolve()
-            except DownloadError:
-                return None  # the comparison with the published layout will say what is wrong
-            config = read_config(files, name)
-        return config
-
-    @classmethod
-    def _processor_folder(cls, paths: list[str]) -> Path:
-        """Return the folder of the processor's files among `paths`."""
-        for path in map(Path, paths):
-            if path.name in cls.processor_files:
-                return path.parent
-        raise CheckpointError(
-            f"there is no tokenizer ({' or '.join(cls.processor_files)}) among the processor's files "
-            f"{', '.join(sorted(Path(path).name for path in paths))}"
-        )
+    return call
 
 
 class PromptMetric(BaseMetric):
-    """A metric that scores pairs of a prompt and an image."""
+    """A metric that scores pairs of a prompt and an image; it defines :meth:`components`."""
 
     @abstractmethod
-    def _components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
-        """Return everything that :meth:`evaluate` shows, as tensors ``[N]``; one is ``"score"``.
+    def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
+        """Compute everything that the metric knows of pairs of prompts and images.
 
-        Called with the grad mode that the verb wants, and without autocast.
+        Args:
+            prompt: One prompt for all images, or as many prompts as images.
+            images: One image or several, see :data:`diffsynth_metrics.inputs.ImagesInput`; one image
+            (not
+                in a list) goes with every prompt.
+
+        Returns:
+            Name to tensor ``[N]``; ``"score"`` is one of them: float32 (float64 where the metric runs in
+            float64) on the metric's device. Floats carry a graph to the pixels exactly when an image
+            tensor requires a gradient and the caller has gradients enabled; the weights never receive
+            one.
         """
 
+    @_explained
     def compute(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
         """Score pairs of prompts and images as the authors of the metric define it.
 
         Args:
             prompt: One prompt for all images, or as many prompts as images.
-            images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
+            images: One image or several: PIL images, paths, encoded bytes, arrays ``[H, W, 3]``, tensors
                 ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
 
         Returns:
@@ -263,50 +435,34 @@ class PromptMetric(BaseMetric):
             ImageError: An image cannot be read, or its values or channels are wrong.
             FileNotFoundError: A path does not exist.
         """
-        with self._scoring(gradients=False):
-            return _floats(self._components(prompt, images)["score"])
+        with torch.no_grad():
+            return _floats(self.components(prompt, images)["score"])
 
-    def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, float]]:
-        """Score like :meth:`compute`, and return each pair's components with its ``"score"``."""
-        with self._scoring(gradients=False):
-            return _rows(self._components(prompt, images))
+    @_explained
+    def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
+        """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
+        with torch.no_grad():
+            return _rows(self.components(prompt, images))
 
+    @_explained
     def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
-        """Score like :meth:`compute`, as a tensor for a training loop.
-
-        Returns:
-            float32 ``[N]`` on the metric's device (float64 where the metric runs in float64). It
-            carries a graph to the pixels exactly when an image tensor requires a gradient and the
-            caller has gradients enabled; the weights never receive one.
-        """
-        with self._scoring(gradients=wants_gradients(images)):
-            return self._components(prompt, images)["score"]
-
-    def score(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
-        """Do the same as :meth:`compute`; the name that ``diffsynth.metrics`` uses."""
-        return self.compute(prompt, images)
-
-    def __call__(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
-        """Do the same as :meth:`compute`."""
-        return self.compute(prompt, images)
+        """Score like :meth:`compute`, as a tensor ``[N]`` for training, see :meth:`components`."""
+        return self.components(prompt, images)["score"]
 
 
 class ImageMetric(BaseMetric):
-    """A metric that scores images alone."""
+    """A metric that scores images alone; it defines :meth:`components`."""
 
     @abstractmethod
-    def _components(self, images: ImagesInput) -> dict[str, Tensor]:
-        """Return everything that :meth:`evaluate` shows, as tensors ``[N]``; one is ``"score"``.
+    def components(self, images: ImagesInput) -> dict[str, Tensor]:
+        """Compute everything that the metric knows, as :meth:`PromptMetric.components` does."""
 
-        Called with the grad mode that the verb wants, and without autocast.
-        """
-
+    @_explained
     def compute(self, images: ImagesInput) -> list[float]:
         """Score images as the authors of the metric define it.
 
         Args:
-            images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
-                ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
+            images: One image or several, as :meth:`PromptMetric.compute` takes them.
 
         Returns:
             One float per image.
@@ -317,60 +473,107 @@ class ImageMetric(BaseMetric):
             ImageError: An image cannot be read, or its values or channels are wrong.
             FileNotFoundError: A path does not exist.
         """
-        with self._scoring(gradients=False):
-            return _floats(self._components(images)["score"])
+        with torch.no_grad():
+            return _floats(self.components(images)["score"])
 
-    def evaluate(self, images: ImagesInput) -> list[dict[str, float]]:
-        """Score like :meth:`compute`, and return each image's components with its ``"score"``."""
-        with self._scoring(gradients=False):
-            return _rows(self._components(images))
+    @_explained
+    def evaluate(self, images: ImagesInput) -> list[dict[str, Any]]:
+        """Score like :meth:`compute`, and return each image's :meth:`components` as plain values."""
+        with torch.no_grad():
+            return _rows(self.components(images))
 
+    @_explained
     def reward(self, images: ImagesInput) -> Tensor:
-        """Score like :meth:`compute`, as a tensor for a training loop.
+        """Score like :meth:`compute`, as a tensor ``[N]`` for training, see :meth:`components`."""
+        return self.components(images)["score"]
+
+
+class ReferenceMetric(BaseMetric):
+    """A metric that compares each image with a reference image; it defines :meth:`components`.
+
+    ``reference`` and ``images`` are one image each, as many of both, one reference (not in a list) for
+    several images, or two folders whose files are paired by their names without suffix.
+    """
+
+    @abstractmethod
+    def components(self, reference: ImagesInput, images: ImagesInput) -> dict[str, Tensor]:
+        """Compute everything that the metric knows of pairs of images.
+
+        A metric begins with :func:`diffsynth_metrics.inputs.pair_references`, which checks and aligns
+        both.
 
         Returns:
-            float32 ``[N]`` on the metric's device (float64 where the metric runs in float64). It
-            carries a graph to the pixels exactly when an image tensor requires a gradient and the
-            caller has gradients enabled; the weights never receive one.
+            See :meth:`PromptMetric.components`; gradients flow to both sides.
         """
-        with self._scoring(gradients=wants_gradients(images)):
-            return self._components(images)["score"]
 
-    def score(self, images: ImagesInput) -> list[float]:
-        """Do the same as :meth:`compute`; the name that ``diffsynth.metrics`` uses."""
-        return self.compute(images)
+    @_explained
+    def compute(self, reference: ImagesInput, images: ImagesInput) -> list[float]:
+        """Compare images with their references as the authors of the metric define it.
 
-    def __call__(self, images: ImagesInput) -> list[float]:
-        """Do the same as :meth:`compute`."""
-        return self.compute(images)
+        Args:
+            reference: One image or several, as :meth:`PromptMetric.compute` takes them, or a folder.
+            images: As many images; or a folder, where `reference` is one.
+
+        Returns:
+            One float per pair; of folders, in the sorted order of the names.
+
+        Raises:
+            TypeError: An argument is not an image.
+            ValueError: The numbers of images differ, or the files of two folders do not pair.
+            ImageError: An image cannot be read, or its values or channels are wrong.
+            FileNotFoundError: A path does not exist.
+        """
+        with torch.no_grad():
+            return _floats(self.components(reference, images)["score"])
+
+    @_explained
+    def evaluate(self, reference: ImagesInput, images: ImagesInput) -> list[dict[str, Any]]:
+        """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
+        with torch.no_grad():
+            return _rows(self.components(reference, images))
+
+    @_explained
+    def reward(self, reference: ImagesInput, images: ImagesInput) -> Tensor:
+        """Score like :meth:`compute`, as a tensor ``[N]`` for training, see :meth:`components`."""
+        return self.components(reference, images)["score"]
+
+
+class SetMetric(BaseMetric):
+    """A metric of two sets of images, such as FID; it defines :meth:`evaluate`."""
+
+    @abstractmethod
+    def evaluate(self, reference_images: Any, generated_images: Any, **options: Any) -> dict[str, Any]:
+        """Compare two sets of images; ``"score"`` is the number of the metric."""
+
+    def compute(self, reference_images: Any, generated_images: Any, **options: Any) -> float:
+        """Return the ``"score"`` of :meth:`evaluate`, which takes the same arguments."""
+        return float(self.evaluate(reference_images, generated_images, **options)["score"])
 
 
 Metric = BaseMetric
 """The name that ``diffsynth.metrics`` gives to the base class."""
 
 
-def check_loading(
-    *configs: ModelConfig | None,
-    device: str | torch.device | None,
-    torch_dtype: torch.dtype | None,
-    batch_size: int,
-    official: torch.dtype = torch.float32,
-) -> tuple[torch.device, torch.dtype]:
-    """Check what every ``from_pretrained`` takes, before gigabytes are fetched; return where it runs.
+def rows_of_pairs(
+    batches: Iterable[_Batch], images: int, count: int, batch_size: int
+) -> Iterator[tuple[_Batch, slice]]:
+    """Yield batches of encoded images with the pairs that each belongs to.
 
-    Raises:
-        TypeError: A config is not a ModelConfig, or the dtype is none of a network.
-        ValueError: `batch_size` is not a positive int.
-        RuntimeError: torch does not know the device, or it is not there.
+    Args:
+        batches: What the network made of batches of images.
+        images: The number of images: 1, which goes with all pairs, or `count`.
+        count: The number of pairs.
+        batch_size: The most pairs at once.
+
+    Yields:
+        A batch, and the slice of its pairs; a batch of one image may stand for all pairs of its slice.
     """
-    for config in configs:
-        if config is not None and not isinstance(config, ModelConfig):
-            raise TypeError(
-                f"a config must be a ModelConfig, got {config!r}; write ModelConfig(path=...) or "
-                "ModelConfig(model_id=..., origin_file_pattern=...)"
-            )
-    check_batch_size(batch_size)
-    return choose_device(device), choose_dtype(torch_dtype, official)
+    done = 0
+    for batch in batches:
+        pairs = count if images == 1 else len(batch)
+        for start in range(done, done + pairs, batch_size):
+            yield batch, slice(start, min(start + batch_size, done + pairs))
+        done += pairs
 
 
 def check_batch_size(batch_size: int) -> int:
@@ -384,101 +587,45 @@ def check_batch_size(batch_size: int) -> int:
     return batch_size
 
 
-def check_max_length(max_length: int) -> None:
-    """Check that a number of tokens leaves room for a prompt between its begin and its end.
-
-    Raises:
-        ValueError: It is not an int of at least 3.
-    """
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 3:
-        raise ValueError(f"max_length must be an int of at least 3, got {max_length!r}")
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device, or for None the best one that torch reports.
-
-    Raises:
-        RuntimeError: torch does not know the device, or it is not there.
-    """
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, ImportError) as error:  # each torch's, by backend
-            raise RuntimeError(f"the device {str(device)!r} cannot be used: {error}") from error
-        return torch.device(device)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")
-
-
-def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torch.dtype:
-    """Return the dtype of the towers, or for None the official one.
-
-    Raises:
-        TypeError: It is not a dtype that networks run in.
-    """
-    if torch_dtype is None:
-        return official
-    if torch_dtype not in _DTYPES:
+def _check_processor_kwargs(
+    metric: type[BaseMetric], processor_kwargs: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    if processor_kwargs is None:
+        return {}
+    if not isinstance(processor_kwargs, Mapping):
+        raise TypeError(f"processor_kwargs must be a mapping, got {type(processor_kwargs).__name__}")
+    if processor_kwargs and not metric.processor_files:
+        raise TypeError(f"{metric.__name__} has no processor that processor_kwargs could change")
+    if "local_files_only" in processor_kwargs:
         raise TypeError(
-            f"torch_dtype must be one of {', '.join(map(str, _DTYPES))}, got {torch_dtype!r}"
+            "processor_kwargs may not have local_files_only: the processor's files are always local by "
+            "then; ModelConfig(skip_download=True) is what forbids downloads"
         )
-    return torch_dtype
+    return processor_kwargs
 
 
-@contextmanager
-def plain_modes(device: str, *, gradients: bool) -> Iterator[None]:
-    """Leave the caller's inference mode and autocast, and set the grad mode."""
-    with (
-        # Tensors made in inference mode could not be kept in a cache that a later call with gradients
-        # reads, so a caller's inference mode is left for the duration of the call.
-        torch.inference_mode(False),
-        torch.set_grad_enabled(gradients),
-        torch.autocast(device, enabled=False),
-    ):
-        yield
-
-
-def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return all weights, as every call asks for them: without what ``parameters()`` keeps books of."""
-    weights: list[nn.Parameter | None] = []
-    modules: list[nn.Module | None] = [model]
-    for module in modules:
-        if module is not None:
-            weights += module._parameters.values()
-            modules += module._modules.values()
-    return [weight for weight in weights if weight is not None]
-
-
-def wants_gradients(images: ImagesInput) -> bool:
-    """Tell whether the caller has gradients enabled and an image that requires one."""
-    if not torch.is_grad_enabled():
-        return False
-    if isinstance(images, SharedImages):
-        images = images.checked
-    if isinstance(images, Tensor):
-        return images.requires_grad
-    return isinstance(images, Sequence) and any(
-        isinstance(image, Tensor) and image.requires_grad for image in images
-    )
-
-
-def _let_freed_memory_be_kept() -> None:
-    """Let glibc keep the memory of activations from one operation of a network to the next.
-
-    It learns from what a program frees: from then on it serves blocks of up to that size, at most 32 MB,
-    from memory that it keeps, of which it gives back what is above twice as much. A program that never
-    freed a large block has every activation mapped and zeroed again.
-    Nothing is written to this block, so it takes no memory; other allocators do not mind it.
-    """
-    torch.empty(_LARGEST_THRESHOLD - 2**16, dtype=torch.uint8, device="cpu")
+def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None:
+    """Refuse options that no ``__init__`` of the metric takes by keyword."""
+    known: list[str] = []
+    for kind in metric.__mro__:
+        if (init := kind.__dict__.get("__init__")) is not None:
+            parameters = inspect.signature(init).parameters.values()
+            known += [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+                break
+    if unknown := sorted(options.keys() - set(known)):
+        known = sorted({*known, "batch_size", "device", "device_map", "torch_dtype"})
+        raise TypeError(
+            f"{metric.__name__}.from_pretrained has no argument {unknown[0]!r}; it has model_config, "
+            f"processor_config, processor_kwargs, gradient_checkpointing, {', '.join(known)}"
+        )
 
 
 def _floats(values: Tensor) -> list[float]:
     return [float(value) for value in values.tolist()]
 
 
-def _rows(components: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Turn columns ``[N]`` into N dicts."""
-    columns = {name: _floats(values) for name, values in components.items()}
+def _rows(components: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Turn columns ``[N]`` into N dicts of plain values."""
+    columns = {name: values.tolist() for name, values in components.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

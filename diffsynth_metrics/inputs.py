@@ -7,6 +7,7 @@ Nothing here knows a network. An image leaves this module as one of three things
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ import PIL.Image
 import torch
 
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.locks import Lock
 
 __all__ = [
     "CheckedImages",
@@ -54,7 +54,7 @@ _NOT_PICTURES = {"F": "it is not known what range its values have", "La": "Pillo
 
 # Pillow decodes a lazily opened image on first use, and two threads that do so at once with the same
 # object corrupt it. A fixed set of locks keeps different images parallel.
-_DECODE_LOCKS = [Lock() for _ in range(64)]
+_DECODE_LOCKS = [threading.Lock() for _ in range(64)]
 
 
 class SharedImages(Sequence[Any]):

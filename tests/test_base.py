@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import hashlib
 import inspect
-import os
+import json
 import pickle
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +21,7 @@ import torch
 
 import diffsynth_metrics
 from diffsynth_metrics import BaseMetric, Metric, MetricCard, ModelConfig, PickScoreMetric
-from diffsynth_metrics.base import choose_device, choose_dtype
+from diffsynth_metrics.weights.placement import choose_device, choose_dtype
 
 Photographs = dict[str, PIL.Image.Image]
 
@@ -78,19 +76,19 @@ class TestVerbs:
         scores = torch.tensor(metric.compute(PROMPTS, images))
         assert scores.std() > 1  # otherwise no test of this file would notice an error
 
-    @pytest.mark.parametrize("verb", ["score", "__call__"])
-    def test_score_and_the_call_are_other_names_of_compute(
-        self, verb: str, metric: PickScoreMetric, images: list[Any]
-    ) -> None:
-        assert getattr(metric, verb)(PROMPTS, images) == metric.compute(PROMPTS, images)
+    def test_other_names_of_compute(self, metric: PickScoreMetric, images: list[Any]) -> None:
+        expected = metric.compute(PROMPTS, images)
+        for verb in (metric.score, metric, metric.forward):
+            assert verb(PROMPTS, images) == pytest.approx(expected, abs=1e-4)
 
     def test_evaluate_gives_the_same_score_with_its_components(
         self, metric: PickScoreMetric, images: list[Any]
     ) -> None:
         rows = metric.evaluate(PROMPTS, images)
-        assert [row["score"] for row in rows] == metric.compute(PROMPTS, images)
+        scores = metric.compute(PROMPTS, images)
+        assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-4)
         for row in rows:
-            assert row.keys() == {"score", "cosine"}
+            assert row.keys() == {"score", "cosine", "prompt_tokens", "truncated"}
             assert row["score"] == pytest.approx(100 * row["cosine"], rel=1e-5)
 
     def test_reward_is_the_same_score_as_a_tensor(
@@ -98,7 +96,30 @@ class TestVerbs:
     ) -> None:
         reward = metric.reward(PROMPTS, images)
         assert (reward.dtype, reward.shape, reward.device.type) == (torch.float32, (5,), "cpu")
-        assert reward.tolist() == metric.compute(PROMPTS, images)
+        assert reward.tolist() == pytest.approx(metric.compute(PROMPTS, images), abs=1e-4)
+
+    def test_components_are_public_and_keep_no_graph_unless_asked(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        components = metric.components(PROMPTS, images)
+        assert {len(values) for values in components.values()} == {5}
+        assert not any(values.requires_grad for values in components.values())
+        assert metric.components("a cat", noise(1).requires_grad_())["cosine"].requires_grad
+
+    def test_a_call_with_other_arguments_says_which_there_are(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        takes = r"takes \(prompt, images\); several images are one list: "
+        with pytest.raises(TypeError, match=takes + "too many positional arguments"):
+            metric.compute("a cat", images[0], images[1])  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=takes + "there is no argument 'prompts'"):
+            metric.evaluate(prompts="a cat", images=images)  # type: ignore[call-arg]
+
+    def test_a_class_without_a_network_says_how_it_is_loaded(self) -> None:
+        with pytest.raises(TypeError, match=r"load a metric with PickScoreMetric\.from_pretrained\(\)"):
+            PickScoreMetric()  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"PickScoreMetric\.from_pretrained\(ModelConfig"):
+            PickScoreMetric("model.safetensors", None)  # type: ignore[arg-type]
 
     def test_a_single_pair_gives_a_list_of_one(self, metric: PickScoreMetric, images: list[Any]) -> None:
         assert len(metric.compute("a cat", images[0])) == 1
@@ -144,11 +165,11 @@ class TestTheCallersTorch:
         if kind == "bytes":
             pictures = (pictures * 255).to(torch.uint8)
         expected = metric.compute(PROMPTS[:3], pictures)
-        metric.to("cpu")  # forget the prompts, so that they are encoded inside the context
         with context():
-            assert metric.compute(PROMPTS[:3], pictures) == expected
-            assert metric.reward(PROMPTS[:3], pictures).tolist() == expected
-            assert metric.evaluate(PROMPTS[:3], pictures)[1]["score"] == expected[1]
+            same = pytest.approx(expected, abs=1e-4)
+            assert metric.compute(PROMPTS[:3], pictures) == same
+            assert metric.reward(PROMPTS[:3], pictures).tolist() == same
+            assert [row["score"] for row in metric.evaluate(PROMPTS[:3], pictures)] == same
 
     @pytest.mark.parametrize("verb", ["compute", "evaluate", "reward", "similarity_matrix"])
     def test_nothing_is_switched_by_a_verb(
@@ -196,12 +217,13 @@ class TestTheCallersTorch:
             reward = metric.reward("a cat", noise(1))
         weight = torch.ones(1, requires_grad=True)
         (weight * reward).sum().backward()
-        assert weight.grad is not None and torch.equal(weight.grad, reward)
+        torch.testing.assert_close(weight.grad, reward)
 
     def test_images_made_in_inference_mode_are_scored(self, metric: PickScoreMetric) -> None:
         with torch.inference_mode():
             pixels = noise(2) * 1
-        assert metric.compute("a cat", pixels) == metric.compute("a cat", noise(2))
+        expected = metric.compute("a cat", noise(2))
+        assert metric.compute("a cat", pixels) == pytest.approx(expected, abs=1e-4)
 
 
 class TestGradients:
@@ -229,14 +251,15 @@ class TestGradients:
             assert not metric.reward("a cat", pixels).requires_grad
 
     def test_reward_in_autocast_has_the_gradient_of_float32(self, metric: PickScoreMetric) -> None:
-        gradients = []
+        gradients: list[Any] = []
         for enabled in (False, True):
             pixels = noise(1).requires_grad_()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
                 reward = metric.reward("a cat", pixels)
             reward.sum().backward()  # outside, as PyTorch's documentation asks
             gradients.append(pixels.grad)
-        assert torch.equal(*gradients)  # type: ignore[arg-type]
+        scale = gradients[0].abs().max()
+        torch.testing.assert_close(gradients[1] / scale, gradients[0] / scale, rtol=1e-4, atol=1e-4)
 
     def test_each_image_has_the_gradient_of_its_own_score(self, metric: PickScoreMetric) -> None:
         pixels = noise(3).requires_grad_()
@@ -300,35 +323,25 @@ class TestBatches:
         expected = metric.compute(PROMPTS, images)
         assert other.compute(PROMPTS, images) == pytest.approx(expected, abs=1e-4)
 
-    def test_a_large_network_on_a_cpu_gets_a_batch_in_few_equal_parts(
-        self, metric: PickScoreMetric, images: list[Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        expected, embed = metric.compute("a cat", (images * 4)[:9]), metric._embed_images
-        sizes: list[int] = []
-
-        def counted(pixel_values: torch.Tensor) -> torch.Tensor:
-            sizes.append(len(pixel_values))
-            return embed(pixel_values)
-
-        monkeypatch.setattr(metric, "_is_large", True)
-        monkeypatch.setattr(metric, "_embed_images", counted)
-        assert metric.compute("a cat", (images * 4)[:9]) == pytest.approx(expected, abs=1e-4)
-        assert sizes == [3, 3, 3]
+    def test_no_batch_size_chooses_one_by_device(self, tiny_folder: Path) -> None:
+        metric = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
+        assert metric.batch_size == 4
+        assert metric.to("meta").batch_size == 16
+        metric.batch_size = 3
+        assert metric.batch_size == 3
 
     def test_the_company_in_a_batch_changes_no_score(
         self, metric: PickScoreMetric, images: list[Any]
     ) -> None:
         together = metric.compute(PROMPTS, images)
         for index, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
-            metric.to("cpu")  # forget the prompts that were encoded in company
             assert metric.compute(prompt, image)[0] == pytest.approx(together[index], abs=1e-4)
 
     def test_a_long_prompt_beside_it_changes_no_score(
         self, metric: PickScoreMetric, images: list[Any]
     ) -> None:
         (alone,) = metric.compute("a cat", images[0])
-        metric.to("cpu")
-        beside = metric.compute(["a cat", "a dog " * 100], images[0])[0]
+        beside = metric.compute(["a cat", "a dog " * 30], images[0])[0]
         assert beside == pytest.approx(alone, abs=1e-4)
 
     def test_duplicates_have_the_same_score(self, metric: PickScoreMetric, images: list[Any]) -> None:
@@ -342,7 +355,7 @@ class TestBatches:
         forward = metric.compute(PROMPTS, images)
         assert metric.compute(PROMPTS[::-1], images[::-1])[::-1] == pytest.approx(forward, abs=1e-4)
 
-    @pytest.mark.parametrize("batch_size", [0, -1, 1.5, "8", True, None])
+    @pytest.mark.parametrize("batch_size", [0, -1, 1.5, "8", True])
     def test_a_batch_size_that_is_no_positive_int_is_refused(
         self, batch_size: Any, tiny_folder: Path
     ) -> None:
@@ -353,25 +366,32 @@ class TestBatches:
 
 
 class TestThreadsAndMemory:
-    def test_eight_threads_get_exactly_what_one_gets(
-        self, metric: PickScoreMetric, images: list[Any]
-    ) -> None:
+    def test_eight_threads_get_what_one_gets(self, tiny_folder: Path, images: list[Any]) -> None:
         pairs = [(prompt, image) for prompt in PROMPTS for image in images]
-        expected = [metric.compute(prompt, image) for prompt, image in pairs]
-        metric.to("cpu")
-        with ThreadPoolExecutor(8) as pool:
-            for _ in range(2):
-                assert list(pool.map(lambda pair: metric.compute(*pair), pairs)) == expected
+        for cache_text in (False, True):
+            metric = PickScoreMetric.from_pretrained(
+                ModelConfig(path=tiny_folder), device="cpu", cache_text=cache_text
+            )
+            expected = [metric.compute(prompt, image)[0] for prompt, image in pairs]
+            metric.clear_text_cache()
+            with ThreadPoolExecutor(8) as pool:
+                for _ in range(2):
+                    scores = pool.map(lambda pair: metric.compute(*pair)[0], pairs)  # noqa: B023
+                    assert list(scores) == pytest.approx(expected, abs=1e-4)
 
     def test_eight_threads_may_ask_for_overlapping_prompts(
-        self, metric: PickScoreMetric, images: list[Any]
+        self, tiny_folder: Path, images: list[Any]
     ) -> None:
+        metric = PickScoreMetric.from_pretrained(
+            ModelConfig(path=tiny_folder), device="cpu", cache_text=True
+        )
         prompts = [f"prompt {number}" for number in range(40)]
         calls = [prompts[start : start + 8] for start in range(33)]
-        expected = [metric.to("cpu").similarity_matrix(call, images[0]) for call in calls]
-        metric.to("cpu")
+        expected = [metric.similarity_matrix(call, images[0]) for call in calls]
+        metric.clear_text_cache()
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(lambda c: metric.similarity_matrix(c, images[0]), calls)) == expected
+            found = list(pool.map(lambda c: metric.similarity_matrix(c, images[0]), calls))
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=0)
 
     def test_the_grad_mode_of_one_thread_is_not_that_of_another(self, metric: PickScoreMetric) -> None:
         pixels = noise(1)
@@ -405,7 +425,9 @@ class TestThreadsAndMemory:
 
 class TestProperties:
     def test_repr_shows_where_a_metric_runs(self, metric: PickScoreMetric) -> None:
-        assert repr(metric) == "PickScoreMetric(device='cpu', dtype=torch.float32, batch_size=16)"
+        assert repr(metric) == (
+            "PickScoreMetric('PickScore v1', device='cpu', dtype=torch.float32, batch_size=4)"
+        )
 
     def test_to_returns_the_metric_itself(self, metric: PickScoreMetric) -> None:
         assert metric.to("cpu") is metric
@@ -423,7 +445,20 @@ class TestProperties:
             ModelConfig(path=tiny_folder), device="cpu", torch_dtype=dtype
         )
         assert metric.dtype == dtype
-        assert repr(metric) == f"PickScoreMetric(device='cpu', dtype={dtype}, batch_size=16)"
+        assert f"device='cpu', dtype={dtype}, batch_size=4)" in repr(metric)
+
+    def test_to_a_dtype_gives_what_loading_in_it_gives(self, tiny_folder: Path) -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            loaded = PickScoreMetric.from_pretrained(
+                ModelConfig(path=tiny_folder), device="cpu", torch_dtype=dtype
+            )
+            moved = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu").to(
+                dtype
+            )
+            dtypes = [weight.dtype for weight in loaded.model.parameters()]
+            assert [weight.dtype for weight in moved.model.parameters()] == dtypes
+            expected = loaded.compute("a cat", noise(2))
+            assert moved.compute("a cat", noise(2)) == pytest.approx(expected, abs=1e-3)
 
     def test_a_given_device_is_taken(self) -> None:
         assert choose_device("cpu") == torch.device("cpu")
@@ -488,7 +523,7 @@ class TestProperties:
         with pytest.raises(error, match=message):
             metric_class.from_pretrained(**arguments)
 
-    @pytest.mark.parametrize("wrong", [2, -1, True, None, "5"])
+    @pytest.mark.parametrize("wrong", [2, -1, True, "5"])
     @pytest.mark.parametrize("name", ["PickScore", "ImageReward"])
     def test_a_length_without_room_for_a_prompt_is_refused(self, name: str, wrong: Any) -> None:
         metric_class = getattr(diffsynth_metrics, f"{name}Metric")
@@ -499,8 +534,28 @@ class TestProperties:
         image = torch.zeros(3, 32, 32)
         expected = tiny_metric.compute("a cat", image)
         for twin in (copy.deepcopy(tiny_metric), pickle.loads(pickle.dumps(tiny_metric))):
-            assert twin.compute("a cat", image) == expected
+            assert twin.compute("a cat", image) == pytest.approx(expected, abs=1e-4)
             assert twin.model is not tiny_metric.model
+
+
+class TestOptions:
+    def test_an_unknown_argument_is_refused_with_those_that_exist(self) -> None:
+        with pytest.raises(TypeError, match=r"no argument 'max_lenght'; it has .*max_length"):
+            PickScoreMetric.from_pretrained(ModelConfig(path="absent"), max_lenght=5)
+
+    def test_one_device_metrics_refuse_a_device_map(self) -> None:
+        with pytest.raises(ValueError, match="PickScoreMetric runs on one device"):
+            PickScoreMetric.from_pretrained(ModelConfig(path="absent"), device_map="auto")
+
+    def test_provenance_says_what_made_a_number(
+        self, metric: PickScoreMetric, tiny_folder: Path
+    ) -> None:
+        provenance = metric.provenance
+        digest = hashlib.sha256((tiny_folder / "model.safetensors").read_bytes()).hexdigest()
+        assert provenance["metric"] == "PickScoreMetric"
+        assert provenance["weights"] == digest
+        assert provenance["dtype"] == "float32"
+        assert json.dumps(provenance)
 
 
 class TestCards:
@@ -518,10 +573,10 @@ class TestCards:
                 assert value.strip() == value
                 assert value or field.name == "notes", field.name
 
-    @pytest.mark.parametrize("metric_class", METRICS)
-    def test_a_card_links_to_paper_and_code(self, metric_class: type[BaseMetric]) -> None:
-        assert metric_class.card.paper.startswith("https://")
-        assert metric_class.card.repository.startswith("https://")
+    def test_a_card_links_to_paper_and_code(self) -> None:
+        for metric_class in METRICS:
+            assert metric_class.card.paper.startswith("https://")
+            assert metric_class.card.repository.startswith("https://")
 
     def test_every_metric_has_its_own_card(self) -> None:
         assert len({metric_class.card.name for metric_class in METRICS}) == len(METRICS)
@@ -529,38 +584,3 @@ class TestCards:
     def test_a_card_cannot_be_changed(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             PickScoreMetric.card.name = "mine"  # type: ignore[misc]
-
-
-_FAULTS_OF_A_LARGE_METRIC = """
-import resource
-import torch
-from diffsynth_metrics import AestheticMetric
-
-class Large(AestheticMetric):
-    def __init__(self):
-        with torch.device("meta"):
-            super(AestheticMetric, self).__init__(torch.nn.Linear({width}, 10_000), batch_size=1)
-
-def activations():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [torch.ones(4_000_000) for _ in range(3)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-Large()
-print([activations() for _ in range(4)][-1])
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other rules")
-def test_memory_of_activations_is_kept_from_one_operation_to_the_next() -> None:
-    faults = {}
-    for width in (1, 10_000):
-        code = _FAULTS_OF_A_LARGE_METRIC.format(width=width)
-        environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        faults[width] = int(done.stdout)
-    if faults[1] < 4000:  # of 12,000 pages
-        pytest.skip("this system does not give the memory back, or in large pages")
-    assert faults[10_000] < 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,15 @@ import PIL.Image
 import pytest
 import torch
 
-from diffsynth_metrics import CLIPMetric, HPSv2Metric, ModelConfig, PickScoreMetric
+from diffsynth_metrics import (
+    CLIPMetric,
+    HPSv2Metric,
+    ImageRewardMetric,
+    ModelConfig,
+    PickScoreMetric,
+    dual_encoder,
+)
 from diffsynth_metrics.dual_encoder import (
-    _TextCache,
     cosine_matrix,
     paired_cosine,
 )
@@ -29,9 +35,15 @@ PROMPTS = ["a cat", "an astronaut in orange", "", "a cup of coffee on a table", 
 
 @pytest.fixture
 def metric(tiny_metric: PickScoreMetric) -> PickScoreMetric:
-    """The tiny metric, which has forgotten the prompts of other tests, and who asked for its network."""
-    tiny_metric.remembers_prompts = True
     return tiny_metric
+
+
+@pytest.fixture
+def caching(tiny_folder: Path) -> PickScoreMetric:
+    """A metric that keeps the features of prompts."""
+    return PickScoreMetric.from_pretrained(
+        ModelConfig(path=tiny_folder), device="cpu", batch_size=16, cache_text=True
+    )
 
 
 @pytest.fixture(scope="session")
@@ -39,40 +51,17 @@ def images(photographs: Photographs) -> list[PIL.Image.Image]:
     return [image.resize((300, 240)) for image in photographs.values()]
 
 
-@pytest.fixture
-def encoded(metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    return watch_encoding(metric, monkeypatch)
+def watch_encoding(metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the numbers of prompts that reach the text tower together, from now on."""
+    batches: list[int] = []
+    embed = metric.embed_text
 
+    def recorded(ids: list[list[int]]) -> torch.Tensor:
+        batches.append(len(ids))
+        return embed(ids)
 
-def watch_encoding(metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Return the batches of prompts that reach the text tower from now on."""
-    batches: list[list[str]] = []
-    embed = metric._embed_texts
-
-    def recorded(prompts: list[str]) -> torch.Tensor:
-        batches.append(list(prompts))
-        return embed(prompts)
-
-    monkeypatch.setattr(metric, "_embed_texts", recorded)
+    monkeypatch.setattr(metric, "embed_text", recorded)
     return batches
-
-
-def change_data(network: Any) -> None:
-    for weight in network.parameters():
-        weight.data.add_(0.1 * torch.randn_like(weight))
-
-
-def step_fused(network: Any) -> None:
-    weights = list(network.parameters())
-    for weight in weights:
-        weight.grad = torch.randn_like(weight.requires_grad_())
-    torch.optim.AdamW(weights, lr=0.1, fused=True).step()
-
-
-def hook(network: Any) -> None:
-    norms = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
-    for norm in norms:
-        norm.register_forward_hook(lambda module, inputs, output: output + torch.randn_like(output))
 
 
 def unit(*rows: list[float]) -> torch.Tensor:
@@ -150,12 +139,13 @@ class TestFeatures:
     ) -> None:
         expected = metric.compute("a cat", images[0])
         metric.encode_text("a cat").zero_()
-        assert metric.compute("a cat", images[0]) == expected
+        assert metric.compute("a cat", images[0]) == pytest.approx(expected, abs=1e-4)
 
     def test_a_prompt_of_any_length_is_cut_to_what_the_network_reads(
         self, metric: PickScoreMetric
     ) -> None:
-        long, longer = metric.encode_text(["word " * 100, "word " * 200])
+        with pytest.warns(UserWarning, match="reads 77 tokens"):
+            long, longer = copy.copy(metric).encode_text(["word " * 100, "word " * 200])
         assert torch.allclose(long, longer, atol=1e-6)
 
 
@@ -231,151 +221,128 @@ class TestMatrixAndProbabilities:
             range(5), key=scores.__getitem__
         )
 
-    def test_probabilities_are_of_one_prompt(self, metric: PickScoreMetric, images: list[Any]) -> None:
-        with pytest.raises(TypeError, match=r"images of one prompt, so prompt must be a str, got list"):
-            metric.probabilities(["a cat"], images)  # type: ignore[arg-type]
+    def test_probabilities_of_pairs_are_the_softmax_over_them(
+        self, metric: PickScoreMetric, images: list[Any]
+    ) -> None:
+        scores = torch.tensor(metric.compute(PROMPTS, images))
+        expected = torch.softmax(scores, dim=-1).tolist()
+        assert metric.probabilities(PROMPTS, images) == pytest.approx(expected, abs=1e-4)
 
     def test_calc_probs_is_another_name_of_probabilities(
         self, metric: PickScoreMetric, images: list[Any]
     ) -> None:
-        assert metric.calc_probs("a cat", images) == metric.probabilities("a cat", images)
+        expected = metric.probabilities("a cat", images)
+        assert metric.calc_probs("a cat", images) == pytest.approx(expected, abs=1e-4)
 
 
-class TestMemoryOfPrompts:
-    def test_each_different_prompt_of_a_call_is_encoded_once(
-        self, metric: PickScoreMetric, images: list[Any], encoded: list[list[str]]
-    ) -> None:
-        metric.compute(["a", "b", "a", "a", "b"], images)
-        assert encoded == [["a", "b"]]
-
-    def test_one_prompt_for_all_images_is_encoded_once(
-        self, metric: PickScoreMetric, images: list[Any], encoded: list[list[str]]
-    ) -> None:
-        metric.compute("a", images * 5)
-        assert encoded == [["a"]]
-
-    def test_the_prompts_of_an_earlier_call_are_remembered(
-        self, metric: PickScoreMetric, images: list[Any], encoded: list[list[str]]
-    ) -> None:
-        metric.compute("a", images)
-        metric.reward("a", images)
-        metric.encode_text(["a", "b"])
-        metric.similarity_matrix(["a", "b"], images[:1])
-        metric.compute(["a", "b", "a", "a", "b"], images)
-        assert encoded == [["a"], ["a", "b"]]
-
-    def test_prompts_are_encoded_in_batches(
-        self, metric: PickScoreMetric, encoded: list[list[str]]
-    ) -> None:
-        prompts = [f"prompt {number}" for number in range(35)]
-        features = metric.encode_text(prompts)
-        assert encoded == [prompts[:16], prompts[16:32], prompts[32:]]
-        assert torch.allclose(features, torch.cat([metric.encode_text(p) for p in prompts]), atol=1e-5)
-
-    def test_features_are_the_same_to_the_bit_whatever_was_asked_before(
-        self, metric: PickScoreMetric
-    ) -> None:
-        prompts = [f"prompt {number}" for number in range(35)]
-        together = metric.to("cpu").encode_text(prompts)
-        metric.to("cpu").encode_text(prompts[::2])
-        assert torch.equal(metric.encode_text(prompts), together)
-
-    def test_a_caller_that_writes_to_its_features_changes_none_that_are_kept(
-        self, metric: PickScoreMetric
-    ) -> None:
-        before = metric.encode_text("a").clone()
-        metric.encode_text("a").zero_()
-        assert torch.equal(metric.encode_text("a"), before)
-
-    def test_remembered_and_new_prompts_keep_their_order(self, metric: PickScoreMetric) -> None:
-        alone = {prompt: metric.encode_text(prompt)[0] for prompt in ("c", "a")}
-        together = metric.encode_text(["a", "b", "c", "b", "a"])
-        assert torch.allclose(together[0], alone["a"], atol=1e-5)
-        assert torch.allclose(together[2], alone["c"], atol=1e-5)
-        assert torch.equal(together[1], together[3])
-        assert not torch.allclose(together[1], together[0], atol=1e-3)
-
-    def test_a_move_forgets_the_prompts(self, metric: PickScoreMetric, encoded: list[list[str]]) -> None:
-        metric.encode_text("a")
-        metric.to("cpu")
-        metric.encode_text("a")
-        assert encoded == [["a"], ["a"]]
-
-    def test_another_length_is_another_text(self, tiny_metric: PickScoreMetric) -> None:
-        metric = copy.deepcopy(tiny_metric)
-        metric.remembers_prompts = True
-        first = metric.encode_text("a cat on a sofa by the window")
-        metric.max_length = 5
-        assert not torch.allclose(first, metric.encode_text("a cat on a sofa by the window"), atol=1e-3)
-
-    @pytest.mark.parametrize(("name", "metric_class"), [("clip", CLIPMetric), ("hpsv2", HPSv2Metric)])
-    @pytest.mark.parametrize("change", [change_data, step_fused, hook], ids=lambda f: f.__name__)
-    def test_no_prompt_outlives_a_change_of_the_network(
-        self, change: Any, name: str, metric_class: Any, tmp_path: Path
-    ) -> None:
-        files = ModelConfig(path=tiny_checkpoint(name, tmp_path))
-        metric = metric_class.from_pretrained(files, device="cpu")
-        first = metric.encode_text("a")
-        assert metric.remembers_prompts
-        network = metric.model  # asked for once, before the prompt is asked for again
-        assert torch.equal(metric.encode_text("a"), first)
-        change(network)
-        second = metric.encode_text("a")
-        assert not torch.allclose(first, second, atol=1e-3)
-        change(network)
-        assert not torch.allclose(second, metric.encode_text("a"), atol=1e-4)
-
-    def test_who_has_asked_for_the_network_may_promise_not_to_change_it(
-        self, tiny_metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        metric = copy.deepcopy(tiny_metric)
-        encoded = watch_encoding(metric, monkeypatch)
-        metric.remembers_prompts = True
-        metric.encode_text("a")
-        metric.encode_text("a")
-        assert metric.model is not None and not metric.remembers_prompts
-        metric.encode_text("a")
-        metric.encode_text("a")
-        metric.remembers_prompts = True
-        metric.encode_text("a")
-        metric.encode_text("a")
-        assert encoded == [["a"]] * 4
-
-    def test_only_a_network_that_nobody_else_has_is_trusted(self, tiny_folder: Path) -> None:
-        metric = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
-        assert metric.remembers_prompts
-        for same in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), metric.to("cpu")):
-            assert same.remembers_prompts
-        own = PickScoreMetric(metric._network, metric.tokenizer, max_length=77, batch_size=16)
-        assert not own.remembers_prompts
-        shallow = copy.copy(metric)
-        assert shallow.model is metric._network and not metric.remembers_prompts
-        assert not copy.deepcopy(metric).remembers_prompts
-        other = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
-        other.model = metric._network
-        assert not other.remembers_prompts and other._network is metric._network
-
-    def test_the_batches_used_last_are_kept(self) -> None:
-        cache = _TextCache(5, is_used=True)
-        for name, rows in (("a", 2), ("b", 3)):
-            cache.put(name, torch.zeros(rows, 4))
-        assert cache.get("a") is not None
-        cache.put("c", torch.zeros(1, 4))
-        assert [cache.get(name) is None for name in "abc"] == [False, True, False]
-
-    def test_a_batch_of_more_prompts_than_are_kept_is_kept_alone(self) -> None:
-        cache = _TextCache(5, is_used=True)
-        cache.put("a", torch.zeros(1, 4))
-        cache.put("b", torch.zeros(7, 4))
-        assert cache.get("a") is None and cache.get("b") is not None
-
-    def test_more_prompts_than_are_kept_are_scored_all_the_same(
+class TestPromptsOfACall:
+    def test_each_different_prompt_is_encoded_once(
         self, metric: PickScoreMetric, images: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        expected = [metric.compute(prompt, images) for prompt in PROMPTS]
-        monkeypatch.setattr(metric, "_text_cache", _TextCache(2, is_used=True))
-        assert [metric.compute(prompt, images) for prompt in PROMPTS] == expected
-        assert len(metric._text_cache) == 2
+        encoded = watch_encoding(metric, monkeypatch)
+        metric.compute(["a", "b", "a", "a", "b"], images)
+        metric.compute("a", images * 5)
+        assert encoded == [2, 1]
+
+    def test_prompts_are_encoded_in_batches(
+        self, caching: PickScoreMetric, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoded = watch_encoding(caching, monkeypatch)
+        prompts = [f"prompt {number}" for number in range(35)]
+        features = caching.encode_text(prompts)
+        assert encoded == [16, 16, 3]
+        alone = torch.cat([caching.encode_text(prompt) for prompt in prompts])
+        torch.testing.assert_close(features, alone, atol=1e-5, rtol=0)
+
+    def test_a_cut_prompt_is_said_once_and_in_each_row(
+        self, tiny_folder: Path, images: list[Any]
+    ) -> None:
+        for name, metric_class, limit in (
+            ("clip", CLIPMetric, 77),
+            ("hpsv2", HPSv2Metric, 77),
+            ("image_reward", ImageRewardMetric, 35),
+        ):
+            folder = tiny_checkpoint(name, tiny_folder.parent / f"cut_{name}")
+            metric = metric_class.from_pretrained(ModelConfig(path=folder), device="cpu")
+            prompts = ["a cat", "word " * 200]
+            with pytest.warns(UserWarning, match=rf"reads {limit} tokens of a prompt, and 'word word"):
+                metric.compute(prompts, images[:2])
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                short, cut = metric.evaluate(prompts, images[:2])
+            assert short["prompt_tokens"] <= limit < cut["prompt_tokens"]
+            assert (short["truncated"], cut["truncated"]) == (False, True)
+
+
+class TestCacheOfTexts:
+    def test_nothing_is_kept_by_default(
+        self, metric: PickScoreMetric, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoded = watch_encoding(metric, monkeypatch)
+        metric.encode_text("a")
+        metric.encode_text("a")
+        assert encoded == [1, 1]
+
+    def test_the_prompts_of_an_earlier_call_are_kept_if_asked(
+        self, caching: PickScoreMetric, images: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoded = watch_encoding(caching, monkeypatch)
+        caching.compute("a", images)
+        caching.reward("a", images)
+        caching.encode_text(["a", "b"])
+        caching.similarity_matrix(["a", "b"], images[:1])
+        caching.compute(["a", "b", "a", "a", "b"], images)
+        assert encoded == [1, 1]
+
+    def test_kept_and_new_prompts_keep_their_order(self, caching: PickScoreMetric) -> None:
+        alone = {prompt: caching.encode_text(prompt)[0] for prompt in ("c", "a")}
+        together = caching.encode_text(["a", "b", "c", "b", "a"])
+        assert torch.allclose(together[0], alone["a"], atol=1e-5)
+        assert torch.allclose(together[2], alone["c"], atol=1e-5)
+        assert torch.allclose(together[1], together[3], atol=1e-5)
+        assert not torch.allclose(together[1], together[0], atol=1e-3)
+
+    def test_a_caller_that_writes_to_its_features_changes_none_that_are_kept(
+        self, caching: PickScoreMetric
+    ) -> None:
+        before = caching.encode_text("a").clone()
+        caching.encode_text("a").zero_()
+        assert torch.equal(caching.encode_text("a"), before)  # read, not computed again
+
+    def test_clearing_and_moving_forget_the_prompts(
+        self, caching: PickScoreMetric, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoded = watch_encoding(caching, monkeypatch)
+        for forget in (caching.clear_text_cache, lambda: caching.to("cpu")):
+            caching.encode_text("a")
+            forget()
+        caching.encode_text("a")
+        assert encoded == [1, 1, 1]
+
+    def test_a_changed_network_is_seen_after_clearing(self, caching: PickScoreMetric) -> None:
+        first = caching.encode_text("a")
+        for weight in caching.model.parameters():
+            weight.data.add_(0.1 * torch.randn_like(weight))
+        assert torch.equal(caching.encode_text("a"), first)  # the documented risk
+        caching.clear_text_cache()
+        assert not torch.allclose(caching.encode_text("a"), first, atol=1e-3)
+
+    def test_another_length_is_another_text(self, caching: PickScoreMetric) -> None:
+        first = caching.encode_text("a cat on a sofa by the window")
+        caching.max_length = 5
+        with pytest.warns(UserWarning, match="reads 5 tokens"):
+            cut = caching.encode_text("a cat on a sofa by the window")
+        assert not torch.allclose(first, cut, atol=1e-3)
+
+    def test_more_prompts_than_are_kept_are_scored_all_the_same(
+        self, caching: PickScoreMetric, images: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = [caching.compute(prompt, images[0])[0] for prompt in PROMPTS]
+        monkeypatch.setattr(dual_encoder, "_CACHED_PROMPTS", 2)
+        caching.clear_text_cache()
+        scores = [caching.compute(prompt, images[0])[0] for prompt in PROMPTS]
+        assert scores == pytest.approx(expected, abs=1e-4)
+        assert caching.compute(PROMPTS, images[0]) == pytest.approx(expected, abs=1e-4)
 
 
 class TestNarrowTowers:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class FIDMetric(BaseMetric):
     for why the default is ``"clean"``. See ``FIDMetric.card``.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="FID",
         inputs="two sets of images",
         range="0 for equal sets; about 2 to 60 on 10,000 images and more",
@@ -107,7 +107,7 @@ class FIDMetric(BaseMetric):
             "2,048 images it is strongly biased upwards."
         ),
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="FID/model.safetensors"
     )
     model: Inception3

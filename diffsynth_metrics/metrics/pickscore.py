@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class PickScoreMetric(CLIPMetric):
     :meth:`probabilities` is what the model was trained for. See ``PickScoreMetric.card``.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="PickScore v1",
         inputs="prompt and image",
         range="about 16 to 26 for generated pictures",
@@ -39,36 +39,28 @@ class PickScoreMetric(CLIPMetric):
         weights_license="not declared by the authors",
         notes="Compare images of the same prompt; the level of a score depends on its prompt.",
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="PickScore/model.safetensors",
     )
-    default_processor: ClassVar[ModelConfig] = ModelConfig(
+    default_processor = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="PickScore/*.[jt]*"
     )
 
-    def probabilities(self, prompt: str, images: ImagesInput) -> list[float]:
+    def probabilities(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
         """Compute how probably people pick each of several images for one prompt.
 
         Args:
-            prompt: The prompt that all images were made for.
+            prompt: The prompt that all images were made for. (Code written for ``diffsynth.metrics`` may
+                pass one prompt per image; the softmax is over all pairs then, as it is there.)
             images: The images to choose from, see :meth:`compute`.
 
         Returns:
             One probability per image; they sum to 1.
-
-        Raises:
-            TypeError: `prompt` is not one str.
         """
-        if not isinstance(prompt, str):
-            raise TypeError(
-                f"probabilities compares the images of one prompt, so prompt must be a str, got "
-                f"{type(prompt).__name__}; similarity_matrix takes several prompts"
-            )
-        with self._scoring(gradients=False):
-            scores = self._components(prompt, images)["score"]
-            return [float(value) for value in pick_probabilities(scores).tolist()]
+        with torch.no_grad():
+            return pick_probabilities(self.components(prompt, images)["score"]).tolist()
 
-    def calc_probs(self, prompt: str, images: ImagesInput) -> list[float]:
+    def calc_probs(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
         """Do the same as :meth:`probabilities`; the name in the authors' code."""
         return self.probabilities(prompt, images)

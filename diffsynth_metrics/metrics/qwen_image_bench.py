@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import PIL.Image
 from transformers import Qwen3_5Config
@@ -48,7 +48,7 @@ class QwenImageBenchMetric(JudgeMetric):
     mean of the dimensions; what does not apply (N/A) is left out. See ``QwenImageBenchMetric.card``.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="Qwen-Image-Bench",
         inputs="prompt and image",
         range="0 to 100; published models have about 50 to 65",
@@ -60,12 +60,10 @@ class QwenImageBenchMetric(JudgeMetric):
         weights_license="Apache-2.0",
         notes="The benchmark asks only the dimensions that its metadata lists: pass dims_en.",
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"
     )
-    default_processor: ClassVar[ModelConfig] = ModelConfig(
-        model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*"
-    )
+    default_processor = ModelConfig(model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*")
     published = staticmethod(qwen_image_bench_config)
 
     def __init__(

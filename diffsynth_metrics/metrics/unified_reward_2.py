@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import Qwen3_5Config
 
@@ -68,7 +68,7 @@ class UnifiedReward2Metric(JudgeMetric):
     ``UnifiedReward2Metric.card``.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="UnifiedReward 2.0",
         inputs="prompt and image",
         range="1 to 5",
@@ -80,11 +80,11 @@ class UnifiedReward2Metric(JudgeMetric):
         weights_license="MIT (base Qwen3.5-9B: Apache-2.0)",
         notes="The mean is a convention; the authors give three rewards and let the user weigh them.",
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-2.0-qwen35-9b/model-*.safetensors",
     )
-    default_processor: ClassVar[ModelConfig] = ModelConfig(
+    default_processor = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-2.0-qwen35-9b/*.[jt]*",
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import PIL.Image
 from typing_extensions import Self, Unpack
@@ -77,7 +77,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
     See ``UnifiedRewardEditMetric.card``.
     """
 
-    card: ClassVar[MetricCard] = MetricCard(
+    card = MetricCard(
         name="UnifiedReward-Edit",
         inputs="instruction, source image and edited images",
         range="0 to 25 pointwise; 0, 1 or 2 for a ranking; any real number for pairwise scores",
@@ -89,11 +89,11 @@ class UnifiedRewardEditMetric(JudgeMetric):
         weights_license="MIT (base Qwen3-VL-8B: Apache-2.0)",
         notes="A high overediting score is good: nothing else was changed.",
     )
-    default_model: ClassVar[ModelConfig] = ModelConfig(
+    default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/model-*.safetensors",
     )
-    default_processor: ClassVar[ModelConfig] = ModelConfig(
+    default_processor = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/*.[jt]*",
     )

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_blocks", "compute_block"]
+__all__ = ["checkpoint_blocks"]
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
@@ -25,13 +25,6 @@ def checkpoint_blocks(model: nn.Module) -> None:
             if len({type(block) for block in blocks}) == 1 and len(list(blocks[0].children())) > 1:
                 for block in blocks:
                     block.forward = _Recomputed(block)
-
-
-def compute_block(function: Callable[[Any, Tensor], Tensor], block: nn.Module, tokens: Tensor) -> Tensor:
-    """Compute another function of a block than its forward; again on the way back where that one is."""
-    recomputed = isinstance(block.forward, _Recomputed)
-    result: Tensor = _recompute(function, block, tokens) if recomputed else function(block, tokens)
-    return result
 
 
 class _Recomputed:

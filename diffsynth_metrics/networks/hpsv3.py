@@ -13,7 +13,16 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLTextModel,
 )
 
-__all__ = ["HPSv3Network", "build_hpsv3", "patches_of", "qwen2_vl_7b_config"]
+from diffsynth_metrics.errors import CheckpointError
+
+__all__ = [
+    "HPSv3Network",
+    "build_hpsv3",
+    "patches_of",
+    "qwen2_vl_7b_config",
+    "qwen2_vl_config",
+    "set_frequencies",
+]
 
 _VISION_THETA = 10000.0
 
@@ -47,6 +56,22 @@ def qwen2_vl_7b_config() -> Qwen2VLConfig:
             "temporal_patch_size": 2,
         },
     )
+
+
+def qwen2_vl_config(config: dict[str, Any] | None) -> Qwen2VLConfig:
+    """Return the architecture of a parsed ``config.json``, or the published one for None.
+
+    Raises:
+        CheckpointError: It describes another kind of network.
+    """
+    if config is None:
+        return qwen2_vl_7b_config()
+    if config.get("model_type") != "qwen2_vl":
+        raise CheckpointError(
+            f"the config.json next to the weights describes a {config.get('model_type')!r} network, and "
+            "HPSv3 is a 'qwen2_vl'"
+        )
+    return Qwen2VLConfig.from_dict(config)
 
 
 class HPSv3Network(nn.Module):
@@ -135,19 +160,15 @@ def patches_of(image: Tensor, config: Qwen2VLConfig) -> Tensor:
 
 
 class _VisionAngles(nn.Module):
-    """Angles of the vision tower's rotation, in the dtype of the towers.
-
-    The authors' ``model.to(bfloat16)`` rounds the frequencies, and their code then multiplies in
-    bfloat16. The network was trained like this, so a score in bfloat16 depends on it.
-    """
+    """Angles of the vision tower's rotation, in the dtype of its frequencies."""
 
     inv_freq: Tensor
 
-    def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
         half = head_dim // 2
         inv_freq = 1.0 / (_VISION_THETA ** (torch.arange(0, half, 2, dtype=torch.float) / half))
-        self.register_buffer("inv_freq", inv_freq.to(dtype), persistent=False)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, *arguments: Any) -> Any:
         """Return cosines and sines ``[P, head_dim]``, or for older transformers a table of angles."""
@@ -160,20 +181,28 @@ class _VisionAngles(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def build_hpsv3(config: Qwen2VLConfig, dtype: torch.dtype) -> HPSv3Network:
-    """Build the network with its parameters on the meta device and its frequencies in memory.
-
-    Args:
-        config: The architecture.
-        dtype: Dtype of the towers, to which the frequencies are rounded where it is narrower than
-            float32, as the authors' code does.
-    """
+def build_hpsv3(config: Qwen2VLConfig) -> HPSv3Network:
+    """Build the network with its parameters on the meta device and its frequencies in memory."""
     with torch.device("meta"):
         network = HPSv3Network(config)
-    narrow = dtype if dtype.itemsize < 4 else torch.float32
-    rotary = Qwen2VLRotaryEmbedding(config=config.text_config)
-    rotary.inv_freq.copy_(rotary.inv_freq.to(narrow))
-    network.model.rotary_emb = rotary
-    vision = config.vision_config
-    network.visual.rotary_pos_emb = _VisionAngles(vision.embed_dim // vision.num_heads, narrow)
+    set_frequencies(network, torch.float32)
     return network
+
+
+def set_frequencies(network: HPSv3Network, dtype: torch.dtype) -> None:
+    """Compute the rotary frequencies for a dtype of the towers.
+
+    The authors' ``model.to(bfloat16)`` rounds the frequencies, and in the vision tower their code then
+    multiplies in bfloat16. The network was trained like this, so a score in bfloat16 depends on it.
+    """
+    narrow = dtype if dtype.itemsize < 4 else torch.float32
+    device = next(network.rm_head.parameters()).device
+    rotary = Qwen2VLRotaryEmbedding(config=network.config.text_config)
+    rotary.inv_freq.copy_(rotary.inv_freq.to(narrow))
+    vision = network.config.vision_config
+    angles = _VisionAngles(vision.embed_dim // vision.num_heads)
+    angles.inv_freq = angles.inv_freq.to(narrow)
+    if not device.type == "meta":
+        rotary, angles = rotary.to(device), angles.to(device)
+    network.model.rotary_emb = rotary
+    network.visual.rotary_pos_emb = angles

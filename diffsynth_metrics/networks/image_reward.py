@@ -13,7 +13,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from diffsynth_metrics.networks.score_head import score_head
 
-__all__ = ["ImageRewardNetwork", "blip_vit_l_16_config", "build_image_reward"]
+__all__ = ["ImageRewardNetwork", "blip_config", "blip_vit_l_16_config", "build_image_reward"]
 
 _PROJECTION_DIM = 256
 
@@ -42,6 +42,14 @@ def blip_vit_l_16_config() -> BlipConfig:
             "layer_norm_eps": 1e-12,
         },
     )
+
+
+def blip_config(config: dict[str, Any] | None) -> BlipConfig:
+    """Return the architecture of a parsed ``config.json`` of BLIP, or the published one."""
+    # A tokenizer's folder may carry BERT's config.json, which does not describe this network.
+    if config is None or config.get("model_type") != "blip":
+        return blip_vit_l_16_config()
+    return BlipConfig.from_dict(config)
 
 
 class ImageRewardNetwork(nn.Module):

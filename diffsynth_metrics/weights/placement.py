@@ -8,13 +8,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from diffsynth_metrics.base import choose_device
-
-__all__ = ["DeviceMap", "check_device_map", "execution_device", "place"]
+__all__ = ["DeviceMap", "check_device_map", "choose_device", "choose_dtype", "execution_device", "place"]
 
 DeviceMap: TypeAlias = "str | Mapping[str, int | str | torch.device]"
 """``"auto"`` and the like, one device, or parts of the network to devices, as in transformers."""
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -90,3 +89,36 @@ def execution_device(model: nn.Module) -> torch.device:
     hook = getattr(model, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return next(model.parameters()).device if device is None else torch.device(device)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device, or for None the best one that torch reports.
+
+    Raises:
+        RuntimeError: torch does not know the device, or it is not there.
+    """
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:  # each torch's, by backend
+            raise RuntimeError(f"the device {str(device)!r} cannot be used: {error}") from error
+        return torch.device(device)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torch.dtype:
+    """Return the dtype of the towers, or for None the official one.
+
+    Raises:
+        TypeError: It is not a dtype that networks run in.
+    """
+    if torch_dtype is None:
+        return official
+    if torch_dtype not in _DTYPES:
+        raise TypeError(
+            f"torch_dtype must be one of {', '.join(map(str, _DTYPES))}, got {torch_dtype!r}; by "
+            "position it comes before device, as in diffsynth.metrics"
+        )
+    return torch_dtype

@@ -1,0 +1,43 @@
+"""open_clip's CLIP, on the meta device, and its projections apart from the towers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+
+from diffsynth_metrics.errors import CheckpointError
+
+__all__ = ["build_open_clip", "detach_heads"]
+
+
+def build_open_clip(config: dict[str, Any] | None) -> open_clip.CLIP:
+    """Build the network: parameters on the meta device, its causal mask in memory.
+
+    Args:
+        config: A parsed ``open_clip_config.json``, or None for ViT-H/14.
+
+    Raises:
+        CheckpointError: The config has no ``"model_cfg"``.
+    """
+    model_config = config.get("model_cfg") if config else open_clip.get_model_config("ViT-H-14")
+    if not isinstance(model_config, dict):
+        raise CheckpointError("the open_clip_config.json next to the weights has no 'model_cfg'")
+    with torch.device("meta"):
+        model = open_clip.CLIP(**model_config)
+    model.attn_mask = torch.full((model.context_length,) * 2, float("-inf")).triu(1)
+    return model
+
+
+def detach_heads(model: Any) -> None:
+    """Take the projections out of the towers, which would run them in the towers' dtype.
+
+    They become ``model.heads["visual"]`` and ``["text"]``; ``encode_image`` and ``encode_text`` then end
+    with the pooled features.
+    """
+    if model.visual.proj is not None:
+        heads = {"visual": model.visual.proj, "text": model.text_projection}
+        model.heads = nn.ParameterDict(heads)
+        model.visual.proj = model.text_projection = None
