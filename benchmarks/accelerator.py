@@ -24,11 +24,10 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from diffsynth_metrics import HPSv3Metric, PickScoreMetric
-from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
+from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.networks.hpsv3 import build_hpsv3, qwen2_vl_7b_config
-from diffsynth_metrics.pixels.batches import tensor_pixels
-from diffsynth_metrics.pixels.transforms import SmartResize
+from diffsynth_metrics.pixels.transforms import Transform, normalize_
 from diffsynth_metrics.rewards import Component, RewardSet, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
 
@@ -56,17 +55,15 @@ def pickscore(folder: Path, device: torch.device, dtype: torch.dtype) -> PickSco
     heads = ("logit_scale", "text_projection", "visual_projection")
     model = fill(build_clip(vit_h_14_config()), device, dtype, heads)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    return PickScoreMetric(model, tokenizer, max_length=77, batch_size=IMAGES)
+    return PickScoreMetric(model, tokenizer, batch_size=IMAGES, cache_text=True)
 
 
 def hpsv3(folder: Path, device: torch.device) -> HPSv3Metric:
     config = qwen2_vl_7b_config()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config.text_config.vocab_size = len(tokenizer) + 1
-    model = fill(build_hpsv3(config, torch.bfloat16), device, torch.bfloat16, ("rm_head",))
-    return HPSv3Metric(
-        model, tokenizer, transform=SmartResize(), positions="official", batch_size=IMAGES
-    )
+    model = fill(build_hpsv3(config), device, torch.bfloat16, ("rm_head",))
+    return HPSv3Metric(HPSv3Metric.finish(model, torch.bfloat16), tokenizer, batch_size=IMAGES)
 
 
 def timed(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -88,6 +85,10 @@ def scores_of(network: CLIPModel, texts: torch.Tensor, pixels: torch.Tensor) -> 
     return network.logit_scale.exp() * (texts * features).sum(dim=-1)
 
 
+def prepared(images: torch.Tensor, transform: Transform) -> torch.Tensor:
+    return normalize_(transform.from_tensor(images), transform)
+
+
 def through_pil(network: CLIPModel, processor: CLIPProcessor, images: torch.Tensor) -> torch.Tensor:
     arrays = images.cpu().numpy().transpose(0, 2, 3, 1)
     pictures = [PIL.Image.fromarray(array) for array in arrays]
@@ -104,7 +105,6 @@ def measure_pickscore(metric: PickScoreMetric, folder: Path, size: int, rounds: 
     images = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8, device=device)
     floats = images / 255
     network = metric.model
-    metric.remembers_prompts = True  # nobody changes the network here
     texts = metric.encode_text(PROMPTS)
     processor = CLIPProcessor.from_pretrained(folder)
     rewards = RewardSet({"pickscore": Component(metric, 1.0, "zscore")})
@@ -112,7 +112,7 @@ def measure_pickscore(metric: PickScoreMetric, folder: Path, size: int, rounds: 
 
     @torch.no_grad()
     def bare_scores() -> list[float]:
-        return scores_of(network, texts, tensor_pixels(images, metric.transform)).tolist()
+        return scores_of(network, texts, prepared(images, metric.transform)).tolist()
 
     @torch.no_grad()
     def pil_scores() -> list[float]:
@@ -120,7 +120,7 @@ def measure_pickscore(metric: PickScoreMetric, folder: Path, size: int, rounds: 
 
     def bare_gradients() -> torch.Tensor:
         leaf = floats.clone().requires_grad_()
-        scores_of(network, texts, tensor_pixels(leaf, metric.transform)).sum().backward()
+        scores_of(network, texts, prepared(leaf, metric.transform)).sum().backward()
         return leaf.grad
 
     def gradients() -> torch.Tensor:

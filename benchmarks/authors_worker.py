@@ -165,7 +165,7 @@ def _authors_aesthetic(folder: Path) -> Score:
     from test_aesthetic import build_predictor, openai_clip
     from transformers import CLIPVisionConfig
 
-    from diffsynth_metrics.metrics.aesthetic import vit_l_14_config
+    from diffsynth_metrics.networks.clip import vit_l_14_config
 
     tiny = (folder / "config.json").exists()
     predictor = build_predictor(CLIPVisionConfig.from_pretrained(folder) if tiny else vit_l_14_config())

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertTokenizer
 
-from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
+from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.testing import tiny_checkpoint
 from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint, read_layout
 

@@ -17,7 +17,7 @@ from torch import nn
 import diffsynth_metrics
 from diffsynth_metrics import AestheticMetric, CLIPMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.errors import CheckpointError, DownloadError
-from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
+from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.weights.checkpoint import (
     KNOWN_LAYOUTS,
     check_owner,

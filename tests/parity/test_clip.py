@@ -17,7 +17,7 @@ from skimage import data
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
-from diffsynth_metrics.metrics.clip import build_clip, vit_h_14_config
+from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.testing import randomize, tiny_checkpoint
 
 try:
