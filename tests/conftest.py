@@ -11,7 +11,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from classes import ALL
+from classes import metric_class
 from skimage import data
 
 from diffsynth_metrics import ModelConfig, PickScoreMetric
@@ -38,13 +38,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def metrics(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
-    """Tiny metrics by name, in float32 on the CPU; use them, do not change them.
-
-    They remember prompts from test to test.
-    """
+    """Tiny metrics by name, in float32 on the CPU; use them, do not change them."""
 
     def load(name: str) -> Any:
-        return ALL[name].from_pretrained(
+        return metric_class(name).from_pretrained(
             ModelConfig(path=tiny(name)), device="cpu", torch_dtype=torch.float32
         )
 

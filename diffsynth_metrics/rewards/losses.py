@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from diffsynth_metrics.base import (
-    BaseMetric,
-    ImageMetric,
-    PromptMetric,
-    plain_modes,
-    wants_gradients,
-)
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric
 from diffsynth_metrics.dual_encoder import DualEncoderMetric, paired_cosine
 from diffsynth_metrics.inputs import extremes
 from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
+from diffsynth_metrics.modes import plain_modes, wants_gradients
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, named, scorer_of
 from diffsynth_metrics.rewards.scales import find_scale
 from diffsynth_metrics.rewards.scoring import Update, learns, settle

@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from stand_ins import Brightness, Judge
+from stand_ins import Brightness, Difference, Judge
 
 from diffsynth_metrics import (
     AestheticMetric,
@@ -370,6 +370,8 @@ class TestFlowGRPO:
             to_flow_grpo("pickscore")  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"got the class PickScoreMetric; load it"):
             to_flow_grpo(PickScoreMetric)
+        with pytest.raises(TypeError, match=r"a metric .* without references, .* got Difference"):
+            to_flow_grpo(Difference())
 
 
 class TestTRL:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from classes import DIFFERENTIABLE
+from classes import DIFFERENTIABLE, metric_class
 from stand_ins import Brightness
 
 from diffsynth_metrics import AestheticMetric, ModelConfig
@@ -24,7 +24,7 @@ SIZES = [(64, 64), (224, 224), (512, 512), (64, 512), (300, 170), (225, 331), (5
 # transformers computes parts of HPSv3 in float32 whatever the dtype: tests/test_hpsv3_metric.py has it.
 @pytest.fixture(scope="module", params=[name for name in DIFFERENTIABLE if name != "hpsv3"])
 def double(request: Any, tiny: Callable[[str], Path]) -> Any:
-    return DIFFERENTIABLE[request.param].from_pretrained(
+    return metric_class(request.param).from_pretrained(
         ModelConfig(path=tiny(request.param)), device="cpu", torch_dtype=torch.float64
     )
 
@@ -35,7 +35,7 @@ def single(request: Any, tiny: Callable[[str], Path], metrics: Callable[[str], A
         return metrics(request.param)
     # It enlarges small pictures, and many calls with large ones take long.
     small = {"min_pixels": 56 * 56, "max_pixels": 56 * 56}
-    return DIFFERENTIABLE["hpsv3"].from_pretrained(
+    return metric_class("hpsv3").from_pretrained(
         ModelConfig(path=tiny("hpsv3")), device="cpu", torch_dtype=torch.float32, **small
     )
 
@@ -95,7 +95,7 @@ def test_a_metric_that_was_loaded_in_inference_mode_has_gradients(
     name: str, tiny: Callable[[str], Path]
 ) -> None:
     with torch.inference_mode():
-        metric = DIFFERENTIABLE[name].from_pretrained(ModelConfig(path=tiny(name)), device="cpu")
+        metric = metric_class(name).from_pretrained(ModelConfig(path=tiny(name)), device="cpu")
     pixels = torch.rand(1, 3, 64, 64, requires_grad=True)
     reward(metric, pixels).sum().backward()
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0

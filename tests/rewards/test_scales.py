@@ -114,7 +114,7 @@ def test_a_scale_may_start_from_a_dimension_of_a_judge() -> None:
     assert scored.values.isnan().all() and scored.reasons == ["no style", "no style"]
 
 
-@pytest.mark.parametrize("component", ["bogus", "text"])
+@pytest.mark.parametrize("component", ["bogus", "text", "prompt_tokens"])
 def test_a_component_that_does_not_exist_is_an_error_that_lists_those_that_do(
     component: str, metrics: Callable[[str], Any], images: torch.Tensor
 ) -> None:
