@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from diffsynth_metrics.testing import randomize, tiny_checkpoint
+from diffsynth_metrics.testing import tiny_checkpoint
 
 COUNT = 8
 TOKENS = 96  # about what an answer of UnifiedReward 2.0 has
@@ -56,13 +56,12 @@ weights, once for all rows.
 
 
 def random_judge(name: str, folder: Path) -> Path:
-    """Write a tiny checkpoint whose weights are random and whose answers never end."""
+    """Write a tiny checkpoint whose answers never end."""
     if (folder / "config.json").exists():
         return folder
     tiny_checkpoint(name, folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    randomize(model, seed=7)
     with torch.no_grad():  # a logit of zero is never the largest of many random ones
         model.lm_head.weight[[tokenizer.eos_token_id, tokenizer.pad_token_id]] = 0
     for file in folder.glob("model*.safetensors*"):

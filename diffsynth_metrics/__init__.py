@@ -1,10 +1,14 @@
 """Metrics for generated images, each equal to its authors' implementation.
 
+    from diffsynth_metrics import PickScoreMetric
+    metric = PickScoreMetric.from_pretrained()
+    print(metric.compute("a cat on a sofa", "cat.png"))
+
 Every public name is imported on first use (PEP 562), so that ``import diffsynth_metrics`` is instant
 and loads neither torch nor transformers nor modelscope.
 """
 
-import gc
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +60,7 @@ _HOME = {
     "UnifiedReward2Metric": "metrics.unified_reward_2",
     "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
 }
+"""Public name to the module that defines it."""
 
 __all__ = [
     "AestheticMetric",
@@ -82,23 +87,37 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from the module that defines it, and keep it."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # The modules of torch and transformers are hundreds of thousands of objects that all stay. To look
-    # for garbage among them, again and again while they come, is a tenth of the time that this takes.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    finally:
-        if collects:
-            gc.enable()
-    globals()[name] = value
-    return value
-
-
 def __dir__() -> list[str]:
     """List the public names, including those that are not imported yet."""
-    return sorted({*globals(), *__all__})
+    return __all__
+
+
+# Type checkers take a module with __getattr__ to have every name, and would pass over a misspelt one.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name from the module that defines it, and keep it."""
+        if name not in _HOME:
+            raise _unknown(name, imported=sys._getframe(1).f_code.co_name == "_handle_fromlist")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def _unknown(name: str, *, imported: bool) -> Exception:
+    """Return the error about a name that is not public; it suggests the one that may be meant.
+
+    Args:
+        name: What was asked for.
+        imported: Whether that was by ``from diffsynth_metrics import name``. Python replaces the message
+            of an AttributeError there, so a suggestion needs an ImportError. Modules of this package,
+            which Python looks for next, have names in lower case.
+    """
+    from difflib import get_close_matches
+
+    by_lower = {public.lower(): public for public in __all__}
+    near = get_close_matches(name.lower(), by_lower, n=1)
+    suggestion = f" (did you mean {by_lower[near[0]]!r}?)" if near else ""
+    if imported and near and (name.lower() in by_lower or not name.islower()):
+        return ImportError(f"cannot import name {name!r} from {__name__!r}{suggestion}", name=__name__)
+    return AttributeError(f"module {__name__!r} has no attribute {name!r}{suggestion}")

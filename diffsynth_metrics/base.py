@@ -7,6 +7,7 @@ A metric says how its network is built (:meth:`BaseMetric.build`) and what it co
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diffsynth_metrics.drop_in import DropIn, name_arguments, take_neutral
+from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import CheckedImages, ImagesInput
 from diffsynth_metrics.modes import in_its_own_modes
 from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.pixels.transforms import Transform
-from diffsynth_metrics.weights.checkpoint import load_weights
+from diffsynth_metrics.weights.checkpoint import find_non_finite, load_weights
 from diffsynth_metrics.weights.files import find_config, find_processor, find_weights, sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import (
@@ -33,7 +35,7 @@ from diffsynth_metrics.weights.placement import (
     check_device_map,
     choose_device,
     choose_dtype,
-    place,
+    dispatch,
 )
 
 __all__ = [
@@ -113,8 +115,8 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
     """Patterns end with ``*.[jt]*``: .json, .jinja and .txt files, and not the weights beside them."""
     processor_files: ClassVar[tuple[str, ...]] = ()
     """File names any one of which says that a folder holds the metric's processor; none: it has none."""
-    config_file: ClassVar[str] = "config.json"
-    """Name of the file next to the weights that gives the architecture."""
+    config_file: ClassVar[str | None] = "config.json"
+    """Name of the file next to the weights that gives the architecture; None: there is one only."""
     official_dtype: ClassVar[torch.dtype] = torch.float32
     float32_parts: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the names of weights that stay in float32 where the network's dtype is narrower."""
@@ -223,6 +225,9 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         dtype = choose_dtype(torch_dtype, cls.official_dtype)
 
         files = find_weights(cls, model_config)
+        folder = None
+        if cls.processor_files:
+            folder = find_processor(cls, model_config, processor_config, files)
         # Buffers that are computed belong in memory and in no caller's inference mode.
         with torch.device("cpu"), torch.inference_mode(False):
             model = cls.build(cls.read_config(model_config, files))
@@ -235,16 +240,14 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
                 dtype=dtype,
                 float32=cls.float32_parts,
                 unused=cls.unused_weights,
+                config=cls.config_file,
             )
             model = cls.finish(model, dtype)
             if gradient_checkpointing:
                 checkpoint_blocks(model)
             if device_map is not None:
-                model = place(model, device_map, dtype)
-            processor = None
-            if cls.processor_files:
-                folder = find_processor(cls, model_config, processor_config, files)
-                processor = cls.load_processor(folder, model, **processor_kwargs)
+                model = dispatch(model, device_map, dtype)
+            processor = folder and cls.load_processor(folder, model, **processor_kwargs)
             metric = cls.assemble(model, processor, batch_size=batch_size, **options)
         metric.weight_files = tuple(files)
         metric.describe()
@@ -352,6 +355,30 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         """
         return pixel_batches(images, self.transform, batch_size=self.batch_size, device=self.device)
 
+    def _floats(self, values: Tensor) -> list[float]:
+        """Return numbers as plain floats; where one is not finite, broken weights are said.
+
+        Raises:
+            CheckpointError: The weights hold NaN or infinity.
+        """
+        floats = [float(value) for value in values.tolist()]
+        if not all(map(math.isfinite, floats)) and (broken := find_non_finite(self.model)):
+            files = ", ".join(map(str, self.weight_files)) or "the network"
+            raise CheckpointError(
+                f"Download the weights again: {files} holds NaN or infinity in {broken[0]}"
+                + (f" and {len(broken) - 1} more tensors" if len(broken) > 1 else "")
+                + ", so that scores are no numbers"
+            )
+        return floats
+
+    def _plain_rows(self, components: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """Turn columns ``[N]`` into N dicts of plain values."""
+        columns: dict[str, list[Any]] = {
+            name: self._floats(values) if values.is_floating_point() else values.tolist()
+            for name, values in components.items()
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
     @property
     def provenance(self) -> dict[str, Any]:
         """What made a number: metric, versions, weights and settings, as plain values.
@@ -436,13 +463,13 @@ class PromptMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return _floats(self.components(prompt, images)["score"])
+            return self._floats(self.components(prompt, images)["score"])
 
     @_explained
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
         with torch.no_grad():
-            return _rows(self.components(prompt, images))
+            return self._plain_rows(self.components(prompt, images))
 
     @_explained
     def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
@@ -474,13 +501,13 @@ class ImageMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return _floats(self.components(images)["score"])
+            return self._floats(self.components(images)["score"])
 
     @_explained
     def evaluate(self, images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return each image's :meth:`components` as plain values."""
         with torch.no_grad():
-            return _rows(self.components(images))
+            return self._plain_rows(self.components(images))
 
     @_explained
     def reward(self, images: ImagesInput) -> Tensor:
@@ -524,13 +551,13 @@ class ReferenceMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return _floats(self.components(reference, images)["score"])
+            return self._floats(self.components(reference, images)["score"])
 
     @_explained
     def evaluate(self, reference: ImagesInput, images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
         with torch.no_grad():
-            return _rows(self.components(reference, images))
+            return self._plain_rows(self.components(reference, images))
 
     @_explained
     def reward(self, reference: ImagesInput, images: ImagesInput) -> Tensor:
@@ -605,8 +632,9 @@ def _check_processor_kwargs(
 
 
 def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None:
-    """Refuse options that no ``__init__`` of the metric takes by keyword."""
-    known: list[str] = []
+    """Refuse options that neither ``assemble`` nor an ``__init__`` of the metric takes by keyword."""
+    parameters = inspect.signature(metric.assemble).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
     for kind in metric.__mro__:
         if (init := kind.__dict__.get("__init__")) is not None:
             parameters = inspect.signature(init).parameters.values()
@@ -619,13 +647,3 @@ def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None
             f"{metric.__name__}.from_pretrained has no argument {unknown[0]!r}; it has model_config, "
             f"processor_config, processor_kwargs, gradient_checkpointing, {', '.join(known)}"
         )
-
-
-def _floats(values: Tensor) -> list[float]:
-    return [float(value) for value in values.tolist()]
-
-
-def _rows(components: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Turn columns ``[N]`` into N dicts of plain values."""
-    columns = {name: values.tolist() for name, values in components.items()}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

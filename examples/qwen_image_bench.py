@@ -22,6 +22,7 @@ metric = QwenImageBenchMetric.from_pretrained(
         model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"
     ),
     processor_config=ModelConfig(model_id="Qwen/Qwen-Image-Bench", origin_file_pattern=""),
+    on_parse_error="raise",
 )
 image = Image.open(folder / example["image"])
 answer = metric.evaluate(example["prompt"], image, dimensions=["Quality", "Aesthetics", "Alignment"])[0]

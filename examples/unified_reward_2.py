@@ -26,6 +26,7 @@ metric = UnifiedReward2Metric.from_pretrained(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-2.0-qwen35-9b/",
     ),
+    on_parse_error="raise",
 )
 image = Image.open(folder / example["image"])
 answer = metric.evaluate(example["prompt"], image)[0]

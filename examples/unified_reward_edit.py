@@ -26,6 +26,7 @@ metric = UnifiedRewardEditMetric.from_pretrained(
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/",
     ),
+    on_parse_error="raise",
 )
 source = Image.open(folder / example["image"]).convert("RGB")
 grey, blurred = ImageOps.grayscale(source), source.filter(ImageFilter.GaussianBlur(8))

@@ -1,7 +1,7 @@
 """A hub on localhost for the real clients of ModelScope and Hugging Face.
 
 `LocalHub` answers the requests that `modelscope.snapshot_download`, `dataset_snapshot_download` and
-`huggingface_hub.snapshot_download` make, from plain folders, and can cut or corrupt a file:
+`huggingface_hub.snapshot_download` make, from plain folders, and can cut, corrupt or refuse a file:
 
     with LocalHub() as hub:
         hub.add_model("DiffSynth-Studio/ImageMetrics", folder)
@@ -38,6 +38,7 @@ class LocalHub:
         self._repositories: dict[tuple[str, str], dict[str, Path]] = {}
         self._cuts: dict[str, int] = {}
         self._corrupt: set[str] = set()
+        self._refused: dict[str, int] = {}
 
     def __enter__(self) -> LocalHub:
         hub = self
@@ -89,6 +90,10 @@ class LocalHub:
     def corrupt(self, path: str) -> None:
         """Send wrong bytes for this file, while the listing keeps the right hash."""
         self._corrupt.add(path)
+
+    def refuse(self, path: str, status: int) -> None:
+        """Answer requests for the bytes of this file with that HTTP status."""
+        self._refused[path] = status
 
     def environment(self) -> dict[str, str]:
         """Return the variables that lead both clients here, and to no other host."""
@@ -259,6 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _send_file(self, folder: Path, path: str, headers: dict[str, str]) -> None:
+        if path in self.hub._refused:
+            self._send_json({"Message": "refused"}, self.hub._refused[path])
+            return
         content = (folder / path).read_bytes()
         if path in self.hub._corrupt:
             content = bytes(255 - byte for byte in content)

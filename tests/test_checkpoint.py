@@ -6,11 +6,13 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,9 +20,11 @@ import diffsynth_metrics
 from diffsynth_metrics import AestheticMetric, CLIPMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.errors import CheckpointError, DownloadError
 from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
+from diffsynth_metrics.testing import tiny_checkpoint
 from diffsynth_metrics.weights.checkpoint import (
     KNOWN_LAYOUTS,
     check_owner,
+    find_non_finite,
     fingerprint,
     load_weights,
     read_config,
@@ -94,8 +98,15 @@ class MyMetric:
     """Any class does."""
 
 
-def load(model: nn.Module, *files: Path, dtype: torch.dtype = torch.float32) -> None:
-    load_weights(model, files, metric="MyMetric", device=CPU, dtype=dtype, float32=("scale",))
+def load(
+    model: nn.Module,
+    *files: Path,
+    dtype: torch.dtype = torch.float32,
+    config: str | None = "config.json",
+) -> None:
+    load_weights(
+        model, files, metric="MyMetric", device=CPU, dtype=dtype, float32=("scale",), config=config
+    )
 
 
 @pytest.fixture
@@ -143,30 +154,19 @@ class TestLoading:
         load(model, tmp_path / "model.safetensors")
         assert model.positions.tolist() == [[0, 1, 2, 3]]
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-    def test_the_dtype_is_that_which_was_asked_for(self, dtype: torch.dtype, file: Path) -> None:
-        model = small()
-        load(model, file, dtype=dtype)
-        assert model.linear.weight.dtype == model.linear.bias.dtype == dtype
-        assert torch.equal(model.linear.weight, small_tensors()["linear.weight"].to(dtype))
-
-    @pytest.mark.parametrize(
-        ("dtype", "expected"),
-        [
-            (torch.bfloat16, torch.float32),
-            (torch.float16, torch.float32),
-            (torch.float32, torch.float32),
-            (torch.float64, torch.float64),
-        ],
-        ids=str,
-    )
-    def test_heads_are_float32_or_wider(
-        self, dtype: torch.dtype, expected: torch.dtype, file: Path
+    def test_the_dtype_is_that_which_was_asked_for_and_heads_are_float32_or_wider(
+        self, file: Path
     ) -> None:
-        model = small()
-        load(model, file, dtype=dtype)
-        assert model.scale.dtype == expected
-        assert model.scale.item() == small_tensors()["scale"].to(expected).item()
+        widths = {torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float32: 0.0, torch.float64: 0.0}
+        for dtype, tolerance in widths.items():
+            model = small()
+            load(model, file, dtype=dtype)
+            assert model.linear.weight.dtype == model.linear.bias.dtype == dtype
+            weight, expected = model.linear.weight.double(), small_tensors()["linear.weight"].double()
+            torch.testing.assert_close(weight, expected, rtol=0, atol=tolerance)
+            assert model.scale.dtype == torch.promote_types(dtype, torch.float32)
+            # Not rounded on its way through a narrower dtype.
+            assert float(model.scale) == float(small_tensors()["scale"])
 
     def test_integers_keep_their_dtype(self, file: Path) -> None:
         model = small()
@@ -189,6 +189,33 @@ class TestLoading:
         model = small()
         load(model, file)
         assert not any(module.training for module in model.modules())
+
+    @pytest.mark.parametrize(
+        "context",
+        [
+            lambda: torch.device("meta"),
+            init_empty_weights,
+            lambda: init_empty_weights(include_buffers=True),
+        ],
+    )
+    def test_loading_where_new_tensors_are_made_empty(
+        self, context: Callable[[], AbstractContextManager[object]], file: Path
+    ) -> None:
+        model = small()
+        with context():
+            load(model, file)
+        for name, expected in small_tensors().items():
+            assert torch.equal(model.state_dict()[name], expected), name
+        assert model.positions.tolist() == [[0, 1, 2, 3]]
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+    def test_a_metric_that_is_loaded_inside_init_empty_weights_scores(
+        self, tiny_folder: Path, tiny_metric: PickScoreMetric
+    ) -> None:
+        image = torch.full((3, 40, 30), 0.5)
+        with init_empty_weights():
+            metric = PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
+        assert metric.compute("a", image) == pytest.approx(tiny_metric.compute("a", image), rel=1e-4)
 
     @pytest.mark.skipif(
         not Path("/proc/self/smaps_rollup").exists(), reason="the memory figures are Linux's"
@@ -219,34 +246,29 @@ class TestLoading:
 
 
 class TestDamagedFiles:
-    @pytest.mark.parametrize("bytes_left", [0, 4, 8, 40, -100, -1])
-    def test_a_truncated_file_is_named_with_its_size(self, bytes_left: int, file: Path) -> None:
-        file.write_bytes(file.read_bytes()[:bytes_left])
-        size = file.stat().st_size
-        message = rf"{file} \({size} bytes\) is truncated or not a safetensors file: .*; delete it"
-        with pytest.raises(CheckpointError, match=message):
-            load(small(), file)
-
-    @pytest.mark.parametrize("content", [b"\0" * 1000, b"<html>404</html>" * 100, b"version https://"])
-    def test_a_file_of_another_kind_is_named(self, content: bytes, file: Path) -> None:
-        file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"{file} .* is truncated or not a safetensors file"):
-            load(small(), file)
+    def test_a_truncated_file_or_one_of_another_kind_is_named_with_its_size(self, file: Path) -> None:
+        whole = file.read_bytes()
+        truncated = [whole[:bytes_left] for bytes_left in (0, 4, 8, 40, -100, -1)]
+        for content in [*truncated, b"\0" * 1000, b"<html>404</html>" * 100, b"version https://"]:
+            file.write_bytes(content)
+            message = rf"^Delete {file} so that .* it \({len(content)} bytes\) is truncated or not"
+            with pytest.raises(CheckpointError, match=message):
+                load(small(), file)
 
     def test_a_truncated_checkpoint_never_becomes_a_metric(self, copy: Path) -> None:
         path = copy / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(CheckpointError, match=rf"{path} \(\d+ bytes\) is truncated"):
+        with pytest.raises(CheckpointError, match=rf"^Delete {path} .*bytes\) is truncated"):
             PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
 
     def test_other_weight_formats_are_refused_by_name(self, copy: Path) -> None:
         (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-        message = r"no \.safetensors file among .*; other formats are not loaded because unpickling"
+        message = r"because unpickling .*no \.safetensors file among .*pytorch_model\.bin"
         with pytest.raises(CheckpointError, match=message):
             PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
 
     def test_the_files_of_other_formats_are_listed(self) -> None:
-        with pytest.raises(CheckpointError, match=r"among a\.bin, b\.pt, c\.ckpt and 1 more;"):
+        with pytest.raises(CheckpointError, match=r"among a\.bin, b\.pt, c\.ckpt and 1 more$"):
             weight_files(["x/a.bin", "x/b.pt", "x/c.ckpt", "x/d.pth"])
 
     def test_files_beside_the_weights_are_passed_over(self) -> None:
@@ -262,7 +284,7 @@ class TestWrongTensors:
     def test_a_missing_tensor_is_named(self, file: Path) -> None:
         self.change(file, linear__bias=None)
         with pytest.raises(
-            CheckpointError, match=rf"^{file} does not fit MyMetric: missing linear\.bias$"
+            CheckpointError, match=rf"{file} does not fit MyMetric: missing linear\.bias$"
         ):
             load(small(), file)
 
@@ -293,6 +315,36 @@ class TestWrongTensors:
         self.change(file, **{name: torch.zeros(1) for name in "abcdefg"})
         with pytest.raises(CheckpointError, match=r"unexpected a, b, c and 4 more$"):
             load(small(), file)
+
+    def test_a_missing_config_is_said_first(self, file: Path) -> None:
+        self.change(file, linear__bias=None)
+        hint = rf"^Put the config\.json of these weights into {file.parent}: there is none"
+        with pytest.raises(CheckpointError, match=rf"{hint}.*does not fit MyMetric: missing linear\.b"):
+            load(small(), file)
+        with pytest.raises(CheckpointError, match=r"^Put the open_clip_config\.json of"):
+            load(small(), file, config="open_clip_config.json")
+        with pytest.raises(CheckpointError, match=rf"^{file} does not fit"):
+            load(small(), file, config=None)  # a network of one size has no config
+        (file.parent / "config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=rf"^{file} does not fit"):
+            load(small(), file)
+
+    def test_float8_weights_are_refused(self, file: Path) -> None:
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            self.change(file, linear__weight=torch.ones(2, 3).to(dtype))
+            message = rf"^Use the unquantized .*{file} holds linear\.weight as {dtype}, which is not"
+            with pytest.raises(CheckpointError, match=message):
+                load(small(), file)
+
+    def test_values_that_are_not_finite_are_found(self, file: Path) -> None:
+        model = small()
+        load(model, file)
+        assert find_non_finite(model) == []
+        nan, infinity = torch.full((2, 3), torch.nan), torch.tensor([1.0, -torch.inf])
+        self.change(file, linear__weight=nan, linear__bias=infinity)
+        load(model := small(), file)
+        assert find_non_finite(model) == ["linear.weight", "linear.bias"]
+        assert find_non_finite(small()) == []  # nothing is known of tensors that are elsewhere
 
     def test_a_tensor_in_two_shards_is_named(self, file: Path) -> None:
         second = file.with_name("second.safetensors")
@@ -337,13 +389,12 @@ class TestConfig:
         ):
             PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
 
-    @pytest.mark.parametrize(
-        "config", [{"vision_config": {"model_type": "qwen2_vl", "hidden_size": 32}}, {}]
-    )
-    def test_a_config_of_another_model_has_no_image_tower(self, config: object, copy: Path) -> None:
-        (copy / "config.json").write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match="describes no CLIP image tower"):
-            AestheticMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
+    def test_a_config_of_another_model_has_no_image_tower(self, tmp_path: Path) -> None:
+        folder = tiny_checkpoint("aesthetic", tmp_path)
+        for config in ({"vision_config": {"model_type": "qwen2_vl", "hidden_size": 32}}, {}):
+            (folder / "config.json").write_text(json.dumps(config))
+            with pytest.raises(CheckpointError, match="describes no CLIP image tower"):
+                AestheticMetric.from_pretrained(ModelConfig(path=folder), device="cpu")
 
     def test_a_config_of_another_size_does_not_fit(self, copy: Path) -> None:
         config = json.loads((copy / "config.json").read_text())
@@ -357,7 +408,8 @@ class TestConfig:
     def test_a_small_checkpoint_without_config_does_not_fit_the_published_size(self, copy: Path) -> None:
         (copy / "config.json").unlink()
         with pytest.raises(
-            CheckpointError, match=r"does not fit PickScoreMetric: missing .*wrong shape"
+            CheckpointError,
+            match=rf"^Put the config\.json of these weights into {copy}: .*does not fit PickScoreM",
         ):
             PickScoreMetric.from_pretrained(ModelConfig(path=copy), device="cpu")
 
@@ -418,20 +470,31 @@ class TestPublishedLayouts:
         assert sum(p.numel() for p in metric.model.parameters()) == 986_109_441
         path.unlink()
 
-    @pytest.mark.parametrize(
-        "name", sorted({name for names in KNOWN_LAYOUTS.values() for name in names})
-    )
-    def test_the_file_of_another_metric_is_an_error_that_names_it(
-        self, name: str, tmp_path: Path
-    ) -> None:
+    def test_the_file_of_another_metric_is_an_error_that_names_it(self, tmp_path: Path) -> None:
         """Without a processor beside it, and without a question to a hub."""
-        theirs, owner = ("hpsv2", "HPSv2Metric") if name != "HPSv2Metric" else ("fid", "FIDMetric")
-        path = write_zeros(tmp_path / "model.safetensors", layout_of(theirs))
-        with pytest.raises(
-            CheckpointError, match=rf"^{path} is the checkpoint of {owner}, not of {name}$"
-        ):
-            getattr(diffsynth_metrics, name).from_pretrained(ModelConfig(path=path), device="cpu")
-        path.unlink()
+        for name in sorted({name for names in KNOWN_LAYOUTS.values() for name in names}):
+            theirs, owner = ("hpsv2", "HPSv2Metric") if name != "HPSv2Metric" else ("fid", "FIDMetric")
+            path = write_zeros(tmp_path / "model.safetensors", layout_of(theirs))
+            message = rf"^Use {owner} for {path}: these are weights of {owner}, not of {name}$"
+            with pytest.raises(CheckpointError, match=message):
+                getattr(diffsynth_metrics, name).from_pretrained(ModelConfig(path=path), device="cpu")
+            path.unlink()
+
+    def test_the_small_checkpoint_of_another_metric_is_named(
+        self, file: Path, tiny_folder: Path
+    ) -> None:
+        """With its published names and other sizes; each layout has one mark."""
+        for name, key in PUBLISHED.items():
+            owners = KNOWN_LAYOUTS[key]
+            shapes = dict.fromkeys(layout_of(name), ())
+            save_file({tensor: torch.zeros(shape) for tensor, shape in shapes.items()}, file)
+            other = AestheticMetric if name == "clip_h14" else PickScoreMetric
+            with pytest.raises(CheckpointError, match=rf"^Use .*{owners[0]}.* for {file}: "):
+                check_owner([file], other)
+            for owner in owners:
+                check_owner([file], getattr(diffsynth_metrics, owner))
+        with pytest.raises(CheckpointError, match="PickScoreMetric or CLIPMetric, not of Aes"):
+            AestheticMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
 
     def test_a_metric_of_your_own_takes_the_file_of_its_base(
         self, tiny_folder: Path, tmp_path: Path
@@ -459,7 +522,7 @@ class TestPublishedLayouts:
         self, tmp_path: Path
     ) -> None:
         (tmp_path / "pytorch_model.bin").touch()
-        with pytest.raises(CheckpointError, match=r"there is no .safetensors file among pytorch_model"):
+        with pytest.raises(CheckpointError, match=r"there is no \.safetensors file among pytorch_model"):
             PickScoreMetric.from_pretrained(ModelConfig(path=tmp_path), device="cpu")
 
     def test_a_processor_that_is_missing_beside_the_weights_is_named(
@@ -468,7 +531,7 @@ class TestPublishedLayouts:
         monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "true")
         monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
         path = write_zeros(tmp_path / "model.safetensors", layout_of("clip_h14"))
-        message = rf"there is no tokenizer\.json or vocab\.json beside {path}, and no local file matches"
+        message = rf"(?s)^Put tokenizer\.json or vocab\.json beside {path}.*no local file matches"
         with pytest.raises(DownloadError, match=message):
             PickScoreMetric.from_pretrained(ModelConfig(path=path), device="cpu")
         path.unlink()
@@ -476,7 +539,8 @@ class TestPublishedLayouts:
     def test_a_file_of_two_metrics_names_both(self, tmp_path: Path) -> None:
         path = write_zeros(tmp_path / "model.safetensors", layout_of("clip_h14"))
         with pytest.raises(
-            CheckpointError, match=r"checkpoint of PickScoreMetric or CLIPMetric, not of M"
+            CheckpointError, match=r"weights of PickScoreMetric or CLIPMetric, not of Aes"
         ):
-            check_owner([path], MyMetric)
+            check_owner([path], AestheticMetric)
+        check_owner([path], MyMetric)  # a metric of your own may be built on any published weights
         path.unlink()

@@ -10,7 +10,6 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
 
 import PIL.Image
 import pytest
@@ -28,19 +27,10 @@ from diffsynth_metrics.judges.answers import (
     read_score_list,
     read_winner,
 )
-from diffsynth_metrics.judges.engine import Answer, Engine, Question
+from diffsynth_metrics.judges.engine import Answer
+from diffsynth_metrics.testing import ScriptedEngine
 
 IMAGE = PIL.Image.new("RGB", (32, 32), "red")
-
-
-class Scripted(Engine):
-    """Gives the same answers again and again."""
-
-    def __init__(self, *answers: Answer | str) -> None:
-        self.answers = [Answer(a) if isinstance(a, str) else a for a in answers]
-
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        return [self.answers[index % len(self.answers)] for index in range(len(questions))]
 
 
 def lines(alignment: object, coherence: object, style: object) -> str:
@@ -51,7 +41,7 @@ def lines(alignment: object, coherence: object, style: object) -> str:
 
 
 def unified_reward_2(answer: Answer | str) -> tuple[float | None, ...]:
-    row = UnifiedReward2Metric(Scripted(answer)).evaluate("p", IMAGE)[0]
+    row = UnifiedReward2Metric(ScriptedEngine(answer)).evaluate("p", IMAGE)[0]
     assert (row["error"] is None) == (row["score"] is not None)
     return row["alignment"], row["coherence"], row["style"]
 
@@ -123,10 +113,9 @@ UNIFIED_REWARD_2 = {
 }
 
 
-@pytest.mark.parametrize("name", UNIFIED_REWARD_2)
-def test_the_three_scores_are_read(name: str) -> None:
-    text, expected = UNIFIED_REWARD_2[name]
-    assert unified_reward_2(text) == expected
+def test_the_three_scores_are_read() -> None:
+    read = {name: unified_reward_2(text) for name, (text, _) in UNIFIED_REWARD_2.items()}
+    assert read == {name: expected for name, (_, expected) in UNIFIED_REWARD_2.items()}
 
 
 POINTWISE = {
@@ -183,13 +172,12 @@ POINTWISE = {
 }
 
 
-@pytest.mark.parametrize("name", POINTWISE)
-def test_the_pointwise_scores_are_read(name: str) -> None:
-    text, (success, overediting, reasoning) = POINTWISE[name]
-    row = UnifiedRewardEditMetric(Scripted(text)).evaluate("p", [IMAGE, IMAGE])[0]
-    assert (row["editing_success"], row["overediting"]) == (success, overediting)
-    assert row["reasoning"] == reasoning
-    assert row["score"] == (None if success is None else (success + overediting) / 2)
+def test_the_pointwise_scores_are_read() -> None:
+    for name, (text, (success, overediting, reasoning)) in POINTWISE.items():
+        row = UnifiedRewardEditMetric(ScriptedEngine(text)).evaluate("p", [IMAGE, IMAGE])[0]
+        assert (row["editing_success"], row["overediting"]) == (success, overediting), name
+        assert row["reasoning"] == reasoning, name
+        assert row["score"] == (None if success is None else (success + overediting) / 2), name
 
 
 RANK = {
@@ -274,13 +262,12 @@ RANK = {
 }
 
 
-@pytest.mark.parametrize("name", RANK)
-def test_the_winner_is_read(name: str) -> None:
-    text, winner = RANK[name]
-    metric = UnifiedRewardEditMetric(Scripted(text), task="edit_pairwise_rank")
-    row = metric.evaluate("p", [IMAGE] * 3)[0]
-    assert row["winner"] == winner
-    assert (row["error"] is None) == (winner is not None)
+def test_the_winner_is_read() -> None:
+    for name, (text, winner) in RANK.items():
+        metric = UnifiedRewardEditMetric(ScriptedEngine(text), task="edit_pairwise_rank")
+        row = metric.evaluate("p", [IMAGE] * 3)[0]
+        assert row["winner"] == row["score"] == winner, name
+        assert (row["error"] is None) == (winner is not None), name
 
 
 PAIR = {
@@ -354,17 +341,17 @@ PAIR = {
 }
 
 
-@pytest.mark.parametrize("name", PAIR)
-def test_the_scores_of_a_pair_are_read(name: str) -> None:
-    text, expected = PAIR[name]
-    metric = UnifiedRewardEditMetric(Scripted(text), task="edit_pairwise_score")
-    row = metric.evaluate("p", [IMAGE] * 3)[0]
-    assert (row["image_1_score"], row["image_2_score"]) == expected
+def test_the_scores_of_a_pair_are_read() -> None:
+    for name, (text, expected) in PAIR.items():
+        metric = UnifiedRewardEditMetric(ScriptedEngine(text), task="edit_pairwise_score")
+        row = metric.evaluate("p", [IMAGE] * 3)[0]
+        assert (row["image_1_score"], row["image_2_score"]) == expected, name
+        assert row["score"] == list(expected), name
 
 
 def checklist(text: str, dimension: str = "Quality", finish: str = "stop") -> dict[str, object] | None:
     answer = Answer(text, finish)  # type: ignore[arg-type]
-    row = QwenImageBenchMetric(Scripted(answer)).evaluate("p", IMAGE, dimensions=dimension)[0]
+    row = QwenImageBenchMetric(ScriptedEngine(answer)).evaluate("p", IMAGE, dimensions=dimension)[0]
     assert (row["error"] is None) == (row["raw_scores"][dimension] is not None)
     raw: dict[str, object] | None = row["raw_scores"][dimension]
     return raw
@@ -437,10 +424,9 @@ CHECKLIST = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKLIST)
-def test_the_checklist_is_read(name: str) -> None:
-    text, expected = CHECKLIST[name]
-    assert checklist(text) == expected
+def test_the_checklist_is_read() -> None:
+    read = {name: checklist(text) for name, (text, _) in CHECKLIST.items()}
+    assert read == {name: expected for name, (_, expected) in CHECKLIST.items()}
 
 
 def test_a_draft_in_unfinished_thinking_is_no_answer() -> None:
@@ -460,26 +446,32 @@ def test_there_are_sixty_answers_or_more() -> None:
 
 
 def test_a_number_that_may_have_been_cut_is_not_read() -> None:
-    row = UnifiedReward2Metric(Scripted(Answer(lines(3, 4, "2.8"), "length"))).evaluate("p", IMAGE)[0]
+    row = UnifiedReward2Metric(ScriptedEngine(Answer(lines(3, 4, "2.8"), "length"))).evaluate(
+        "p", IMAGE
+    )[0]
     assert (row["alignment"], row["coherence"], row["style"], row["score"]) == (3, 4, None, None)
     assert "cut off by max_new_tokens" in row["error"]
     assert row["raw_text"].endswith("2.8")
 
 
 def test_an_answer_that_was_cut_off_while_thinking_says_so() -> None:
-    row = UnifiedReward2Metric(Scripted(Answer("<think>\nLet me see", "length"))).evaluate("p", IMAGE)[0]
+    row = UnifiedReward2Metric(ScriptedEngine(Answer("<think>\nLet me see", "length"))).evaluate(
+        "p", IMAGE
+    )[0]
     assert row["error"] == "the answer was cut off by max_new_tokens: it never stopped thinking"
 
 
 def test_a_row_says_how_its_answer_ended_also_where_everything_was_read() -> None:
     cut = Answer(lines(3, 4, 2) + "\nBecause", "length")
-    row = UnifiedReward2Metric(Scripted(cut)).evaluate("p", IMAGE)[0]
+    row = UnifiedReward2Metric(ScriptedEngine(cut)).evaluate("p", IMAGE)[0]
     assert (row["score"], row["error"], row["finish"]) == (3, None, "length")
-    assert UnifiedReward2Metric(Scripted(lines(3, 4, 2))).evaluate("p", IMAGE)[0]["finish"] == "stop"
+    assert (
+        UnifiedReward2Metric(ScriptedEngine(lines(3, 4, 2))).evaluate("p", IMAGE)[0]["finish"] == "stop"
+    )
     cut = Answer('{"reasoning": "x", "score": [20, 18]', "length")
-    row = UnifiedRewardEditMetric(Scripted(cut)).evaluate("p", [IMAGE] * 2)[0]
+    row = UnifiedRewardEditMetric(ScriptedEngine(cut)).evaluate("p", [IMAGE] * 2)[0]
     assert (row["score"], row["error"], row["finish"]) == (19, None, "length")
-    answers = Scripted('</think>{"Noise": 1}', Answer("Let me think", "length"))
+    answers = ScriptedEngine('</think>{"Noise": 1}', Answer("Let me think", "length"))
     row = QwenImageBenchMetric(answers).evaluate("p", IMAGE, dimensions=["Quality", "Alignment"])[0]
     assert row["finish"] == {"Quality": "stop", "Alignment": "length"}
 
@@ -493,13 +485,13 @@ def test_a_row_says_how_its_answer_ended_also_where_everything_was_read() -> Non
     ],
 )
 def test_an_edit_answer_that_was_cut_off_says_so(task: str, text: str) -> None:
-    metric = UnifiedRewardEditMetric(Scripted(Answer(text, "length")), task=task)
+    metric = UnifiedRewardEditMetric(ScriptedEngine(Answer(text, "length")), task=task)
     row = metric.evaluate("p", [IMAGE] * (2 if task == "edit_pointwise_score" else 3))[0]
     assert "cut off by max_new_tokens" in row["error"]
 
 
 def test_a_checklist_that_was_cut_off_says_so() -> None:
-    metric = QwenImageBenchMetric(Scripted(Answer("Let me think", "length")))
+    metric = QwenImageBenchMetric(ScriptedEngine(Answer("Let me think", "length")))
     row = metric.evaluate("p", IMAGE, dimensions="Quality")[0]
     assert "Quality: the answer was cut off by max_new_tokens" in row["error"]
 
@@ -508,29 +500,29 @@ def test_a_checklist_that_was_cut_off_says_so() -> None:
 
 
 def test_what_cannot_be_read_is_nan_in_compute() -> None:
-    assert math.isnan(UnifiedReward2Metric(Scripted("?")).compute("p", IMAGE)[0])
-    assert math.isnan(QwenImageBenchMetric(Scripted("?")).compute("p", IMAGE)[0])
-    edit = UnifiedRewardEditMetric(Scripted("?"))
+    assert math.isnan(UnifiedReward2Metric(ScriptedEngine("?")).compute("p", IMAGE)[0])
+    assert math.isnan(QwenImageBenchMetric(ScriptedEngine("?")).compute("p", IMAGE)[0])
+    edit = UnifiedRewardEditMetric(ScriptedEngine("?"))
     assert math.isnan(edit.compute("p", [IMAGE] * 2)[0])
     assert math.isnan(edit.compute("p", [IMAGE] * 3, task="edit_pairwise_rank")[0])
     assert all(map(math.isnan, edit.compute("p", [IMAGE] * 3, task="edit_pairwise_score")[0]))
 
 
 def test_what_cannot_be_read_raises_on_request_and_names_the_pair() -> None:
-    engine = Scripted(lines(3, 4, 2), "no idea")
+    engine = ScriptedEngine(lines(3, 4, 2), "no idea")
     metric = UnifiedReward2Metric(engine, on_parse_error="raise")
     with pytest.raises(AnswerError, match="pair 1 cannot be read: there is no Alignment Score") as error:
         metric.evaluate("p", [IMAGE, IMAGE])
     assert error.value.text == "no idea"
     with pytest.raises(AnswerError, match="pair 0"):
-        UnifiedRewardEditMetric(Scripted("?"), on_parse_error="raise").compute("p", [IMAGE] * 2)
+        UnifiedRewardEditMetric(ScriptedEngine("?"), on_parse_error="raise").compute("p", [IMAGE] * 2)
     with pytest.raises(AnswerError, match="Alignment: there is no JSON object"):
-        QwenImageBenchMetric(Scripted("?"), on_parse_error="raise").compute("p", IMAGE)
+        QwenImageBenchMetric(ScriptedEngine("?"), on_parse_error="raise").compute("p", IMAGE)
 
 
 def test_an_unknown_policy_is_an_error() -> None:
     with pytest.raises(ValueError, match="on_parse_error must be one of"):
-        UnifiedReward2Metric(Scripted("?"), on_parse_error="zero")
+        UnifiedReward2Metric(ScriptedEngine("?"), on_parse_error="zero")
 
 
 # 500 malformed answers: random truncations and mutations of good ones
@@ -587,7 +579,7 @@ def test_malformed_answers_never_raise_and_never_give_a_number_of_their_own(form
     assert len(cases) == 100
     unreadable = 0
     for text, finish in cases:
-        engine = Scripted(Answer(text, finish))  # type: ignore[arg-type]
+        engine = ScriptedEngine(Answer(text, finish))  # type: ignore[arg-type]
         if form == "unified_reward_2":
             row = UnifiedReward2Metric(engine).evaluate("p", IMAGE)[0]
             values = [row["alignment"], row["coherence"], row["style"]]

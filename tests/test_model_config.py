@@ -18,6 +18,7 @@ from hub import LocalHub
 from modelscope_hub.config import set_default_config
 
 from diffsynth_metrics.errors import CheckpointError, DownloadError
+from diffsynth_metrics.weights.hub import causes_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 REPOSITORY = "DiffSynth-Studio/ImageMetrics"
@@ -87,10 +88,12 @@ def in_new_process(config: ModelConfig, *, prefix: Sequence[str] = ()) -> subpro
     """Start resolving in a new Python, whose clients read their settings afresh."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     code = (
-        "import json, sys, logging; logging.basicConfig()\n"
+        "import json, sys, logging, traceback; logging.basicConfig()\n"
         "from diffsynth_metrics.weights.model_config import ModelConfig\n"
         "try: answer = ModelConfig(**json.loads(sys.argv[1])).resolve()\n"
-        "except Exception as e: answer = {'error': type(e).__name__, 'message': str(e)}\n"
+        "except Exception as e:\n"
+        "    answer = {'error': type(e).__name__, 'message': str(e)}\n"
+        "    answer['tracebacks'] = traceback.format_exc().count('Traceback')\n"
         "print(json.dumps(answer))"
     )
     command = [*prefix, sys.executable, "-W", "error", "-c", code, json.dumps(fields)]
@@ -134,9 +137,8 @@ def test_repr_shows_what_was_given() -> None:
     assert repr(config) == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_contradictions_are_value_errors() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, r"either path=\.\.\. or model_id=.*got neither"),
         ({"path": ""}, "got neither"),
         ({"path": "a", "model_id": "b/c"}, "got both"),
@@ -153,16 +155,14 @@ def test_repr_shows_what_was_given() -> None:
         ({"model_id": "a/b", "origin_file_pattern": ["c", "/d"]}, "and '/d' does not"),
         ({"model_id": "../b"}, r"model_id must stay inside .* '\.\./b'"),
         ({"model_id": "a/b", "revision": "x/../../y"}, "revision must stay inside"),
-    ],
-)
-def test_contradictions_are_value_errors(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ModelConfig(**arguments)
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_types_are_type_errors() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"path": 3}, "path must be str or PathLike, not int"),
         ({"path": ["a", None]}, r"path\[1\] must be str or PathLike, not NoneType"),
         ({"path": [["a"]]}, r"path\[0\] must be str or PathLike, not list"),
@@ -172,11 +172,47 @@ def test_contradictions_are_value_errors(arguments: dict[str, Any], message: str
         ({"model_id": "a/b", "skip_download": "true"}, "skip_download must be bool, not str"),
         ({"model_id": "a/b", "revision": 1}, "revision must be str, not int"),
         ({"model_id": "a/b", "local_model_path": 1}, "local_model_path must be str or PathLike"),
-    ],
-)
-def test_wrong_types_are_type_errors(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        ModelConfig(**arguments)
+    ]
+    for arguments, message in cases:
+        with pytest.raises(TypeError, match=message):
+            ModelConfig(**arguments)
+
+
+NEUTRAL: dict[str, Any] = {
+    **{
+        f"{when}_{what}": None
+        for when in ("offload", "onload", "preparing", "computation")
+        for what in ("device", "dtype")
+    },
+    "clear_parameters": False,
+    "state_dict": None,
+    "quantize": None,
+}
+"""The fields of diffsynth's ModelConfig that mean nothing here, at their defaults."""
+
+
+def test_the_other_fields_of_diffsynth_are_accepted_at_their_defaults() -> None:
+    config, plain = ModelConfig(path="a", **NEUTRAL), ModelConfig(path="a")
+    assert config == plain and hash(config) == hash(plain)
+    assert repr(config) == "ModelConfig(path='a')"
+    assert dataclasses.replace(config, path="b") == ModelConfig(path="b")
+    assert {name: getattr(plain, name) for name in NEUTRAL} == NEUTRAL
+    # In upstream's order: the seventh value is offload_device.
+    assert ModelConfig("a", None, None, None, None, None, None) == plain
+
+
+def test_the_other_fields_of_diffsynth_are_refused_with_another_value() -> None:
+    for name in NEUTRAL:
+        message = rf"^Use the arguments device, .*ModelConfig does not support {name}, and got True"
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(path="a", **{name: True})
+
+
+def test_download_if_necessary_returns_the_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"{}")
+    config = ModelConfig(path=tmp_path)
+    assert config.download_if_necessary() == config.resolve() == [str(tmp_path / "a.json")]
+    assert config.path == str(tmp_path)
 
 
 def test_importing_the_module_imports_no_client() -> None:
@@ -268,6 +304,7 @@ def test_the_environment_can_switch_downloads_off(
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", value)
     with pytest.raises(DownloadError, match="no local file matches 'PickScore/'") as caught:
         config("PickScore/").resolve()
+    assert str(caught.value).startswith("Allow downloads")
     for word in (REPOSITORY, str(local), "modelscope", "DIFFSYNTH_SKIP_DOWNLOAD"):
         assert word in str(caught.value)
     assert "DIFFSYNTH_MODEL_BASE_PATH" in str(caught.value)
@@ -400,7 +437,7 @@ def test_corrupted_bytes_are_refused_every_time(
         assert not (local / WEIGHTS).exists()
     with pytest.raises(DownloadError, match="could not download 'PickScore/'") as caught:
         config("PickScore/").resolve()
-    assert "Hash mismatch" in repr(getattr(caught.value.__cause__, "failed_files", None))
+    assert "Hash mismatch" in str(caught.value)
     with pytest.raises(DownloadError, match="the download of 'PickScore/' was interrupted"):
         config("PickScore/", skip_download=True).resolve()
 
@@ -410,7 +447,29 @@ def test_an_unknown_repository(hub: LocalHub, config: Callable[..., ModelConfig]
         config("x/y.bin", model_id="nobody/nothing").resolve()
     for word in ("repository nobody/nothing on modelscope", "nobody/nothing", "Check model_id"):
         assert word in str(caught.value)
-    assert caught.value.__cause__ is not None
+    assert caught.value.__suppress_context__
+
+
+def test_a_hub_that_refuses_a_file(
+    hub: LocalHub, local: Path, config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_DOWNLOAD_MAX_RETRIES", "0")
+    statuses = {429: "PickScore/config.json", 500: "README.md"}
+    for status, name in statuses.items():
+        hub.refuse(name, status)
+    processes = [in_new_process(config(name)) for name in statuses.values()]
+    for (status, name), process in zip(statuses.items(), processes, strict=True):
+        result, _ = answer(process)
+        assert (result["error"], result["tracebacks"]) == ("DownloadError", 1)
+        assert result["message"].startswith("Try again later")
+        assert f"could not download '{name}'" in result["message"] and str(status) in result["message"]
+
+
+def test_errors_that_cause_each_other_are_looked_at_once() -> None:
+    first, second, third = ValueError("first"), ValueError("second"), ValueError("third")
+    first.__cause__, second.__context__ = second, first
+    first.failed_files = {"a": third, "b": second}  # type: ignore[attr-defined]
+    assert list(causes_of(first)) == [first, second, third]
 
 
 @pytest.mark.parametrize("pattern", ["Absent/model.safetensors", "PickScore/*.bin", "PickScore"])
@@ -501,16 +560,22 @@ def test_a_dead_hub(source: str, hub: LocalHub, local: Path, config: Callable[..
     exact, folder, absent, shards = [answer(process) for process in processes]
 
     assert exact[0] == [str(local / WEIGHTS)]
-    assert "could not be reached" not in exact[1]
+    assert "diffsynth_metrics" not in exact[1]
 
     assert folder[0] == [str(local / name) for name in PROCESSOR]
-    assert f"WARNING:diffsynth_metrics.weights.model_config:{source} could not be reached" in folder[1]
+    assert f"WARNING:diffsynth_metrics.weights.hub:{source} could not be reached" in folder[1]
     assert f"using the files of {REPOSITORY} that match 'PickScore/processor/'" in folder[1]
 
     assert absent[0]["error"] == "DownloadError"
+    assert absent[0]["message"].startswith("Check the network") and absent[0]["tracebacks"] == 1
     words = ["'README.md'", REPOSITORY, source, str(local), "MODELSCOPE_ENDPOINT"]
+    assert "could not download 'README.md': ConnectionRefusedError: [Errno 111]" in absent[0]["message"]
     for word in [*words, "DIFFSYNTH_SKIP_DOWNLOAD", "DIFFSYNTH_DOWNLOAD_SOURCE"]:
         assert word in absent[0]["message"]
+
+    # What is tried is said before the client, which takes its time, is asked.
+    first_line = f"downloading 'README.md' of {REPOSITORY} from {source} to {local}"
+    assert absent[1].startswith(f"WARNING:diffsynth_metrics.weights.hub:{first_line}")
 
     assert f"missing here: {SHARDS[2]}\n" in shards[0]["message"]
 
@@ -527,7 +592,7 @@ def test_an_interrupted_download_is_not_used_until_it_is_finished(
 
     with pytest.raises(DownloadError, match="the download of 'PickScore/' was interrupted") as error:
         config("PickScore/", skip_download=True).resolve()
-    (note,) = (local / ".diffsynth_metrics").glob("*.json")
+    (note,) = (local / ".diffsynth_metrics").glob("*.begun")
     assert f"If you have completed the files yourself, delete {note}" in str(error.value)
     endpoint = hub.environment()["MODELSCOPE_ENDPOINT"]
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
@@ -549,10 +614,45 @@ def test_a_failed_request_leaves_a_copy_made_by_hand_as_it_was(
     hub.remove_model(REPOSITORY)
     with pytest.raises(DownloadError, match="404"):
         config("PickScore/processor/").resolve()
-    assert list((local / ".diffsynth_metrics").glob("*.json")) == []
+    assert [path.name for path in (local / ".diffsynth_metrics").iterdir()] in ([], ["download.lock"])
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert len(config("PickScore/processor/", skip_download=True).resolve()) == 2
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"{")])
+def test_files_that_were_damaged_after_a_download_are_not_used_without_the_hub(
+    damage: Callable[[Path], object],
+    hub: LocalHub,
+    local: Path,
+    config: Callable[..., ModelConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config("PickScore/").resolve()
+    damage(local / "PickScore/config.json")
+    hub.remove_model(REPOSITORY)
+    for _ in range(2):  # a failed attempt does not make them better
+        with pytest.raises(DownloadError, match=r"missing here: PickScore/config\.json"):
+            config("PickScore/").resolve()
+    message = r"missing or damaged since the download: PickScore/config\.json"
+    with pytest.raises(DownloadError, match=message):
+        config("PickScore/", skip_download=True).resolve()
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+    result, _ = answer(in_new_process(config("PickScore/")))
+    assert "missing here: PickScore/config.json" in result["message"]
+
+
+def test_a_damaged_note_counts_as_none(
+    hub: LocalHub, local: Path, config: Callable[..., ModelConfig]
+) -> None:
+    paths = config("PickScore/").resolve()
+    (note,) = (local / ".diffsynth_metrics").glob("*.json")
+    for content in (b"", b"[]", b'{"files": 3}', b"null"):
+        note.write_bytes(content)
+        hub.requests.clear()
+        assert config("PickScore/").resolve() == paths
+        assert hub.requests  # only the hub knew that it was all of it
 
 
 def test_leftovers_of_the_clients_are_never_returned(

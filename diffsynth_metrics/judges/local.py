@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedConfig
-from typing_extensions import Self
 
 from diffsynth_metrics.base import check_batch_size
-from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.plain_text import without_added_tokens
-from diffsynth_metrics.weights.checkpoint import load_weights
-from diffsynth_metrics.weights.placement import DeviceMap, execution_device, place
+from diffsynth_metrics.weights.placement import execution_device
 
-__all__ = ["LocalEngine", "check_limits"]
+__all__ = ["LocalEngine", "check_max_new_tokens"]
 
 # A text of a question, while the chat template is rendered: from Unicode's private use area.
 _MARK = "\ue000"
@@ -38,12 +33,11 @@ class LocalEngine(Engine):
     """
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
-        """Wrap a loaded network and processor; metrics call :meth:`load`."""
-        check_limits(batch_size, max_new_tokens)
+        """Wrap a loaded network and its processor."""
         self.model: Any = model
         self.processor = processor
-        self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
+        self.batch_size = check_batch_size(batch_size)
+        self.max_new_tokens = check_max_new_tokens(max_new_tokens)
         tokenizer = processor.tokenizer
         added = tokenizer.get_added_vocab()
         self._added_ids: dict[str, int] = added
@@ -59,37 +53,6 @@ class LocalEngine(Engine):
         self._stop_ids = frozenset(stop for stop in stops if stop is not None)
         pad_id = tokenizer.pad_token_id
         self._pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
-
-    @classmethod
-    def load(
-        cls,
-        config: PreTrainedConfig,
-        files: Sequence[Path],
-        processor_folder: Path,
-        *,
-        metric: str,
-        device: torch.device,
-        device_map: DeviceMap | None,
-        dtype: torch.dtype,
-        batch_size: int,
-        max_new_tokens: int,
-        processor_kwargs: Mapping[str, Any],
-    ) -> Self:
-        """Load a network into an architecture; the arguments are those of the metrics.
-
-        Raises:
-            CheckpointError: The files do not hold the metric's weights.
-        """
-        model = build_judge(config)
-        # Mapped from the files on the CPU, where they are not copied, before they go to many devices.
-        first = device if device_map is None else torch.device("cpu")
-        load_weights(model, files, metric=metric, device=first, dtype=dtype)
-        if device_map is not None:
-            model = place(model, device_map, dtype)
-        processor = AutoProcessor.from_pretrained(
-            processor_folder, local_files_only=True, **processor_kwargs
-        )
-        return cls(model, processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -219,11 +182,15 @@ class LocalEngine(Engine):
         return ids
 
 
-def check_limits(batch_size: int, max_new_tokens: int) -> None:
-    """Raise a ValueError unless both are positive ints."""
-    check_batch_size(batch_size)
+def check_max_new_tokens(max_new_tokens: int) -> int:
+    """Return a limit of tokens.
+
+    Raises:
+        ValueError: It is not a positive int.
+    """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a positive int, got {max_new_tokens!r}")
+    return max_new_tokens
 
 
 def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from diffsynth_metrics.base import MetricCard, PromptMetric, rows_of_pairs
@@ -150,8 +150,9 @@ class HPSv3Metric(PromptMetric):
         return build_hpsv3(qwen2_vl_config(config))
 
     @classmethod
-    def finish(cls, model: Any, dtype: torch.dtype) -> HPSv3Network:
+    def finish(cls, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Round the rotary frequencies as the authors' code does."""
+        assert isinstance(model, HPSv3Network)
         set_frequencies(model, dtype)
         return model
 

@@ -8,21 +8,18 @@ from typing import Any, TypeAlias, cast
 
 import PIL.Image
 from transformers import Qwen3_5Config
-from typing_extensions import Self, Unpack
 
 from diffsynth_metrics.base import MetricCard
-from diffsynth_metrics.inputs import ImagesInput, pair
+from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.judges.answers import Reading, read_checklist
 from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import (
     JudgeMetric,
-    Loading,
-    check_shape,
-    load_prompts,
     mean,
-    rgb_images,
+    pairs,
 )
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
@@ -30,6 +27,7 @@ __all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
 Dimensions: TypeAlias = "str | Iterable[str] | Mapping[str, Any] | None"
 
 _REPETITION_PENALTY = 1.05
+_LONG_EDGE = 1024
 # The network sees squares of 32 pixels; a picture that is smaller says nothing.
 _SMALLEST_SIDE = 32
 
@@ -46,6 +44,10 @@ class QwenImageBenchMetric(JudgeMetric):
 
     A level-2 score is the mean of its facets, a dimension the mean of its level-2 scores, the total the
     mean of the dimensions; what does not apply (N/A) is left out. See ``QwenImageBenchMetric.card``.
+
+    ``QwenImageBenchMetric.from_pretrained`` takes what :class:`JudgeMetric` lists and, under upstream's
+    name, ``resize_long_edge``: an image with a longer side is made a **square** of this side, whatever
+    its shape, as the benchmark does it; 1024 by default, at least 32, or 0 for no resizing.
     """
 
     card = MetricCard(
@@ -65,55 +67,35 @@ class QwenImageBenchMetric(JudgeMetric):
     )
     default_processor = ModelConfig(model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*")
     published = staticmethod(qwen_image_bench_config)
+    positional = ("max_new_tokens", "resize_long_edge", "processor_kwargs", "vram_limit")
 
-    def __init__(
-        self, engine: Engine, *, resize_long_edge: int = 1024, on_parse_error: str = "nan"
-    ) -> None:
+    def __init__(self, engine: Engine, *, resize_long_edge: int = _LONG_EDGE, **judge: Any) -> None:
         """Ask an engine; :meth:`from_pretrained` loads one.
 
         Args:
             engine: What answers the questions.
-            resize_long_edge: See :meth:`from_pretrained`.
-            on_parse_error: See :class:`JudgeMetric`.
+            resize_long_edge: See the class.
+            **judge: See :class:`JudgeMetric`.
         """
-        super().__init__(engine, on_parse_error=on_parse_error)
+        super().__init__(engine, **judge)
         self.resize_long_edge = _checked_side(resize_long_edge)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model_config: ModelConfig | None = None,
-        processor_config: ModelConfig | None = None,
-        *,
-        resize_long_edge: int = 1024,
-        **loading: Unpack[Loading],
-    ) -> Self:
-        """Load the judge, see :meth:`JudgeMetric.from_pretrained`.
-
-        Args:
-            model_config: See there.
-            processor_config: See there.
-            resize_long_edge: An image with a longer side is made a **square** of this side, whatever
-                its shape, as the benchmark does it; at least 32, or 0, which leaves all as they are.
-                The name is upstream's.
-            **loading: See :class:`Loading`.
-        """
-        _checked_side(resize_long_edge)
-        metric = super().from_pretrained(model_config, processor_config, **loading)
-        metric.resize_long_edge = resize_long_edge
-        return metric
+    def check_options(cls, **options: Any) -> None:
+        """Check ``resize_long_edge`` and what every judge takes."""
+        super().check_options(**options)
+        _checked_side(options.get("resize_long_edge", _LONG_EDGE))
 
     def evaluate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         images: ImagesInput,
-        *,
         dimensions: Dimensions | Sequence[Dimensions] = None,
     ) -> list[dict[str, Any]]:
         """Ask about pairs of prompts and images, one question per dimension.
 
         Args:
-            prompt: One prompt for all images, or as many prompts as images.
+            prompt: One prompt for all images, or as many prompts as images; None is the empty prompt.
             images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
                 ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
             dimensions: What all pairs are asked: None for all five, a name, names separated by commas, a
@@ -140,32 +122,33 @@ class QwenImageBenchMetric(JudgeMetric):
             FileNotFoundError: A path does not exist.
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
-        prompts, checked, count = pair(prompt, images)
-        pictures = [
-            check_shape(self._resized(picture), f"image {index}")
-            for index, picture in enumerate(rgb_images(checked))
-        ]
-        asked = _dimensions_of_pairs(dimensions, count)
-        questions = [
-            _question(
-                prompts[index if len(prompts) > 1 else 0],
-                pictures[index if len(pictures) > 1 else 0],
-                dimension,
-            )
-            for index in range(count)
-            for dimension in asked[index]
-        ]
-        answers = iter(self._ask(questions))
-        return [
-            self._row(index, {dimension: next(answers) for dimension in asked[index]})
-            for index in range(count)
-        ]
+        prompts, samples = pairs(prompt, images)
+        asked = _dimensions_of_pairs(dimensions, len(samples))
 
-    def _resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        side = self.resize_long_edge
-        if side and max(image.size) > side:
-            return image.resize((side, side), PIL.Image.Resampling.LANCZOS)
-        return image
+        def questions(index: int, pictures: list[PIL.Image.Image]) -> list[Question]:
+            return [_question(prompts[index], pictures[0], dimension) for dimension in asked[index]]
+
+        def row(index: int, answers: list[Answer]) -> dict[str, Any]:
+            return self._row(index, dict(zip(asked[index], answers, strict=True)))
+
+        return self._rows(samples, questions, row)
+
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the total as the score, and the score of each dimension that was asked about."""
+        return {"score": row["score"], **row["level1_scores"]}
+
+    def _is_made_square(self, size: tuple[int, int]) -> bool:
+        return 0 < self.resize_long_edge < max(size)
+
+    def _check_size(self, size: tuple[int, int], name: str) -> None:
+        if not self._is_made_square(size):
+            super()._check_size(size, name)
+
+    def _prepared(self, picture: PIL.Image.Image) -> PIL.Image.Image:
+        if self._is_made_square(picture.size):
+            side = self.resize_long_edge
+            return picture.resize((side, side), PIL.Image.Resampling.LANCZOS)
+        return picture
 
     def _row(self, index: int, answers: dict[str, Answer]) -> dict[str, Any]:
         readings = {dimension: _read(answer, dimension) for dimension, answer in answers.items()}

@@ -7,20 +7,16 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import PIL.Image
 from transformers import Qwen3_5Config
 
 from diffsynth_metrics.base import MetricCard
-from diffsynth_metrics.inputs import ImagesInput, pair
+from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.judges.answers import read_labelled_scores
 from diffsynth_metrics.judges.architectures import qwen3_5_config
-from diffsynth_metrics.judges.engine import Question
-from diffsynth_metrics.judges.metric import (
-    JudgeMetric,
-    check_shape,
-    load_prompts,
-    mean,
-    rgb_images,
-)
+from diffsynth_metrics.judges.engine import Answer, Question
+from diffsynth_metrics.judges.metric import JudgeMetric, mean, pairs
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["UnifiedReward2Metric", "draft_scores", "unified_reward_2_config"]
@@ -90,11 +86,11 @@ class UnifiedReward2Metric(JudgeMetric):
     )
     published = staticmethod(unified_reward_2_config)
 
-    def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
+    def evaluate(self, prompt: str | Sequence[str] | None, images: ImagesInput) -> list[dict[str, Any]]:
         """Ask about pairs of prompts and images.
 
         Args:
-            prompt: One prompt for all images, or as many prompts as images.
+            prompt: One prompt for all images, or as many prompts as images; None is the empty prompt.
             images: One image or several: PIL images, paths, uint8 arrays ``[H, W, 3]``, tensors
                 ``[3, H, W]`` or ``[N, 3, H, W]`` (uint8 in 0..255 or float in 0..1).
 
@@ -111,32 +107,27 @@ class UnifiedReward2Metric(JudgeMetric):
             FileNotFoundError: A path does not exist.
             AnswerError: An answer cannot be read, with ``on_parse_error="raise"``.
         """
-        prompts, checked, count = pair(prompt, images)
-        pictures = [check_shape(image, f"image {i}") for i, image in enumerate(rgb_images(checked))]
+        prompts, samples = pairs(prompt, images)
         text = load_prompts("unified_reward_2")["user"]
-        questions = [
-            Question(
-                content=(
-                    pictures[index if len(pictures) > 1 else 0],
-                    text.replace("{prompt}", prompts[index if len(prompts) > 1 else 0]),
-                ),
-                thinking=False,
-                draft=draft_scores,
-            )
-            for index in range(count)
-        ]
-        rows = []
-        for index, answer in enumerate(self._ask(questions)):
+
+        def questions(index: int, pictures: list[PIL.Image.Image]) -> list[Question]:
+            asked = text.replace("{prompt}", prompts[index])
+            return [Question(content=(*pictures, asked), thinking=False, draft=draft_scores)]
+
+        def row(index: int, answers: list[Answer]) -> dict[str, Any]:
+            (answer,) = answers
             reading = read_labelled_scores(answer, _LABELS, low=1, high=5)
-            self._report(index, [answer], reading.problem)
-            score = mean([reading.values[name] for name in _LABELS])
-            rows.append(
-                {
-                    **reading.values,
-                    "score": score,
-                    "error": reading.problem,
-                    "raw_text": answer.text,
-                    "finish": answer.finish,
-                }
-            )
-        return rows
+            self._report(index, answers, reading.problem)
+            return {
+                **reading.values,
+                "score": mean([reading.values[name] for name in _LABELS]),
+                "error": reading.problem,
+                "raw_text": answer.text,
+                "finish": answer.finish,
+            }
+
+        return self._rows(samples, questions, row)
+
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the score and its three parts."""
+        return {name: row[name] for name in ("score", *_LABELS)}

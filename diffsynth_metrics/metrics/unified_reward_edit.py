@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import PIL.Image
-from typing_extensions import Self, Unpack
 
 from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.errors import ImageError
@@ -18,13 +15,11 @@ from diffsynth_metrics.judges.answers import Reading, read_pair_scores, read_sco
 from diffsynth_metrics.judges.architectures import qwen3_vl_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import (
+    CheckedImage,
     JudgeMetric,
-    Loading,
-    check_shape,
-    load_prompts,
     mean,
-    rgb_images,
 )
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["UnifiedRewardEditMetric"]
@@ -37,25 +32,26 @@ class _Task:
     Attributes:
         images: What each image of a sample is, in order.
         values: Names of what the answer says.
-        pointwise: Whether its score is the mean of the values.
+        read: Finds them in an answer.
+        score: What the values are worth together.
     """
 
     images: tuple[str, ...]
     values: tuple[str, ...]
-    pointwise: bool
+    read: Callable[[Answer], Reading]
+    score: Callable[[list[Any]], Any]
 
-    def read(self, answer: Answer) -> Reading:
-        if self.pointwise:
-            return read_score_list(answer, self.values, low=0, high=25)
-        return read_winner(answer) if self.values == ("winner",) else read_pair_scores(answer)
+
+def _pointwise(images: tuple[str, ...], values: tuple[str, ...]) -> _Task:
+    return _Task(images, values, lambda answer: read_score_list(answer, values, low=0, high=25), mean)
 
 
 _PAIR = ("source", "edited 1", "edited 2")
 _TASKS = {
-    "edit_pointwise_score": _Task(("source", "edited"), ("editing_success", "overediting"), True),
-    "edit_pointwise_quality": _Task(("image",), ("naturalness", "artifacts"), True),
-    "edit_pairwise_rank": _Task(_PAIR, ("winner",), False),
-    "edit_pairwise_score": _Task(_PAIR, ("image_1_score", "image_2_score"), False),
+    "edit_pointwise_score": _pointwise(("source", "edited"), ("editing_success", "overediting")),
+    "edit_pointwise_quality": _pointwise(("image",), ("naturalness", "artifacts")),
+    "edit_pairwise_rank": _Task(_PAIR, ("winner",), read_winner, lambda values: values[0]),
+    "edit_pairwise_score": _Task(_PAIR, ("image_1_score", "image_2_score"), read_pair_scores, list),
 }
 _DEFAULT_TASK = "edit_pointwise_score"
 
@@ -68,13 +64,17 @@ class UnifiedRewardEditMetric(JudgeMetric):
     ==========================  ===========================  =====================================
     ``edit_pointwise_score``    source, edited               ``editing_success``, ``overediting``
                                                              (0 to 25), ``score``: their mean
-    ``edit_pairwise_rank``      source, edited 1, edited 2   ``winner``: 1, 2, or 0 for a tie
-    ``edit_pairwise_score``     source, edited 1, edited 2   ``image_1_score``, ``image_2_score``
+    ``edit_pairwise_rank``      source, edited 1, edited 2   ``winner``: 1, 2, or 0 for a tie;
+                                                             ``score``: the same
+    ``edit_pairwise_score``     source, edited 1, edited 2   ``image_1_score``, ``image_2_score``,
+                                                             ``score``: the list of both
     ``edit_pointwise_quality``  one image                    ``naturalness``, ``artifacts``
                                                              (0 to 25), ``score``: their mean
     ==========================  ===========================  =====================================
 
-    See ``UnifiedRewardEditMetric.card``.
+    ``UnifiedRewardEditMetric.from_pretrained`` takes what :class:`JudgeMetric` lists and ``task``, which
+    calls then ask by default. ``winner`` is a number where ``diffsynth.metrics`` gives a text; ``score``
+    is the same in both. See ``UnifiedRewardEditMetric.card``.
     """
 
     card = MetricCard(
@@ -98,47 +98,38 @@ class UnifiedRewardEditMetric(JudgeMetric):
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/*.[jt]*",
     )
     published = staticmethod(qwen3_vl_config)
+    positional = ("task", "max_new_tokens", "processor_kwargs", "vram_limit")
+    image_name = "sample {sample}: image {image}"
 
-    def __init__(
-        self, engine: Engine, *, task: str = _DEFAULT_TASK, on_parse_error: str = "nan"
-    ) -> None:
+    def __init__(self, engine: Engine, *, task: str = _DEFAULT_TASK, **judge: Any) -> None:
         """Ask an engine; :meth:`from_pretrained` loads one.
 
         Args:
             engine: What answers the questions.
             task: What is asked where a call does not say it.
-            on_parse_error: See :class:`JudgeMetric`.
+            **judge: See :class:`JudgeMetric`.
         """
-        super().__init__(engine, on_parse_error=on_parse_error)
+        super().__init__(engine, **judge)
         self.task = _checked_task(task)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model_config: ModelConfig | None = None,
-        processor_config: ModelConfig | None = None,
-        *,
-        task: str = _DEFAULT_TASK,
-        **loading: Unpack[Loading],
-    ) -> Self:
-        """Load the judge, see :meth:`JudgeMetric.from_pretrained`; calls ask `task` by default."""
-        _checked_task(task)
-        metric = super().from_pretrained(model_config, processor_config, **loading)
-        metric.task = task
-        return metric
+    def check_options(cls, **options: Any) -> None:
+        """Check ``task`` and what every judge takes."""
+        super().check_options(**options)
+        _checked_task(options.get("task", _DEFAULT_TASK))
 
     def evaluate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         images: Sequence[ImageInput] | Sequence[Sequence[ImageInput]],
-        *,
         task: str | None = None,
+        *,
         both_orders: bool = False,
     ) -> list[dict[str, Any]]:
         """Ask about edits.
 
         Args:
-            prompt: The instruction: one for all samples, or as many as samples.
+            prompt: The instruction: one for all samples, or as many as samples; None is the empty one.
             images: One sample, such as ``[source, edited]``, or a list of samples; for a task of one
                 image each, a flat list or a batch is as many samples. Images are what
                 other metrics take too: PIL, paths, arrays, tensors.
@@ -146,8 +137,8 @@ class UnifiedRewardEditMetric(JudgeMetric):
             both_orders: For pairwise tasks: ask a second time with the edited images swapped.
 
         Returns:
-            One dict per sample: the values of the task (None where the answer does not say it),
-            ``"score"`` or ``"reasoning"`` where the task has them, ``"error"`` (why a value is None),
+            One dict per sample: the values of the task and its ``"score"`` (None where the answer does
+            not say them), ``"reasoning"`` where the task has it, ``"error"`` (why a value is None),
             ``"raw_text"`` and ``"finish"`` (``"stop"``, or ``"length"`` where ``max_new_tokens`` cut the
             answer off). With `both_orders` also ``"swapped"``, the same of the second answer
             with the images numbered as you passed them, and ``"agreement"``: whether both answers say
@@ -164,45 +155,38 @@ class UnifiedRewardEditMetric(JudgeMetric):
         asked = _TASKS[name]
         if both_orders and asked.images != _PAIR:
             raise ValueError(f"both_orders belongs to the pairwise tasks, and the task is {name}")
-        prompts = as_prompts(prompt)
+        prompts = as_prompts("" if prompt is None else prompt)
         samples = [_sample(sample, index, name) for index, sample in enumerate(_samples(images, asked))]
-        if len(prompts) != len(samples) and not isinstance(prompt, str):
+        if len(prompts) != len(samples) and not (prompt is None or isinstance(prompt, str)):
             raise ValueError(
                 f"got {len(prompts)} prompts and {len(samples)} samples; pass one prompt (a str) for "
                 "all samples, or as many prompts as samples"
             )
         prompts = prompts * len(samples) if len(prompts) == 1 else prompts
-        questions = [
-            _question(name, text, pictures) for text, pictures in zip(prompts, samples, strict=True)
-        ]
-        if both_orders:
-            questions += [
-                _question(name, text, [pictures[0], pictures[2], pictures[1]])
-                for text, pictures in zip(prompts, samples, strict=True)
-            ]
-        answers = self._ask(questions)
-        rows = [self._row(asked, i % len(samples), answer) for i, answer in enumerate(answers)]
-        if not both_orders:
-            return rows
-        pairs = zip(rows[: len(samples)], rows[len(samples) :], strict=True)
-        return [_with_swapped(row, _numbered_as_passed(swapped)) for row, swapped in pairs]
 
-    def _score(self, row: dict[str, Any]) -> float | list[float]:
-        number = partial(_number_or_nan, row)
-        if "score" in row:
-            return number("score")
-        if "winner" in row:
-            return number("winner")
-        return [number("image_1_score"), number("image_2_score")]
+        def questions(index: int, pictures: list[PIL.Image.Image]) -> list[Question]:
+            orders = [pictures, [pictures[0], *reversed(pictures[1:])]] if both_orders else [pictures]
+            return [_question(name, prompts[index], order) for order in orders]
+
+        def row(index: int, answers: list[Answer]) -> dict[str, Any]:
+            first, *second = [self._row(asked, index, answer) for answer in answers]
+            return _with_swapped(first, _numbered_as_passed(second[0], asked)) if second else first
+
+        return self._rows(samples, questions, row)
+
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the values of the task, and its score where it is one number."""
+        names = {"score", *(name for task in _TASKS.values() for name in task.values)}
+        return {
+            name: value for name, value in row.items() if name in names and not isinstance(value, list)
+        }
 
     def _row(self, task: _Task, sample: int, answer: Answer) -> dict[str, Any]:
         reading = task.read(answer)
         self._report(sample, [answer], reading.problem)
-        row = dict(reading.values)
-        if task.pointwise:
-            row["score"] = mean([row[name] for name in task.values])
         return {
-            **row,
+            **reading.values,
+            "score": task.score([reading.values[name] for name in task.values]),
             "error": reading.problem,
             "raw_text": answer.text,
             "finish": answer.finish,
@@ -220,32 +204,30 @@ def _samples(images: Any, task: _Task) -> list[Any]:
 
     Where a sample is a single image, a flat list and a batch are as many samples.
     """
-    if isinstance(images, Sequence) and not isinstance(images, str) and len(images):
-        first = images[0]
-        if (isinstance(first, Sequence) and not isinstance(first, str)) or getattr(
-            first, "ndim", 3
-        ) == 4:
-            return list(images)
-    several = isinstance(images, Sequence) and not isinstance(images, str)
-    if len(task.images) == 1 and (several or getattr(images, "ndim", 3) == 4):
+    if _is_list(images) and len(images) and (_is_list(images[0]) or getattr(images[0], "ndim", 3) == 4):
+        return list(images)
+    if len(task.images) == 1 and (_is_list(images) or getattr(images, "ndim", 3) == 4):
         return [[image] for image in images]
     return [images]
 
 
-def _sample(images: Any, index: int, task: str) -> list[PIL.Image.Image]:
-    """Return the pictures of a sample; every error says which sample it is."""
+def _is_list(images: Any) -> bool:
+    return isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray))
+
+
+def _sample(images: Any, index: int, task: str) -> list[CheckedImage]:
+    """Check the images of a sample; every error says which sample it is."""
     wanted = _TASKS[task].images
     try:
-        checked = as_images(images)
-        if len(checked) == len(wanted):
-            pictures = rgb_images(checked)
-            return [check_shape(picture, f"image {i}") for i, picture in enumerate(pictures)]
+        checked = list(as_images(images))
     except (ImageError, FileNotFoundError, TypeError, ValueError) as error:
         raise type(error)(f"sample {index}: {error}") from error
-    raise ValueError(
-        f"{task} takes samples of {len(wanted)} images ({', '.join(wanted)}), and sample {index} has "
-        f"{len(checked)}"
-    )
+    if len(checked) != len(wanted):
+        raise ValueError(
+            f"{task} takes samples of {len(wanted)} images ({', '.join(wanted)}), and sample {index} "
+            f"has {len(checked)}"
+        )
+    return checked
 
 
 def _question(task: str, instruction: str, pictures: list[PIL.Image.Image]) -> Question:
@@ -254,11 +236,13 @@ def _question(task: str, instruction: str, pictures: list[PIL.Image.Image]) -> Q
     return Question(content=(*pictures, text.replace("{instruction}", instruction)))
 
 
-def _numbered_as_passed(row: dict[str, Any]) -> dict[str, Any]:
+def _numbered_as_passed(row: dict[str, Any], task: _Task) -> dict[str, Any]:
     """Return a row about swapped images with the numbers of the caller's order."""
     if "winner" in row:
-        return {**row, "winner": {1: 2, 2: 1}.get(row["winner"], row["winner"])}
-    return {**row, "image_1_score": row["image_2_score"], "image_2_score": row["image_1_score"]}
+        values = [{1: 2, 2: 1}.get(row["winner"], row["winner"])]
+    else:
+        values = [row["image_2_score"], row["image_1_score"]]
+    return {**row, **dict(zip(task.values, values, strict=True)), "score": task.score(values)}
 
 
 def _with_swapped(row: dict[str, Any], swapped: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +260,3 @@ def _preferred(row: dict[str, Any]) -> int | None:
         return winner
     difference = row["image_1_score"] - row["image_2_score"]
     return 0 if difference == 0 else 1 if difference > 0 else 2
-
-
-def _number_or_nan(row: dict[str, Any], name: str) -> float:
-    return math.nan if row[name] is None else float(row[name])

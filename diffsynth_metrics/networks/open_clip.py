@@ -40,5 +40,8 @@ def detach_heads(model: Any) -> None:
     """
     if model.visual.proj is not None:
         heads = {"visual": model.visual.proj, "text": model.text_projection}
-        model.heads = nn.ParameterDict(heads)
         model.visual.proj = model.text_projection = None
+        model.heads = nn.ParameterDict(heads)
+        for name, head in heads.items():
+            if model.heads[name] is not head:  # accelerate's init_empty_weights() has emptied it
+                torch.utils.swap_tensors(model.heads[name], head)  # type: ignore[no-untyped-call]

@@ -1,7 +1,8 @@
-"""Tiny random checkpoints of every metric, for our tests and for users' own CI.
+"""Tiny random checkpoints of every metric and a scripted judge, for our tests and for users' own CI.
 
 A tiny checkpoint has every file of the real one and loads through the ordinary path in well under a
-second; its scores mean nothing. A tiny judge answers in the form that its metric reads.
+second; its scores mean nothing. A tiny judge writes noise that its metric cannot read; a judge that says
+what a test wants is made of a :class:`ScriptedEngine`, ``UnifiedReward2Metric(ScriptedEngine(text))``.
 
 Example:
     >>> folder = tiny_checkpoint("pickscore", tmp_path)
@@ -22,14 +23,11 @@ from diffsynth_metrics.testing.encoders import (
     write_image_reward,
 )
 from diffsynth_metrics.testing.hpsv3 import write_hpsv3
-from diffsynth_metrics.testing.judges import (
-    write_qwen_image_bench,
-    write_unified_reward_2,
-    write_unified_reward_edit,
-)
+from diffsynth_metrics.testing.judges import write_qwen3_5, write_qwen3_vl
 from diffsynth_metrics.testing.random_weights import randomize
+from diffsynth_metrics.testing.scripted_engine import ScriptedEngine
 
-__all__ = ["TINY_CHECKPOINTS", "clip_vocabulary", "randomize", "tiny_checkpoint"]
+__all__ = ["TINY_CHECKPOINTS", "ScriptedEngine", "clip_vocabulary", "randomize", "tiny_checkpoint"]
 
 TINY_CHECKPOINTS = {
     "aesthetic": write_aesthetic,
@@ -39,9 +37,9 @@ TINY_CHECKPOINTS = {
     "hpsv3": write_hpsv3,
     "image_reward": write_image_reward,
     "pickscore": write_clip,
-    "qwen_image_bench": write_qwen_image_bench,
-    "unified_reward_2": write_unified_reward_2,
-    "unified_reward_edit": write_unified_reward_edit,
+    "qwen_image_bench": write_qwen3_5,
+    "unified_reward_2": write_qwen3_5,
+    "unified_reward_edit": write_qwen3_vl,
 }
 """Name of a metric to what writes its tiny checkpoint."""
 

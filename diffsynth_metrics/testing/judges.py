@@ -1,91 +1,25 @@
-"""Tiny checkpoints of the judges, taught to answer in the form that their metric reads."""
+"""Tiny checkpoints of the judges. What they write is noise that no metric can read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import PIL.Image
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from diffsynth_metrics.judges.engine import Question
-    from diffsynth_metrics.judges.local import LocalEngine
-    from diffsynth_metrics.judges.metric import JudgeMetric
-
 from diffsynth_metrics.testing.random_weights import randomize
 
-__all__ = ["write_qwen_image_bench", "write_unified_reward_2", "write_unified_reward_edit"]
+__all__ = ["write_qwen3_5", "write_qwen3_vl"]
 
 
-def write_unified_reward_2(folder: Path, seed: int) -> None:
-    """Write a four-layer Qwen3.5 that answers with three scores."""
-    from diffsynth_metrics import UnifiedReward2Metric
-
-    def answer(random: Random) -> str:
-        labels = ("Alignment", "Coherence", "Style")
-        scores = random.choice(
-            [("2.69", "2.37", "2.8"), ("3.65", "3.82", "3.5"), ("4.5", "4.25", "4.75")]
-        )
-        lines = zip(labels, scores, strict=True)
-        return "\n".join(f"{label} Score (1-5): {score}" for label, score in lines)
-
-    model = _tiny_qwen3_5(folder, seed)
-    _teach(
-        model, folder, UnifiedReward2Metric, answer, lambda m, p, r: m.evaluate(p, _random_picture(r))
-    )
-    _write_judge(folder, model)
-
-
-def write_unified_reward_edit(folder: Path, seed: int) -> None:
-    """Write a three-layer Qwen3-VL whose answer every task can read."""
-    from diffsynth_metrics import UnifiedRewardEditMetric
-
-    def answer(random: Random) -> str:  # one that every task can read
-        winner, first, second = random.choice([(1, 3, 8), (2, 4, 7), (2, 3, 6), (1, 4, 9)])
-        return f"Edited image {winner} is better. score=[{first},{second}]"
-
-    tasks = {
-        "edit_pointwise_score": 2,
-        "edit_pointwise_quality": 1,
-        "edit_pairwise_rank": 3,
-        "edit_pairwise_score": 3,
-    }
-
-    def ask(metric: Any, prompt: str, random: Random) -> None:
-        task = random.choice(list(tasks))
-        metric.evaluate(prompt, [_random_picture(random) for _ in range(tasks[task])], task=task)
-
-    model = _tiny_qwen3_vl(folder, seed)
-    _teach(model, folder, UnifiedRewardEditMetric, answer, ask)
-    _write_judge(folder, model)
-
-
-def write_qwen_image_bench(folder: Path, seed: int) -> None:
-    """Write a four-layer Qwen3.5 that thinks and answers with a checklist."""
-    from diffsynth_metrics import QwenImageBenchMetric
-
-    def answer(random: Random) -> str:
-        score = random.randint(0, 2)
-        return f'It is clear.\n</think>\n\n{{"Resolution": {{"Resolution": {{"score": {score}}}}}}}'
-
-    model = _tiny_qwen3_5(folder, seed)
-    _teach(
-        model, folder, QwenImageBenchMetric, answer, lambda m, p, r: m.evaluate(p, _random_picture(r))
-    )
-    _write_judge(folder, model)
-
-
-def _tiny_qwen3_5(folder: Path, seed: int) -> PreTrainedModel:
+def write_qwen3_5(folder: Path, seed: int) -> None:
+    """Write a four-layer Qwen3.5, as of UnifiedReward 2.0 and Qwen-Image-Bench."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3_5Tokenizer
 
     tokens = _write_qwen_processor(folder, Qwen3_5Tokenizer, _QWEN3_5_TEMPLATE)
@@ -109,12 +43,11 @@ def _tiny_qwen3_5(folder: Path, seed: int) -> PreTrainedModel:
         "rope_parameters": rope,
     }
     config = Qwen3_5Config(**_tiny_judge_config(text, tokens))
-    model = Qwen3_5ForConditionalGeneration(config)
-    randomize(model, seed, gain=0.5)
-    return model
+    _write_judge(folder, Qwen3_5ForConditionalGeneration(config), seed, tokens)
 
 
-def _tiny_qwen3_vl(folder: Path, seed: int) -> PreTrainedModel:
+def write_qwen3_vl(folder: Path, seed: int) -> None:
+    """Write a three-layer Qwen3-VL, as of UnifiedReward-Edit."""
     from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     tokens = _write_qwen_processor(folder, Qwen2Tokenizer, _QWEN3_VL_TEMPLATE)
@@ -132,9 +65,7 @@ def _tiny_qwen3_vl(folder: Path, seed: int) -> PreTrainedModel:
         "rope_parameters": rope,
     }
     config = Qwen3VLConfig(**_tiny_judge_config(text, tokens, deepstack_visual_indexes=[0, 1]))
-    model = Qwen3VLForConditionalGeneration(config)
-    randomize(model, seed, gain=0.3)
-    return model
+    _write_judge(folder, Qwen3VLForConditionalGeneration(config), seed, tokens)
 
 
 def _tiny_judge_config(
@@ -171,92 +102,11 @@ def _tiny_judge_config(
     }
 
 
-def _teach(
-    model: PreTrainedModel,
-    folder: Path,
-    metric_class: type[JudgeMetric],
-    answer: Callable[[Random], str],
-    ask: Callable[[Any, str, Random], object],
-    samples: int = 40,
-) -> None:
-    """Fit the last layer of a random network, so that it answers in the form that a metric reads.
-
-    What the network says of a picture stays random; `answer` gives examples, and `ask` has a metric ask.
-    """
-    from transformers import AutoProcessor
-
-    from diffsynth_metrics.judges.engine import Answer, Engine
-    from diffsynth_metrics.judges.local import LocalEngine
-
-    class Recorder(Engine):
-        def ask(self, questions: Sequence[Question]) -> list[Answer]:
-            recorded.extend(questions)
-            return [Answer("")] * len(questions)
-
-    recorded: list[Question] = []
-    random = Random(0)
-    words = "a an the of in on with and cat dog red green blue photo painting 42 circle, square.".split()
-    while len(recorded) < samples:
-        prompt = " ".join(random.choices(words, k=random.randint(1, 30)))
-        ask(metric_class(Recorder()), prompt, random)
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    engine = LocalEngine(model.eval(), processor, batch_size=1, max_new_tokens=1)
-    features, targets = [], []
-    for question in recorded:
-        hidden, tokens = _hidden_states(engine, question, answer(random))
-        features.append(hidden)
-        targets += tokens
-    used, classes = torch.unique(torch.tensor(targets), return_inverse=True)
-    weight = _logistic_regression(torch.cat(features), classes, len(used))
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[used] = weight
-
-
-def _hidden_states(engine: LocalEngine, question: Question, answer: str) -> tuple[Tensor, list[int]]:
-    """Return what the last layer sees ``[T, D]`` before each token of an answer, and these T tokens."""
-    prompt = engine._prompts([question])[0]
-    tokens = [*engine._encode(answer), engine.processor.tokenizer.eos_token_id]
-    ids = torch.tensor([prompt.ids + tokens])
-    rotary = torch.arange(len(tokens)) + int(prompt.positions.max()) + 1
-    rotary = torch.cat([prompt.positions, rotary.expand(3, -1)], dim=1)
-    with torch.no_grad():
-        hidden: Tensor = engine.model.model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            position_ids=torch.cat([torch.arange(ids.shape[1])[None], rotary])[:, None],
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid,
-        ).last_hidden_state[0]
-    return hidden[len(prompt.ids) - 1 : -1], tokens
-
-
-def _logistic_regression(features: Tensor, classes: Tensor, count: int) -> Tensor:
-    """Return weights ``[count, D]`` that tell classes apart, and from logits of zero."""
-    weight = torch.zeros(count, features.shape[1], requires_grad=True)
-    optimizer: Any = torch.optim.LBFGS(
-        [weight], max_iter=150, history_size=20, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logits = torch.cat([features @ weight.T, torch.zeros(len(features), 1)], dim=1)
-        value = cross_entropy(logits, classes) + 1e-4 * weight.square().sum()
-        torch.autograd.backward(value)
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return weight.detach()
-
-
-def _random_picture(random: Random) -> PIL.Image.Image:
-    size = random.choice([(64, 64), (200, 100), (50, 120), (256, 256)])
-    return PIL.Image.new("RGB", size, tuple(random.choices(range(256), k=3)))
-
-
-def _write_judge(folder: Path, model: PreTrainedModel) -> None:
-    """Write weights in two files, as the published ones are split."""
+def _write_judge(folder: Path, model: PreTrainedModel, seed: int, tokens: dict[str, int]) -> None:
+    """Write random weights in two files, as the published ones are split."""
+    randomize(model, seed)
+    with torch.no_grad():  # so that an answer ends after some tokens of noise, and not at the limit
+        model.lm_head.weight[tokens["<|im_end|>"]] *= 2
     state = model.state_dict()
     names = sorted(state)
     half = len(names) // 2

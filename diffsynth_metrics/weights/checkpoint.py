@@ -23,6 +23,7 @@ __all__ = [
     "KNOWN_LAYOUTS",
     "Layout",
     "check_owner",
+    "find_non_finite",
     "fingerprint",
     "is_published",
     "load_weights",
@@ -47,6 +48,19 @@ KNOWN_LAYOUTS = {
 }
 """Fingerprint of each published checkpoint to the metrics that it belongs to."""
 
+_JUDGES = ("UnifiedReward2Metric", "UnifiedRewardEditMetric", "QwenImageBenchMetric")
+_MARKS = {
+    "Mixed_5b.": ("FIDMetric",),
+    "blip.": ("ImageRewardMetric",),
+    "layers.0.": ("AestheticMetric",),
+    "model.visual.": _JUDGES,
+    "rm_head.": ("HPSv3Metric",),
+    "text_projection.weight": ("PickScoreMetric", "CLIPMetric"),
+    "visual.transformer.": ("HPSv2Metric",),
+}
+"""Beginning of a tensor's name that only these metrics' checkpoints have, of whatever size."""
+
+_NETWORK_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMES_IN_MESSAGE = 3
 
 
@@ -59,8 +73,8 @@ def weight_files(paths: Sequence[str]) -> list[Path]:
     files = [Path(path) for path in paths if path.endswith(".safetensors")]
     if not files:
         raise CheckpointError(
-            f"there is no .safetensors file among {_some([Path(path).name for path in paths])}; "
-            "other formats are not loaded because unpickling them can run code"
+            "Convert the weights to .safetensors, because unpickling other formats can run code: there "
+            f"is no .safetensors file among {_some([Path(path).name for path in paths])}"
         )
     return files
 
@@ -78,9 +92,9 @@ def read_layout(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
                 shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
         except SafetensorError as error:
             raise CheckpointError(
-                f"{file} ({file.stat().st_size} bytes) is truncated or not a safetensors file: "
-                f"{error}; delete it so that it is downloaded again"
-            ) from error
+                f"Delete {file} so that it is downloaded again: it ({file.stat().st_size} bytes) is "
+                f"truncated or not a safetensors file ({error})"
+            ) from None
         if twice := sorted(layout.keys() & shapes.keys()):
             raise CheckpointError(f"{file} repeats tensors of another file: {_some(twice)}")
         layout |= shapes
@@ -99,16 +113,29 @@ def fingerprint(layout: Layout) -> str:
 
 
 def check_owner(files: Sequence[Path], metric: type) -> None:
-    """Check that files are not the published checkpoint of other metrics.
+    """Check that files are not the checkpoint of another metric of this package.
+
+    A published checkpoint is known by all its names and shapes, a smaller one by how its names begin.
+    A metric that is not derived from one of this package's may take any file that fits its network.
 
     Raises:
         CheckpointError: They are; the message names those metrics. Or a file is truncated.
     """
-    owners = KNOWN_LAYOUTS.get(fingerprint(read_layout(files)), ())
-    if owners and not {base.__name__ for base in metric.__mro__} & {*owners}:
+    layout = read_layout(files)
+    owners = KNOWN_LAYOUTS.get(fingerprint(layout), ())
+    if not owners:
+        owners = next((_MARKS[mark] for mark in _MARKS if _has_prefix(layout, mark)), ())
+    known = {name for names in _MARKS.values() for name in names}
+    own = {base.__name__ for base in metric.__mro__} & known
+    if own and owners and not own & {*owners}:
         raise CheckpointError(
-            f"{_some(files)} is the checkpoint of {' or '.join(owners)}, not of {metric.__name__}"
+            f"Use {' or '.join(owners)} for {_some(files)}: these are weights of "
+            f"{' or '.join(owners)}, not of {metric.__name__}"
         )
+
+
+def _has_prefix(layout: Layout, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in layout)
 
 
 def is_published(files: Sequence[Path]) -> bool:
@@ -128,7 +155,7 @@ def read_config(files: Sequence[Path], name: str = "config.json") -> dict[str, A
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
     return config
@@ -144,12 +171,16 @@ def load_weights(
     dtype: torch.dtype,
     float32: Collection[str] = (),
     unused: Collection[str] = (),
+    config: str | None = "config.json",
 ) -> None:
     """Fill a model that was built on the meta device.
 
     Each tensor is mapped from its file, brought to its dtype and device and assigned, one after the
     other: on the CPU, in the file's own dtype, no second copy exists. Afterwards the model is in
-    evaluation mode and none of its parameters requires a gradient.
+    evaluation mode and none of its parameters requires a gradient. This also holds under
+    ``torch.device("meta")`` and inside accelerate's ``init_empty_weights()``.
+
+    Values are not looked at, because that reads the whole file: see :func:`find_non_finite`.
 
     Args:
         model: Its parameters lie on the meta device, its non-persistent buffers do not.
@@ -160,31 +191,64 @@ def load_weights(
         dtype: Floating dtype of the tensors.
         float32: Prefixes of tensors that stay in float32 where `dtype` is narrower.
         unused: Names of tensors that the files may hold and the model does without.
+        config: Name of the file beside the weights that gives the architecture, for messages; None for
+            a network of one size only.
 
     Raises:
         CheckpointError: A file is truncated, or its names, shapes or kinds of dtype are not those of the
-            model.
+            model. Float8 weights are refused, because their scales are not applied.
     """
-    _check_layout(model, files, metric, unused)
+    _check_layout(model, files, metric, unused, config)
     wide = torch.promote_types(dtype, torch.float32)
-    wanted = model.state_dict()
+    wanted = model.state_dict(keep_vars=True)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in wanted.keys() & set(opened.keys()):
                 tensor = opened.get_tensor(name)
-                if tensor.is_floating_point() != wanted[name].is_floating_point():
+                is_float = tensor.is_floating_point()
+                if is_float != wanted[name].is_floating_point():
                     raise CheckpointError(
                         f"{file} holds {name} as {tensor.dtype}, and the network needs "
                         f"{wanted[name].dtype}"
                     )
+                if is_float and tensor.dtype not in _NETWORK_DTYPES:
+                    raise CheckpointError(
+                        f"Use the unquantized weights in float32, bfloat16 or float16: {file} holds "
+                        f"{name} as {tensor.dtype}, which is not supported"
+                    )
                 target = wide if name.startswith(tuple(float32)) else dtype
-                tensors[name] = tensor.to(device, target if tensor.is_floating_point() else None)
-    model.load_state_dict(tensors, assign=True)
+                tensors[name] = tensor.to(device, target if is_float else None)
+    # Not load_state_dict(assign=True): accelerate's init_empty_weights() catches the parameters that it
+    # registers and makes them empty again.
+    for name, tensor in tensors.items():
+        is_parameter = isinstance(wanted[name], nn.Parameter)
+        new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        torch.utils.swap_tensors(wanted[name], new)  # type: ignore[no-untyped-call]
     model.to(device).requires_grad_(False).eval()
 
 
-def _check_layout(model: nn.Module, files: Sequence[Path], metric: str, unused: Collection[str]) -> None:
+def find_non_finite(model: nn.Module) -> list[str]:
+    """Return the names of the weights and saved buffers that hold NaN or infinity.
+
+    For the message about a score that is not finite: a pass over all weights would take as long as
+    loading them. Weights that accelerate keeps elsewhere (on the meta device here) are left out.
+    """
+    tensors = ((name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta)
+    return [
+        name
+        for name, tensor in tensors
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+
+
+def _check_layout(
+    model: nn.Module,
+    files: Sequence[Path],
+    metric: str,
+    unused: Collection[str],
+    config: str | None,
+) -> None:
     layout = read_layout(files)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     everything = chain(model.named_parameters(), model.named_buffers())
@@ -201,8 +265,15 @@ def _check_layout(model: nn.Module, files: Sequence[Path], metric: str, unused: 
     ]
     if wrong:
         problems.append(f"wrong shape: {_some(wrong)}")
-    if problems:
-        raise CheckpointError(f"{_some(files)} does not fit {metric}: {'; '.join(problems)}")
+    if not problems:
+        return
+    hint = ""
+    if config and not (files[0].parent / config).is_file():
+        hint = (
+            f"Put the {config} of these weights into {files[0].parent}: there is none, so the network "
+            "has its published size, and these are not the published weights. "
+        )
+    raise CheckpointError(f"{hint}{_some(files)} does not fit {metric}: {'; '.join(problems)}")
 
 
 def _some(items: Sequence[object]) -> str:

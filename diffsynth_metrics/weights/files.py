@@ -33,6 +33,8 @@ def find_config(
     Weights of an unknown layout that came from a repository without their config are asked for it there.
     """
     name = metric.config_file
+    if name is None:
+        return None
     config = read_config(files, name)
     repository = model_config or metric.default_model
     if config is None and repository.model_id and not is_published(files):
@@ -86,8 +88,9 @@ def find_processor(
         if processor_config is not None or model_config.path is None:
             raise
         raise DownloadError(
-            f"there is no {' or '.join(metric.processor_files)} beside {files[0]}, and {error}"
-        ) from error
+            f"Put {' or '.join(metric.processor_files)} beside {files[0]}, or pass "
+            f"processor_config: there is none there, and the published one could not be had.\n{error}"
+        ) from None
     for path in paths:
         if path.name in metric.processor_files:
             return path.parent

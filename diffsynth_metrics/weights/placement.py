@@ -1,4 +1,4 @@
-"""Spreading a network that is too large for one device over several, by accelerate."""
+"""One network over several devices, by accelerate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-__all__ = ["DeviceMap", "check_device_map", "choose_device", "choose_dtype", "execution_device", "place"]
+__all__ = [
+    "DeviceMap",
+    "check_device_map",
+    "choose_device",
+    "choose_dtype",
+    "dispatch",
+    "execution_device",
+]
 
 DeviceMap: TypeAlias = "str | Mapping[str, int | str | torch.device]"
 """``"auto"`` and the like, one device, or parts of the network to devices, as in transformers."""
@@ -17,13 +24,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def place(model: Any, device_map: DeviceMap, dtype: torch.dtype) -> nn.Module:
-    """Put the parts of a network on devices, as transformers' ``from_pretrained`` does.
+def dispatch(model: Any, device_map: DeviceMap, dtype: torch.dtype) -> nn.Module:
+    """Distribute the parts of a network over devices, as transformers' ``from_pretrained`` does.
 
     Args:
         model: A network on the CPU; its ``_no_split_modules`` names the classes that stay whole.
         device_map: A strategy (``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``), a
-            device, or names of modules to devices. Parts on ``"cpu"`` next to a GPU wait in memory.
+            device, or names of modules to devices. Beside a GPU, parts on ``"cpu"`` are offloaded: they
+            are copied to the GPU for each pass.
         dtype: Dtype of most weights, by which a strategy estimates what fits.
 
     Raises:
@@ -42,14 +50,14 @@ def place(model: Any, device_map: DeviceMap, dtype: torch.dtype) -> nn.Module:
                 no_split_module_classes=whole,
                 low_zero=device_map == "balanced_low_0",
             )
-        places = infer_auto_device_map(
+        devices = infer_auto_device_map(
             model, max_memory=limits, dtype=dtype, no_split_module_classes=whole
         )
     else:
-        places = _places(device_map)
-    _refuse_disk(places)
-    placed: nn.Module = dispatch_model(model, device_map=places)
-    return placed
+        devices = _devices(device_map)
+    _refuse_disk(devices)
+    dispatched: nn.Module = dispatch_model(model, device_map=devices)
+    return dispatched
 
 
 def check_device_map(device_map: DeviceMap | None) -> None:
@@ -66,26 +74,14 @@ def check_device_map(device_map: DeviceMap | None) -> None:
         raise TypeError(
             f"device_map must be a str or map modules to devices, got {type(device_map).__name__}"
         )
-    places = _places(device_map)
-    _refuse_disk(places)
-    for device in places.values():
+    devices = _devices(device_map)
+    _refuse_disk(devices)
+    for device in devices.values():
         choose_device(device if isinstance(device, (str, torch.device)) else torch.device(device))
 
 
-def _places(device_map: DeviceMap) -> dict[str, Any]:
-    return {"": device_map} if isinstance(device_map, str) else dict(device_map)
-
-
-def _refuse_disk(places: Mapping[str, Any]) -> None:
-    if disk := sorted(name or "the network" for name, device in places.items() if device == "disk"):
-        raise ValueError(
-            f"device_map puts {', '.join(disk)} on the disk, which is not supported; "
-            "give it more devices, or map these parts to 'cpu'"
-        )
-
-
 def execution_device(model: nn.Module) -> torch.device:
-    """Return where a network takes its inputs; its first weights may wait elsewhere."""
+    """Return the device that a network takes its inputs on; its first weights may be offloaded."""
     hook = getattr(model, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return next(model.parameters()).device if device is None else torch.device(device)
@@ -122,3 +118,15 @@ def choose_dtype(torch_dtype: torch.dtype | None, official: torch.dtype) -> torc
             "position it comes before device, as in diffsynth.metrics"
         )
     return torch_dtype
+
+
+def _devices(device_map: DeviceMap) -> dict[str, Any]:
+    return {"": device_map} if isinstance(device_map, str) else dict(device_map)
+
+
+def _refuse_disk(devices: Mapping[str, Any]) -> None:
+    if disk := sorted(name or "the network" for name, device in devices.items() if device == "disk"):
+        raise ValueError(
+            "Map these parts to a device or to 'cpu', or give a strategy more devices: device_map puts "
+            f"{', '.join(disk)} on the disk, which is not supported"
+        )
