@@ -1,23 +1,28 @@
-"""Metric classes by the names of their tiny checkpoints."""
+"""Metric classes by the names of their tiny checkpoints, each imported when it is asked for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from diffsynth_metrics import (
-    AestheticMetric,
-    CLIPMetric,
-    HPSv2Metric,
-    HPSv3Metric,
-    ImageRewardMetric,
-    PickScoreMetric,
-)
+import diffsynth_metrics
 
-DIFFERENTIABLE: dict[str, Any] = {
-    "aesthetic": AestheticMetric,
-    "clip": CLIPMetric,
-    "hpsv2": HPSv2Metric,
-    "hpsv3": HPSv3Metric,
-    "image_reward": ImageRewardMetric,
-    "pickscore": PickScoreMetric,
+_CLASSES = {
+    "aesthetic": "AestheticMetric",
+    "clip": "CLIPMetric",
+    "fid": "FIDMetric",
+    "hpsv2": "HPSv2Metric",
+    "hpsv3": "HPSv3Metric",
+    "image_reward": "ImageRewardMetric",
+    "pickscore": "PickScoreMetric",
+    "qwen_image_bench": "QwenImageBenchMetric",
+    "unified_reward_2": "UnifiedReward2Metric",
+    "unified_reward_edit": "UnifiedRewardEditMetric",
 }
+
+DIFFERENTIABLE = ("aesthetic", "clip", "hpsv2", "hpsv3", "image_reward", "pickscore")
+JUDGES = ("qwen_image_bench", "unified_reward_2", "unified_reward_edit")
+
+
+def metric_class(name: str) -> Any:
+    """Return the class of the metric whose tiny checkpoint has this name."""
+    return getattr(diffsynth_metrics, _CLASSES[name])

@@ -1,13 +1,17 @@
-"""Fixtures that several test files share: one tiny metric, and real photographs."""
+"""Fixtures that several test files share: tiny checkpoints, their metrics, and real photographs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
 import torch
+from classes import metric_class
 from skimage import data
 
 from diffsynth_metrics import ModelConfig, PickScoreMetric
@@ -26,15 +30,35 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a complete tiny PickScore checkpoint; read it, do not change it."""
-    return tiny_checkpoint("pickscore", tmp_path_factory.mktemp("tiny") / "PickScore")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of tiny checkpoints by name, such as ``tiny("clip")``; read them, do not change them."""
+    root = tmp_path_factory.mktemp("tiny")
+    return cache(lambda name: tiny_checkpoint(name, root / name))
 
 
 @pytest.fixture(scope="session")
-def tiny_metric(tiny_folder: Path) -> PickScoreMetric:
-    """A float32 metric on the CPU; it remembers prompts from test to test."""
-    return PickScoreMetric.from_pretrained(ModelConfig(path=tiny_folder), device="cpu")
+def metrics(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
+    """Tiny metrics by name, in float32 on the CPU; use them, do not change them."""
+
+    def load(name: str) -> Any:
+        return metric_class(name).from_pretrained(
+            ModelConfig(path=tiny(name)), device="cpu", torch_dtype=torch.float32
+        )
+
+    return cache(load)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny: Callable[[str], Path]) -> Path:
+    """The tiny PickScore checkpoint; read it, do not change it."""
+    return tiny("pickscore")
+
+
+@pytest.fixture(scope="session")
+def tiny_metric(metrics: Callable[[str], Any]) -> PickScoreMetric:
+    """The tiny PickScore metric; use it, do not change it."""
+    metric: PickScoreMetric = metrics("pickscore")
+    return metric
 
 
 @pytest.fixture(scope="session")

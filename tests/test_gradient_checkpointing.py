@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from classes import DIFFERENTIABLE, metric_class
 from torch import Tensor
 
-import diffsynth_metrics
 from diffsynth_metrics import ModelConfig
-from diffsynth_metrics.testing import tiny_checkpoint
-
-METRICS = {
-    "pickscore": "PickScoreMetric",
-    "hpsv2": "HPSv2Metric",
-    "aesthetic": "AestheticMetric",
-    "image_reward": "ImageRewardMetric",
-    "hpsv3": "HPSv3Metric",
-}
 
 
-def load(name: str, folder: Path, **options: Any) -> Any:
-    metric_class = getattr(diffsynth_metrics, METRICS[name])
-    return metric_class.from_pretrained(
-        ModelConfig(path=folder), device="cpu", torch_dtype=torch.float32, **options
+def load(name: str, folder: Path) -> Any:
+    return metric_class(name).from_pretrained(
+        ModelConfig(path=folder), device="cpu", torch_dtype=torch.float32, gradient_checkpointing=True
     )
 
 
@@ -46,20 +37,21 @@ def reward_and_gradient(metric: Any, name: str) -> tuple[Tensor, Tensor, int]:
     return reward.detach(), gradient, len(kept - known)
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_less_is_kept_and_nothing_changes(name: str, tmp_path: Path) -> None:
-    folder = tiny_checkpoint(name, tmp_path / name)
-    reward, gradient, kept = reward_and_gradient(load(name, folder), name)
-    metric = load(name, folder, gradient_checkpointing=True)
-    again, gradient_again, fewer = reward_and_gradient(metric, name)
-    assert gradient.abs().max() > 0
-    assert torch.equal(again, reward)
-    torch.testing.assert_close(gradient_again, gradient, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_less_is_kept_and_nothing_changes(
+    name: str, tiny: Callable[[str], Path], metrics: Callable[[str], Any]
+) -> None:
+    reward, gradient, kept = reward_and_gradient(metrics(name), name)
+    again, gradient_again, fewer = reward_and_gradient(load(name, tiny(name)), name)
+    largest = float(gradient.abs().max())
+    assert largest > 0
+    torch.testing.assert_close(again, reward, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient_again, gradient, rtol=1e-4, atol=1e-4 * largest)
     assert fewer < 0.6 * kept
 
 
-def test_a_copy_computes_with_its_own_weights(tmp_path: Path) -> None:
-    metric = load("pickscore", tiny_checkpoint("pickscore", tmp_path), gradient_checkpointing=True)
+def test_a_copy_computes_with_its_own_weights(tiny_folder: Path) -> None:
+    metric = load("pickscore", tiny_folder)
     expected = metric.compute("a cat", torch.ones(3, 64, 64))
     twin = copy.deepcopy(metric)
     with torch.no_grad():

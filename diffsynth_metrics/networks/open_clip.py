@@ -22,7 +22,8 @@ def build_open_clip(config: dict[str, Any] | None) -> open_clip.CLIP:
     Raises:
         CheckpointError: The config has no ``"model_cfg"``.
     """
-    model_config = config.get("model_cfg") if config else open_clip.get_model_config("ViT-H-14")
+    published = open_clip.get_model_config("ViT-H-14")
+    model_config = published if config is None else config.get("model_cfg")
     if not isinstance(model_config, dict):
         raise CheckpointError("the open_clip_config.json next to the weights has no 'model_cfg'")
     with torch.device("meta"):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
 
-from diffsynth_metrics.locks import renew_in_children
 from diffsynth_metrics.rewards.scoring import ERRORS_OF_A_SAMPLE, Scorer, Update, learns
 
 __all__ = ["DynamicBatcher"]
@@ -53,15 +52,9 @@ class DynamicBatcher:
         self.max_batch = max_batch
         self.max_wait_ms = max_wait_ms
         self.update = update
-        self._renew()
-        renew_in_children(self)
-
-    def _renew(self) -> None:
-        """Begin without samples, in a thread that is started on first use."""
         self._waiting: deque[_Sample] = deque()
         self._changed = threading.Condition()
-        self._thread = ThreadPoolExecutor(1, "diffsynth_rewards")
-        self._busy = False
+        self._worker: threading.Thread | None = None  # as long as there are samples
 
     def submit(self, prompt: str, image: Any) -> Future[float]:
         """Queue a sample.
@@ -72,10 +65,11 @@ class DynamicBatcher:
         """
         future: Future[float] = Future()
         with self._changed:
-            if not self._busy:
-                # It waits for the lock; if it cannot start, nobody waits for it.
-                self._thread.submit(self._work)
-                self._busy = True
+            # In a process that was forked while samples were scored, the worker is dead.
+            if self._worker is None or not self._worker.is_alive():
+                worker = threading.Thread(target=self._work, name="diffsynth_rewards")
+                worker.start()  # it waits for the lock; if it cannot start, nobody waits for it
+                self._worker = worker
             self._waiting.append((time.monotonic(), prompt, image, future))
             self._changed.notify()
         return future
@@ -91,13 +85,13 @@ class DynamicBatcher:
             with self._changed:
                 batch += self._waiting
                 self._waiting.clear()
-                self._busy = False
+                self._worker = None
             _fail([sample for sample in batch if not sample[3].done()], error)
 
     def _next_batch(self) -> list[_Sample]:
         with self._changed:
             if not self._waiting:
-                self._busy = False
+                self._worker = None
                 return []
             deadline = self._waiting[0][0] + self.max_wait_ms / 1000
             while len(self._waiting) < self.max_batch and (left := deadline - time.monotonic()) > 0:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Mapping
 
-from diffsynth_metrics.locks import Lock
-
 __all__ = ["DivergenceMonitor", "trend"]
+
+# One for all histories: it is held for microseconds, and without a lock of their own monitors can be
+# copied and pickled.
+_LOCK = threading.Lock()
 
 
 def trend(values: list[float]) -> float:
@@ -44,31 +47,26 @@ class DivergenceMonitor:
             raise ValueError(f"window must be at least 3, got {window!r}")
         self.window = window
         self.threshold = threshold
-        self._lock = Lock()
         self._history: dict[str, deque[float]] = {}
 
     def add(self, means: Mapping[str, float]) -> None:
         """Remember the means of a call, in the direction in which higher is better; NaN is skipped."""
-        with self._lock:
+        with _LOCK:
             for name, mean in means.items():
                 if not math.isnan(mean):
                     self._history.setdefault(name, deque(maxlen=self.window)).append(mean)
 
     def diverging(self, optimized: list[str], held_out: list[str]) -> dict[str, list[str]]:
         """Return the held-out metrics that fall, each with the optimised metrics that rise meanwhile."""
-        with self._lock:
-            trends = {
-                name: trend(list(values))
-                for name, values in self._history.items()
-                if len(values) == self.window
-            }
+        history = self.state_dict()
+        trends = {name: trend(values) for name, values in history.items() if len(values) == self.window}
         rising = [name for name in optimized if trends.get(name, 0) > self.threshold]
         falling = [name for name in held_out if trends.get(name, 0) < -self.threshold]
         return {name: rising for name in falling if rising}
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return the history as plain numbers."""
-        with self._lock:
+        with _LOCK:
             return {name: list(values) for name, values in self._history.items()}
 
     def check_state_dict(self, state: Mapping[str, list[float]]) -> None:
@@ -85,5 +83,5 @@ class DivergenceMonitor:
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Take what :meth:`state_dict` returned."""
         self.check_state_dict(state)
-        with self._lock:
+        with _LOCK:
             self._history = {name: deque(values, maxlen=self.window) for name, values in state.items()}

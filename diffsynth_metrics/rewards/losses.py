@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from diffsynth_metrics.base import (
-    BaseMetric,
-    ImageMetric,
-    PromptMetric,
-    plain_modes,
-    wants_gradients,
-)
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric
 from diffsynth_metrics.dual_encoder import DualEncoderMetric, paired_cosine
 from diffsynth_metrics.inputs import extremes
 from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
+from diffsynth_metrics.modes import plain_modes, wants_gradients
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, named, scorer_of
 from diffsynth_metrics.rewards.scales import find_scale
 from diffsynth_metrics.rewards.scoring import Update, learns, settle
@@ -172,7 +167,7 @@ def to_refl(metric: ImageRewardMetric) -> Callable[[Tensor, Tensor, Tensor], Ten
         raise TypeError(f"score_gard is ImageReward's, got {type(metric).__name__}")
 
     def score_gard(prompt_ids: Tensor, prompt_attention_mask: Tensor, image: Tensor) -> Tensor:
-        with metric._scoring(gradients=wants_gradients(image)):
+        with plain_modes(metric.device.type, gradients=wants_gradients(image)):
             tokens = metric.model.encode_image(image.to(metric.device, metric.dtype))
             ids, mask = prompt_ids.to(metric.device), prompt_attention_mask.to(metric.device)
             return standardize(metric.model.read(ids, mask, tokens))[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,6 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from diffsynth_metrics.locks import Lock
 from diffsynth_metrics.rewards.scoring import Scored
 
 __all__ = [
@@ -28,6 +28,9 @@ __all__ = [
     "find_normalization",
 ]
 
+# One for all running statistics: it is held for microseconds, and without a lock of their own they can
+# be copied and pickled.
+_LOCK = threading.Lock()
 
 Groups: TypeAlias = "Sequence[Sequence[int]]"
 """The numbers of the samples of each group."""
@@ -189,7 +192,6 @@ class RunningZScore(Normalization):
 
     def __init__(self) -> None:
         """Start without statistics."""
-        self._lock = Lock()
         self.shared = Moments()
         self._offered = Moments()  # what a synchronisation that has not succeeded yet tells the others
         self._local = Moments()
@@ -218,7 +220,7 @@ class RunningZScore(Normalization):
         counted: Sequence[bool] | None = None,
     ) -> Tensor:
         """Learn if wanted, and return z-scores; 0 while all scores seen are equal, NaN before any."""
-        with self._lock:
+        with _LOCK:
             if update:
                 numbers = scored.numbers
                 new = Moments.of(numbers if counted is None else compress(numbers, counted))
@@ -235,20 +237,20 @@ class RunningZScore(Normalization):
 
         It is kept until :meth:`add_shared`, so that a synchronisation that fails loses nothing.
         """
-        with self._lock:
+        with _LOCK:
             self._offered, self._local = self.since_synchronization, Moments()
             return self._offered
 
     def add_shared(self, others: Sequence[Moments]) -> None:
         """Learn what all processes offered, this one included, in the order of their ranks."""
-        with self._lock:
+        with _LOCK:
             self._offered = Moments()
             for moments in others:
                 self.shared = self.shared.merge(moments)
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return the statistics as plain numbers."""
-        with self._lock:
+        with _LOCK:
             return {
                 "shared": self.shared.as_list(),
                 "since_synchronization": self.since_synchronization.as_list(),
@@ -267,7 +269,7 @@ class RunningZScore(Normalization):
         Every rank loads the same file: told to the others again, it would count once per rank.
         """
         super().load_state_dict(state)
-        with self._lock:
+        with _LOCK:
             self.shared = Moments(*state["shared"]).merge(Moments(*state["since_synchronization"]))
             self._offered = self._local = Moments()
 

@@ -13,9 +13,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_gradients
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric
 from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.inputs import SharedImages, as_prompts
+from diffsynth_metrics.modes import wants_gradients
 from diffsynth_metrics.rewards.divergence import DivergenceMonitor
 from diffsynth_metrics.rewards.normalization import (
     Groups,

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, wants_gradients
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, ReferenceMetric
 from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.rewards.scales import Scale, find_scale
 
@@ -115,10 +115,10 @@ class MetricScorer:
                 f"{metric.__name__}; load it with from_pretrained"
             )
         rewards = hasattr(metric, "reward") if isinstance(metric, BaseMetric) else callable(metric)
-        if not rewards:
+        if not rewards or isinstance(metric, ReferenceMetric):
             raise TypeError(
-                "a reward must be a metric that scores images one by one, or a callable; "
-                f"got {type(metric).__name__}"
+                "a reward must be a metric that scores images one by one and without references, or a "
+                f"callable; got {type(metric).__name__}"
             )
         self.metric = metric
         self.scale = find_scale(metric, scale)
@@ -204,19 +204,15 @@ class MetricScorer:
         return values, errors
 
     def _component(self, metric: PromptMetric | ImageMetric, prompts: list[str], images: Any) -> Tensor:
-        if self.scale.component == "score":
-            if isinstance(metric, ImageMetric):
-                return metric.reward(images)
-            return metric.reward(prompts, images)
         name = self.scale.component
-        with metric._scoring(gradients=wants_gradients(images)):
-            if isinstance(metric, ImageMetric):
-                components = metric._components(images)
-            else:
-                components = metric._components(prompts, images)
-        if name not in components:
-            raise _no_component(metric, name, components)
-        return components[name]
+        if isinstance(metric, ImageMetric):
+            components = metric.components(images)
+        else:
+            components = metric.components(prompts, images)
+        numbers = {key: values for key, values in components.items() if values.is_floating_point()}
+        if name not in numbers:
+            raise _no_component(metric, name, numbers)
+        return numbers[name]
 
     def _device(self) -> torch.device:
         return self.metric.device if isinstance(self.metric, BaseMetric) else torch.device("cpu")

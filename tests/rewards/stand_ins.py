@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_metrics import PickScoreMetric
-from diffsynth_metrics.base import BaseMetric, ImageMetric
+from diffsynth_metrics.base import BaseMetric, ImageMetric, ReferenceMetric
 from diffsynth_metrics.inputs import as_images
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
 
@@ -28,13 +28,25 @@ class Brightness(ImageMetric):
         self.raises: Exception | None = None
         self.value: float | None = None
 
-    def _components(self, images: Any) -> dict[str, Tensor]:
+    def components(self, images: Any) -> dict[str, Tensor]:
         self.calls += 1
         if self.raises is not None:
             raise self.raises
-        batches = self._pixel_batches(as_images(images), self.transform)
+        batches = self.pixel_batches(as_images(images))
         score = torch.cat([batch.mean(dim=(1, 2, 3)) for batch in batches])
         return {"score": score if self.value is None else score * 0 + self.value}
+
+
+class Difference(ReferenceMetric):
+    """A metric of two images, which no reward has."""
+
+    card = PickScoreMetric.card
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(1, 1))
+
+    def components(self, reference: Any, images: Any) -> dict[str, Tensor]:
+        raise AssertionError("nobody asks")
 
 
 class Judge(BaseMetric):

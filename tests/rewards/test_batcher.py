@@ -87,11 +87,11 @@ def test_a_worker_that_breaks_leaves_nobody_waiting_and_is_replaced(
 def test_a_worker_that_cannot_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     batcher = DynamicBatcher(MetricScorer(lengths))
 
-    def refuse(work: Any) -> None:
+    def refuse(thread: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batcher._thread, "submit", refuse)
+        patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             batcher.submit("abc", None)
     assert batcher.submit("abc", None).result(SOON) == 3
@@ -147,18 +147,19 @@ def test_one_bad_sample_of_a_set_fails_alone(bad: str) -> None:
 
 
 @needs_fork
-def test_a_forked_child_starts_afresh() -> None:
-    """The parent's worker is at work, holds samples, and does not exist in the child."""
+def test_a_forked_child_has_a_worker_of_its_own() -> None:
     scorer = Scorer([7.0])
     batcher = DynamicBatcher(scorer, max_batch=1)
-    first, second = batcher.submit("a", None), batcher.submit("b", None)
-    assert scorer.working.wait(SOON)
 
     def ask() -> bool:
         scorer.go_on.set()
         return batcher.submit("c", None).result(SOON) == 7
 
-    with batcher._changed:
-        assert is_true_in_a_child(ask)
+    # The parent's worker is at work, and does not exist in the child.
+    first, second = batcher.submit("a", None), batcher.submit("b", None)
+    assert scorer.working.wait(SOON)
+    assert is_true_in_a_child(ask)
     scorer.go_on.set()
     assert first.result(SOON) == second.result(SOON) == 7
+    # The parent has nothing to do.
+    assert is_true_in_a_child(ask)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from stand_ins import Brightness, Judge
+from stand_ins import Brightness, Difference, Judge
 
 from diffsynth_metrics import (
     AestheticMetric,
@@ -48,26 +49,30 @@ from diffsynth_metrics.rewards import (
     to_verl,
     to_verl_omni,
 )
-from diffsynth_metrics.testing import tiny_checkpoint
 
 PROMPTS = ["a cat", "a dog", "a red circle"]
 
 
+# The same pixels, scored twice: another batch or another thread may round otherwise.
+approx = partial(pytest.approx, rel=1e-4, abs=1e-5)
+
+
 @pytest.fixture
-def pickscore(tiny_metric: PickScoreMetric) -> PickScoreMetric:
-    return tiny_metric
+def pickscore(metrics: Callable[[str], Any]) -> PickScoreMetric:
+    metric: PickScoreMetric = metrics("pickscore")
+    return metric
 
 
-@pytest.fixture(scope="module")
-def aesthetic(tmp_path_factory: pytest.TempPathFactory) -> AestheticMetric:
-    folder = tiny_checkpoint("aesthetic", tmp_path_factory.mktemp("aesthetic"))
-    return AestheticMetric.from_pretrained(ModelConfig(path=folder), device="cpu")
+@pytest.fixture
+def aesthetic(metrics: Callable[[str], Any]) -> AestheticMetric:
+    metric: AestheticMetric = metrics("aesthetic")
+    return metric
 
 
-@pytest.fixture(scope="module")
-def image_reward(tmp_path_factory: pytest.TempPathFactory) -> ImageRewardMetric:
-    folder = tiny_checkpoint("image_reward", tmp_path_factory.mktemp("image_reward"))
-    return ImageRewardMetric.from_pretrained(ModelConfig(path=folder), device="cpu")
+@pytest.fixture
+def image_reward(metrics: Callable[[str], Any]) -> ImageRewardMetric:
+    metric: ImageRewardMetric = metrics("image_reward")
+    return metric
 
 
 @pytest.fixture
@@ -125,7 +130,7 @@ class TestFlowGRPO:
     ) -> None:
         scores, extra = to_flow_grpo(pickscore)("cpu")(pixels, PROMPTS, [{}] * 3)
         expected = pickscore.reward(PROMPTS, torch.from_numpy(arrays).permute(0, 3, 1, 2)) / 26
-        assert scores == expected.tolist()
+        assert scores == approx(expected.tolist())
         assert extra == {}
 
     def test_arrays_are_taken_as_pictures(
@@ -133,9 +138,9 @@ class TestFlowGRPO:
     ) -> None:
         function = to_flow_grpo(pickscore)("cpu")
         expected = [score / 26 for score in pickscore.compute(PROMPTS, arrays)]
-        assert function(arrays, tuple(PROMPTS), ({},) * 3)[0] == pytest.approx(expected, rel=1e-6)
+        assert function(arrays, tuple(PROMPTS), ({},) * 3)[0] == approx(expected)
         floats = pixels.permute(0, 2, 3, 1).numpy()
-        assert function(floats, PROMPTS, [{}] * 3)[0] == function(pixels, PROMPTS, [{}] * 3)[0]
+        assert function(floats, PROMPTS, [{}] * 3)[0] == approx(function(pixels, PROMPTS, [{}] * 3)[0])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_images_are_rounded_once(
@@ -144,7 +149,7 @@ class TestFlowGRPO:
         half = pixels.to(dtype)
         bytes_ = (half.float() * 255).round().to(torch.uint8)
         scores, _ = to_flow_grpo(pickscore, scale=None)("cpu")(half, PROMPTS, [{}] * 3)
-        assert scores == pickscore.compute(PROMPTS, bytes_)
+        assert scores == approx(pickscore.compute(PROMPTS, bytes_))
 
     @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
     def test_the_training_loop_submits_it_to_a_pool_of_eight(
@@ -156,7 +161,7 @@ class TestFlowGRPO:
     ) -> None:
         multi_score = to_multi_score({"pickscore": pickscore, "aesthetic": aesthetic})
         reward_fn = multi_score("cpu", {"pickscore": 0.8, "aesthetic": 0.2})
-        (expected, _) = reward_fn(pixels, PROMPTS, [{}] * 3)
+        expected = {name: approx(one) for name, one in reward_fn(pixels, PROMPTS, [{}] * 3)[0].items()}
         with ThreadPoolExecutor(max_workers=8) as executor, context():
             before = caller_state()
             futures = [
@@ -177,11 +182,11 @@ class TestFlowGRPO:
         multi_score = to_multi_score({"pickscore": pickscore, "aesthetic": aesthetic})
         details, _ = multi_score("cpu", {"pickscore": 0.8, "aesthetic": 0.2})(arrays, PROMPTS, None)
         assert list(details) == ["pickscore", "aesthetic", "avg"]
-        assert details["pickscore"] == pytest.approx(
+        assert details["pickscore"] == approx(
             [score / 26 for score in pickscore.compute(PROMPTS, arrays)]
         )
-        assert details["aesthetic"] == pytest.approx(aesthetic.compute(arrays))
-        assert details["avg"] == pytest.approx(
+        assert details["aesthetic"] == approx(aesthetic.compute(arrays))
+        assert details["avg"] == approx(
             [0.8 * p + 0.2 * a for p, a in zip(details["pickscore"], details["aesthetic"], strict=True)]
         )
         with pytest.raises(ValueError, match=r"no reward .ocr.; there are pickscore, aesthetic"):
@@ -197,9 +202,9 @@ class TestFlowGRPO:
 
     def test_edit_forks_pass_more(self, pickscore: PickScoreMetric, pixels: torch.Tensor) -> None:
         function = to_flow_grpo(pickscore)("cpu")
-        expected = function(pixels, PROMPTS, [{}] * 3)
+        expected, _ = function(pixels, PROMPTS, [{}] * 3)
         more = {"ref_images": pixels, "only_strict": False, "step": 3}
-        assert function(pixels, PROMPTS, [{}] * 3, **more) == expected
+        assert function(pixels, PROMPTS, [{}] * 3, **more)[0] == approx(expected)
 
     def test_ddpo_calls_a_factory_without_a_device(
         self, aesthetic: AestheticMetric, arrays: np.ndarray
@@ -207,7 +212,7 @@ class TestFlowGRPO:
         reward_fn = to_ddpo(aesthetic)()
         with ThreadPoolExecutor(max_workers=2) as executor:
             rewards, metadata = executor.submit(reward_fn, arrays, tuple(PROMPTS), ({},) * 3).result()
-        assert torch.as_tensor(rewards, device="cpu").tolist() == aesthetic.compute(arrays)
+        assert torch.as_tensor(rewards, device="cpu").tolist() == approx(aesthetic.compute(arrays))
         assert metadata == {}
 
     @pytest.mark.parametrize(
@@ -230,10 +235,10 @@ class TestFlowGRPO:
             to_flow_grpo(pickscore)("cpu")(pixels, PROMPTS, [{}] * 3)
         scores = to_flow_grpo(pickscore, scale=None, on_failure="nan")("cpu")(pixels, PROMPTS, [{}] * 3)
         assert math.isnan(scores[0][1])
-        assert [scores[0][0], scores[0][2]] == pytest.approx([good[0], good[2]], abs=1e-4)
+        assert [scores[0][0], scores[0][2]] == approx([good[0], good[2]])
         arrays = pixels.permute(0, 2, 3, 1).numpy()
         scores = to_flow_grpo(pickscore, scale=None, on_failure="nan")("cpu")(arrays, PROMPTS, [{}] * 3)
-        assert [scores[0][0], scores[0][2]] == pytest.approx([good[0], good[2]], abs=1e-4)
+        assert [scores[0][0], scores[0][2]] == approx([good[0], good[2]])
         replaced = to_flow_grpo(pickscore, on_failure=-10.0)("cpu")(pixels, PROMPTS, [{}] * 3)
         assert replaced[0][1] == -10
 
@@ -250,7 +255,7 @@ class TestFlowGRPO:
             assert details["other"] == [1, 1, 1]
             for key in ("pickscore", "avg"):  # as train_sd3.py logs it
                 value = np.array(details[key])
-                assert np.mean(value[value != -10]) == pytest.approx((value[0] + value[2]) / 2)
+                assert np.mean(value[value != -10]) == approx((value[0] + value[2]) / 2)
                 assert 0 < np.mean(value[value != -10]) < 2
 
     def test_multi_score_settles_failures_as_declared(self, pixels: torch.Tensor) -> None:
@@ -298,7 +303,8 @@ class TestFlowGRPO:
         levels = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 32, 32)
         expected = training(levels, PROMPTS, [{}] * 3)[0]["avg"]
         assert expected == pytest.approx([-1.22, 0, 1.22], abs=0.01)
-        assert evaluation(levels, PROMPTS, [{}] * 3, only_strict=False)[0]["avg"] == expected
+        again = evaluation(levels, PROMPTS, [{}] * 3, only_strict=False)[0]["avg"]
+        assert again == approx(expected)
 
     def test_a_component_without_a_scale_has_that_of_multi_score(
         self, pickscore: PickScoreMetric, pixels: torch.Tensor
@@ -307,7 +313,7 @@ class TestFlowGRPO:
         for scale, factor in ((None, 1 / 26), ("official", 1), ("srpo", 1 / 20)):
             multi_score = to_multi_score({"p": Component(pickscore, scale=scale)})
             details, _ = multi_score("cpu", {"p": 1.0})(pixels, PROMPTS, [{}] * 3)
-            assert details["p"] == pytest.approx([factor * score for score in official], rel=1e-6)
+            assert details["p"] == approx([factor * score for score in official])
 
     def test_the_name_of_the_sum_is_taken(self, pickscore: PickScoreMetric) -> None:
         with pytest.raises(ValueError, match="'avg' is flow_grpo's name of the sum"):
@@ -324,7 +330,7 @@ class TestFlowGRPO:
         expected = function([array[:, ::-1] for array in arrays], PROMPTS, [{}] * 3)[0]
         scores = function([floats[0], bad, floats[2]], PROMPTS, [{}] * 3)[0]
         assert math.isnan(scores[1])
-        assert scores[::2] == pytest.approx(expected[::2], rel=1e-5)
+        assert scores[::2] == approx(expected[::2])
 
     def test_a_single_prompt_or_picture_is_not_taken_for_many(
         self, pickscore: PickScoreMetric, pixels: torch.Tensor
@@ -364,6 +370,8 @@ class TestFlowGRPO:
             to_flow_grpo("pickscore")  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"got the class PickScoreMetric; load it"):
             to_flow_grpo(PickScoreMetric)
+        with pytest.raises(TypeError, match=r"a metric .* without references, .* got Difference"):
+            to_flow_grpo(Difference())
 
 
 class TestTRL:
@@ -398,7 +406,7 @@ class TestTRL:
         self, adapter: Any, pickscore: PickScoreMetric, arrays: np.ndarray
     ) -> None:
         pictures = [PIL.Image.fromarray(array) for array in arrays]
-        expected = pickscore.compute(PROMPTS, pictures)
+        expected = approx(pickscore.compute(PROMPTS, pictures))
         assert self.call(adapter(pickscore, "picture"), ["x"] * 3, picture=pictures) == expected
 
         def draw(completion: str, *, number: int, **row: Any) -> PIL.Image.Image:
@@ -417,7 +425,7 @@ class TestTRL:
 
         rewards = self.call(to_trl(pickscore, draw), ["bad", "none", "good"])
         assert rewards[:2] == [None, None]
-        assert rewards[2] == pytest.approx(pickscore.compute(PROMPTS[2], arrays[2])[0], rel=1e-6)
+        assert rewards[2] == approx(pickscore.compute(PROMPTS[2], arrays[2])[0])
         assert self.logged == {"pickscore_error": ["ValueError: not a picture", "there is no image", ""]}
         assert self.call(to_trl(pickscore, draw), ["bad", "bad"]) == [None, None]
         assert self.call(to_trl(pickscore, draw, on_failure=-1.0), ["bad", "bad"]) == [-1, -1]
@@ -445,7 +453,8 @@ class TestTRL:
         expected = self.call(to_trl(pickscore, draw), ["0", "gone", "2"])
         tenth = float(torch.tensor(0.1, dtype=torch.float32))
         with default_dtype(dtype):
-            assert self.call(to_trl(pickscore, draw), ["0", "gone", "2"]) == expected
+            first, gone, last = self.call(to_trl(pickscore, draw), ["0", "gone", "2"])
+            assert [first, last] == approx(expected[::2]) and gone is None
             assert self.call(to_trl(pickscore, draw, on_failure=0.1), ["gone"] * 2) == [tenth] * 2
 
     def test_the_caller_tells_when_statistics_learn(
@@ -465,7 +474,7 @@ class TestTRL:
     def test_the_prompt_may_be_a_conversation_a_column_or_made(
         self, pickscore: PickScoreMetric, arrays: np.ndarray
     ) -> None:
-        expected = pickscore.compute(PROMPTS, arrays)
+        expected = approx(pickscore.compute(PROMPTS, arrays))
         columns: dict[str, Any] = {"image": list(arrays), "caption": PROMPTS}
         talks = [
             [{"role": "system", "content": "draw"}, {"role": "user", "content": prompt}]
@@ -499,7 +508,7 @@ class TestTRL:
         expected = pickscore.compute(PROMPTS[:1], arrays[:1])[0]
         columns: dict[str, Any] = {"image": list(arrays), "caption": [PROMPTS[0], None, []]}
         rewards = self.call(to_trl(pickscore, "image", prompt="caption"), [[]] * 3, **columns)
-        assert rewards == [pytest.approx(expected, rel=1e-6), None, None]
+        assert rewards == [approx(expected), None, None]
         reasons = [f"there is no prompt: {made} is not a text" for made in ("None", "[]")]
         assert self.logged == {"pickscore_error": ["", *reasons]}
         function = to_trl(pickscore, "image", prompt=refuse)
@@ -525,15 +534,15 @@ class TestVerl:
         )
         assert list(result) == ["score"] and type(result["score"]) is float
         (expected,) = pickscore.compute("a cat", torch.from_numpy(arrays[0]).permute(2, 0, 1))
-        assert result["score"] == pytest.approx(expected / 26, rel=1e-6)
+        assert result["score"] == approx(expected / 26)
 
     def test_calls_awaited_together_are_scored_together(
         self, aesthetic: AestheticMetric, arrays: np.ndarray, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sizes: list[int] = []
-        original = aesthetic.reward
+        original = aesthetic.components
         monkeypatch.setattr(
-            aesthetic, "reward", lambda images: sizes.append(len(images)) or original(images)
+            aesthetic, "components", lambda images: sizes.append(len(images)) or original(images)
         )
         compute_score = to_verl_omni(aesthetic, max_batch=8, max_wait_ms=2000)
         tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
@@ -546,8 +555,8 @@ class TestVerl:
         results = asyncio.run(main())
         assert sizes == [8, 8]
         expected = [score["score"] for score in results[:3]]
-        assert [r["score"] for r in results] == pytest.approx([expected[i % 3] for i in range(16)])
-        assert expected == pytest.approx(aesthetic.compute(torch.stack(tensors)), abs=1e-4)
+        assert [r["score"] for r in results] == approx([expected[i % 3] for i in range(16)])
+        assert expected == approx(aesthetic.compute(torch.stack(tensors)))
 
     def test_several_event_loops_share_one_batcher(
         self, pickscore: PickScoreMetric, arrays: np.ndarray
@@ -561,7 +570,7 @@ class TestVerl:
         with ThreadPoolExecutor(8) as pool:
             scores = list(pool.map(worker, range(24)))
         tensors = torch.from_numpy(arrays).permute(0, 3, 1, 2)
-        assert scores == pytest.approx(pickscore.compute(PROMPTS, tensors) * 8, abs=1e-4)
+        assert scores == approx(pickscore.compute(PROMPTS, tensors) * 8)
 
     def test_a_bad_sample_raises_alone(self, pickscore: PickScoreMetric, arrays: np.ndarray) -> None:
         compute_score = to_verl_omni(pickscore, max_wait_ms=50)
@@ -573,7 +582,7 @@ class TestVerl:
             return await asyncio.gather(*calls, return_exceptions=True)
 
         results = asyncio.run(main(compute_score))
-        assert results[0]["score"] == pytest.approx(results[2]["score"])
+        assert results[0]["score"] == approx(results[2]["score"])
         assert isinstance(results[1], ImageError)
         results = asyncio.run(main(to_verl_omni(pickscore, on_failure="nan")))
         assert results[0]["error"] == "" and math.isnan(results[1]["score"])
@@ -591,7 +600,7 @@ class TestVerl:
             return await asyncio.gather(*calls, return_exceptions=True)
 
         first, wrong, last = asyncio.run(main())
-        assert first["score"] == pytest.approx(last["score"])
+        assert first["score"] == approx(last["score"])
         assert isinstance(wrong, RewardError) and isinstance(wrong.__cause__, FileNotFoundError)
 
     def test_verl_makes_the_image_from_the_text(
@@ -602,7 +611,7 @@ class TestVerl:
         assert compute_score.__name__ == "compute_score"
         arguments = {"data_source": "d", "ground_truth": "a cat", "extra_info": None}
         result = asyncio.run(compute_score(solution_str="one", **arguments))
-        assert result == {"score": pickscore.compute("a cat", pictures["one"])[0]}
+        assert result == {"score": approx(pickscore.compute("a cat", pictures["one"])[0])}
         with pytest.raises(KeyError):
             asyncio.run(compute_score(solution_str="two", **arguments))
 
@@ -631,8 +640,8 @@ class TestLosses:
             loss, scores = loss_fn(im_pix, PROMPTS)
         loss.mean().backward()
         expected = pickscore.compute(PROMPTS, im_pix.detach().float() / 2 + 0.5)
-        assert scores.tolist() == pytest.approx(expected, abs=1e-4)
-        assert torch.equal(loss, (1 - scores) * 0.5)
+        assert scores.tolist() == approx(expected)
+        assert loss.tolist() == approx(((1 - scores) * 0.5).tolist())
         assert loss.shape == scores.shape == (3,) and loss.dtype == torch.float32
         assert im_pix.grad is not None and im_pix.grad.dtype == dtype
         assert im_pix.grad.isfinite().all() and im_pix.grad.abs().sum() > 0
@@ -640,18 +649,18 @@ class TestLosses:
     def test_kinds_of_loss(self, pickscore: PickScoreMetric, pixels: torch.Tensor) -> None:
         reward = pickscore.reward(PROMPTS, pixels)
         margin = float(reward.median()) + 0.1
-        assert torch.equal(as_loss(pickscore)(pixels, PROMPTS)[0], -reward)
+        assert as_loss(pickscore)(pixels, PROMPTS)[0].tolist() == approx((-reward).tolist())
         relu_loss, _ = as_loss(pickscore, loss="relu_margin", margin=margin)(pixels, PROMPTS)
-        assert relu_loss.tolist() == pytest.approx([max(margin - r, 0) for r in reward.tolist()])
+        assert relu_loss.tolist() == approx([max(margin - r, 0) for r in reward.tolist()])
         assert 0 in relu_loss.tolist()
         cosine_loss, _ = as_loss(pickscore, scale="dance_grpo", loss="one_minus")(pixels, PROMPTS)
-        assert cosine_loss.tolist() == pytest.approx((1 - reward / 100).tolist(), abs=1e-5)
+        assert cosine_loss.tolist() == approx((1 - reward / 100).tolist())
 
     def test_a_metric_of_images_is_called_with_images_alone(
         self, aesthetic: AestheticMetric, pixels: torch.Tensor
     ) -> None:
         loss, reward = as_loss(aesthetic)(pixels)
-        assert reward.tolist() == aesthetic.compute(pixels)
+        assert reward.tolist() == approx(aesthetic.compute(pixels))
         assert not loss.requires_grad
 
     def test_prompts_may_be_missing_only_where_nothing_needs_them(
@@ -688,7 +697,7 @@ class TestLosses:
     ) -> None:
         wide = (pixels * 1.8 - 0.4).requires_grad_()
         _, reward = as_loss(pickscore)(wide, PROMPTS)
-        assert reward.tolist() == pickscore.compute(PROMPTS, wide.detach().clamp(0, 1))
+        assert reward.tolist() == approx(pickscore.compute(PROMPTS, wide.detach().clamp(0, 1)))
 
     @pytest.mark.parametrize(
         ("input_range", "wrong"), [((0, 1), (-1, 1)), ((0, 1), (0, 255)), ((-1, 1), (0, 255))]
@@ -724,7 +733,7 @@ class TestLosses:
     ) -> None:
         reward, metadata = to_alignprop(pickscore)(pixels.requires_grad_(), tuple(PROMPTS), ({},) * 3)
         assert metadata == {} and reward.requires_grad
-        assert reward.tolist() == pickscore.compute(PROMPTS, pixels.detach())
+        assert reward.tolist() == approx(pickscore.compute(PROMPTS, pixels.detach()))
 
     def test_srpo_subtracts_the_negative_prompt(
         self, pickscore: PickScoreMetric, pixels: torch.Tensor
@@ -803,7 +812,7 @@ class TestFlowFactory:
         if use_tensor_inputs:
             images = [(image * 255).round().byte() for image in images]
         expected = [score / 26 for score in pickscore.compute(PROMPTS, images)]
-        assert output.rewards == pytest.approx(expected, rel=1e-6)
+        assert output.rewards == approx(expected)
         assert output.extra_info == {"failures": {}}
         with pytest.raises(ValueError, match="Flow-Factory passed none"):
             model(prompt=PROMPTS, image=None)
@@ -837,7 +846,7 @@ class TestFilesOnDisk:
             all_rewards.append(reward(paths[0], PROMPTS[0]))
         rewards = torch.cat(all_rewards, dim=0).to(torch.float32)
         cosines = [row["cosine"] for row in pickscore.evaluate(PROMPTS, arrays)]
-        assert rewards.tolist() == pytest.approx([*cosines, cosines[0]], abs=1e-6)
+        assert rewards.tolist() == approx([*cosines, cosines[0]])
 
     def test_pref_grpo_passes_items(
         self, pickscore: PickScoreMetric, paths: list[str], arrays: np.ndarray
@@ -850,7 +859,7 @@ class TestFilesOnDisk:
         function = to_pref_grpo(
             pickscore, sample=lambda item: (item["instruction"], item["edited_path"]), scale=None
         )
-        assert function(edits)[0].tolist() == pickscore.compute("a cat", paths)
+        assert function(edits)[0].tolist() == approx(pickscore.compute("a cat", paths))
 
     def test_a_single_picture_counts_as_one(
         self, pickscore: PickScoreMetric, arrays: np.ndarray
@@ -860,7 +869,7 @@ class TestFilesOnDisk:
         for picture in (tensor, tensor.float() / 255, arrays[0], PIL.Image.fromarray(arrays[0])):
             assert reward(picture, "a cat").shape == reward(picture, ["a cat"]).shape == (1,)
             exact = tensor if isinstance(picture, torch.Tensor) else picture
-            assert reward(picture, "a cat").tolist() == pickscore.compute("a cat", exact)
+            assert reward(picture, "a cat").tolist() == approx(pickscore.compute("a cat", exact))
 
     def test_a_set_that_needs_groups_is_for_those_who_pass_groups(self, paths: list[str]) -> None:
         for normalize in ("group", "rank"):
@@ -878,7 +887,7 @@ class TestFilesOnDisk:
 
 def call_sites(
     pickscore: PickScoreMetric, image_reward: ImageRewardMetric, folder: Path, arrays: np.ndarray
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[], list[float]]]:
     """What each framework does with its adapter, as far as a context of the caller could reach in."""
     pictures = [PIL.Image.fromarray(array) for array in arrays]
     tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
@@ -915,10 +924,10 @@ def call_sites(
             )
         ),
         "Flow-Factory": lambda: flow_factory(prompt=PROMPTS, image=pictures).rewards,
-        "ReFL": lambda: score_gard(tokens.input_ids, tokens.attention_mask, squares).tolist(),
+        "ReFL": lambda: score_gard(tokens.input_ids, tokens.attention_mask, squares)[:, 0].tolist(),
         "Pref-GRPO": lambda: pref_grpo(
             [{"path": path, "prompt": p} for path, p in zip(paths, PROMPTS, strict=True)]
-        )[1],
+        )[1]["pickscore"],
     }
 
 
@@ -933,7 +942,7 @@ class TestContexts:
         arrays: np.ndarray,
     ) -> None:
         sites = call_sites(pickscore, image_reward, tmp_path, arrays)
-        expected = {framework: call() for framework, call in sites.items()}
+        expected = {framework: approx(call()) for framework, call in sites.items()}
         pickscore.to("cpu")  # forget the prompts, so that they are encoded in the context
         for framework, call in sites.items():
             with context():
@@ -963,7 +972,7 @@ class TestContexts:
 
 
 class TestThreads:
-    def test_eight_threads_get_in_200_calls_each_what_one_thread_gets(
+    def test_eight_threads_get_in_20_calls_each_what_one_thread_gets(
         self, pickscore: PickScoreMetric
     ) -> None:
         """Every thread has a state of its own, which no call may change or be influenced by."""
@@ -971,8 +980,8 @@ class TestThreads:
         batches = [torch.rand(1, 3, 32, 40, generator=generator) for _ in range(10)]
         reward_fn = to_flow_grpo(pickscore)("cpu")
         expected = [
-            (reward_fn(batch, [PROMPTS[i % 3]], None)[0], pickscore.compute(PROMPTS[i % 3], batch))
-            for i, batch in enumerate(batches)
+            (approx(reward_fn(batch, [prompt], None)[0]), approx(pickscore.compute(prompt, batch)))
+            for batch, prompt in zip(batches, PROMPTS * 4, strict=False)
         ]
         pickscore.to("cpu")  # forget the prompts
         contexts = [context for name, context in CONTEXTS.items() if name != "default_dtype"] * 2
@@ -980,7 +989,7 @@ class TestThreads:
         def work(thread: int) -> int:
             with contexts[thread]():
                 before = caller_state()
-                for call in range(100):
+                for call in range(20):
                     i = (call * 7 + thread) % 10
                     assert reward_fn(batches[i], [PROMPTS[i % 3]], None)[0] == expected[i][0]
                     reward = pickscore.reward(PROMPTS[i % 3], batches[i])
@@ -990,7 +999,7 @@ class TestThreads:
 
         before = caller_state()
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(work, range(8))) == [99] * 8
+            assert list(pool.map(work, range(8))) == [19] * 8
         assert caller_state() == before
 
     def test_calls_with_several_prompts_get_what_one_thread_gets(
@@ -1003,11 +1012,11 @@ class TestThreads:
             for call in range(8)
         ]
         pickscore.to("cpu")
-        expected = [reward_fn(images, prompts, None)[0] for images, prompts in calls]
+        expected = [approx(reward_fn(images, prompts, None)[0]) for images, prompts in calls]
         pickscore.to("cpu")  # forget the prompts
 
         def work(thread: int) -> None:
-            for step in range(25):
+            for step in range(8):
                 images, prompts = calls[(step + thread) % 8]
                 assert reward_fn(images, prompts, None)[0] == expected[(step + thread) % 8]
 

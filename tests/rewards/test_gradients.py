@@ -4,43 +4,39 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from classes import DIFFERENTIABLE
+from classes import DIFFERENTIABLE, metric_class
 from stand_ins import Brightness
 
 from diffsynth_metrics import AestheticMetric, ModelConfig
 from diffsynth_metrics.inputs import SharedImages
 from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_flow_grpo, to_trl
 from diffsynth_metrics.rewards.scoring import MetricScorer, stand_in
-from diffsynth_metrics.testing import tiny_checkpoint
 
 SIZES = [(64, 64), (224, 224), (512, 512), (64, 512), (300, 170), (225, 331), (512, 384)]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("gradients")
-    return {name: tiny_checkpoint(name, root / name) for name in DIFFERENTIABLE}
-
-
 # transformers computes parts of HPSv3 in float32 whatever the dtype: tests/test_hpsv3_metric.py has it.
 @pytest.fixture(scope="module", params=[name for name in DIFFERENTIABLE if name != "hpsv3"])
-def double(request: Any, folders: dict[str, Path]) -> Any:
-    return DIFFERENTIABLE[request.param].from_pretrained(
-        ModelConfig(path=folders[request.param]), device="cpu", torch_dtype=torch.float64
+def double(request: Any, tiny: Callable[[str], Path]) -> Any:
+    return metric_class(request.param).from_pretrained(
+        ModelConfig(path=tiny(request.param)), device="cpu", torch_dtype=torch.float64
     )
 
 
 @pytest.fixture(scope="module", params=DIFFERENTIABLE)
-def single(request: Any, folders: dict[str, Path]) -> Any:
-    # HPSv3 enlarges small pictures, and a hundred calls with large ones take long.
-    small = {"min_pixels": 56 * 56, "max_pixels": 56 * 56} if request.param == "hpsv3" else {}
-    return DIFFERENTIABLE[request.param].from_pretrained(
-        ModelConfig(path=folders[request.param]), device="cpu", torch_dtype=torch.float32, **small
+def single(request: Any, tiny: Callable[[str], Path], metrics: Callable[[str], Any]) -> Any:
+    if request.param != "hpsv3":
+        return metrics(request.param)
+    # It enlarges small pictures, and many calls with large ones take long.
+    small = {"min_pixels": 56 * 56, "max_pixels": 56 * 56}
+    return metric_class("hpsv3").from_pretrained(
+        ModelConfig(path=tiny("hpsv3")), device="cpu", torch_dtype=torch.float32, **small
     )
 
 
@@ -96,16 +92,16 @@ def held() -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_metric_that_was_loaded_in_inference_mode_has_gradients(
-    name: str, folders: dict[str, Path]
+    name: str, tiny: Callable[[str], Path]
 ) -> None:
     with torch.inference_mode():
-        metric = DIFFERENTIABLE[name].from_pretrained(ModelConfig(path=folders[name]), device="cpu")
+        metric = metric_class(name).from_pretrained(ModelConfig(path=tiny(name)), device="cpu")
     pixels = torch.rand(1, 3, 64, 64, requires_grad=True)
     reward(metric, pixels).sum().backward()
     assert pixels.grad is not None and pixels.grad.abs().sum() > 0
 
 
-def test_memory_after_a_hundred_calls_is_that_after_five(single: Any) -> None:
+def test_memory_after_twenty_calls_is_that_after_five(single: Any) -> None:
     rewards = RewardSet(
         {"one": Component(single, 1.0, "zscore"), "two": Component(single, 1.0, "group")}
     )
@@ -121,7 +117,7 @@ def test_memory_after_a_hundred_calls_is_that_after_five(single: Any) -> None:
         call()
     gc.collect()
     after_five = held()
-    for _ in range(95):
+    for _ in range(15):
         call()
     gc.collect()
     assert held() == after_five
@@ -167,7 +163,7 @@ def test_a_list_of_tensors_keeps_its_gradients() -> None:
     images = torch.rand(3, 3, 8, 8, requires_grad=True)
     means = MetricScorer(lambda prompts, images: [image.mean() for image in images])
     means.scored(["a"] * 3, images).values.sum().backward()
-    assert images.grad is not None and images.grad.eq(1 / images[0].numel()).all()
+    assert images.grad is not None and images.grad.allclose(torch.tensor(1 / 192))
 
     def mixed(prompts: list[str], images: Any) -> list[Any]:
         kinds = {
@@ -184,8 +180,8 @@ def test_a_list_of_tensors_keeps_its_gradients() -> None:
 class Roots(Brightness):
     """The square root of the brightness over a half, which a dark picture has not."""
 
-    def _components(self, images: Any) -> dict[str, torch.Tensor]:
-        return {"score": (super()._components(images)["score"] - 0.5).sqrt()}
+    def components(self, images: Any) -> dict[str, torch.Tensor]:
+        return {"score": (super().components(images)["score"] - 0.5).sqrt()}
 
 
 class TestBesideAFailure:
@@ -220,7 +216,8 @@ class TestBesideAFailure:
             images = SharedImages(images)
         scored = MetricScorer(metric).scored(["a"] * 4, images)
         assert scored.values.isnan().tolist() == [False, True, False, False]
-        assert scored.values[[0, 2, 3]].tolist() == metric.compute(pixels.detach()[[0, 2, 3]])
+        expected = metric.reward(pixels.detach()[[0, 2, 3]])
+        torch.testing.assert_close(scored.values[[0, 2, 3]].detach(), expected, rtol=1e-4, atol=1e-5)
         assert [error is None for error in scored.errors] == [True, False, True, True]
         stand_in(scored.values, "mean").sum().backward()
         assert pixels.grad is not None and pixels.grad.isfinite().all()

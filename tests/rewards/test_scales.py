@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,9 @@ import torch
 from stand_ins import Judge
 
 import diffsynth_metrics
-from diffsynth_metrics import CLIPMetric, HPSv2Metric, ModelConfig, PickScoreMetric
-from diffsynth_metrics.base import BaseMetric
+from diffsynth_metrics import HPSv2Metric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.rewards.scales import FRAMEWORKS, SCALES, Scale, find_scale
 from diffsynth_metrics.rewards.scoring import MetricScorer
-from diffsynth_metrics.testing import tiny_checkpoint
 
 PROMPTS = ["a cat", "a dog"]
 
@@ -22,18 +21,6 @@ PROMPTS = ["a cat", "a dog"]
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     return torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseMetric]:
-    folder: Path = tmp_path_factory.mktemp("scales")
-    classes: dict[str, Any] = {"clip": CLIPMetric, "pickscore": PickScoreMetric, "hpsv2": HPSv2Metric}
-    return {
-        name: metric.from_pretrained(
-            ModelConfig(path=tiny_checkpoint(name, folder / name)), device="cpu"
-        )
-        for name, metric in classes.items()
-    }
 
 
 @pytest.mark.parametrize(
@@ -64,20 +51,22 @@ def test_a_scale_is_what_its_framework_computes(
     scale: Any,
     component: str,
     expected: Any,
-    metrics: dict[str, Any],
+    metrics: Callable[[str], Any],
     images: torch.Tensor,
 ) -> None:
-    rows = metrics[name].evaluate(PROMPTS, images)
+    rows = metrics(name).evaluate(PROMPTS, images)
     assert abs(rows[0]["cosine"]) > 0.01
-    values = MetricScorer(metrics[name], scale).scored(PROMPTS, images).values
+    values = MetricScorer(metrics(name), scale).scored(PROMPTS, images).values
     assert values.dtype == torch.float32
-    assert values.tolist() == pytest.approx([expected(row[component]) for row in rows], rel=1e-6)
+    assert values.tolist() == pytest.approx([expected(row[component]) for row in rows], rel=1e-4)
 
 
-def test_pyiqa_has_a_prefix_a_weight_and_a_floor(metrics: dict[str, Any], images: torch.Tensor) -> None:
-    rows = metrics["clip"].evaluate([f"A photo depicts {prompt}" for prompt in PROMPTS], images)
-    values = MetricScorer(metrics["clip"], "pyiqa").scored(PROMPTS, images).values
-    assert values.tolist() == pytest.approx([2.5 * max(row["cosine"], 0) for row in rows], rel=1e-6)
+def test_pyiqa_has_a_prefix_a_weight_and_a_floor(
+    metrics: Callable[[str], Any], images: torch.Tensor
+) -> None:
+    rows = metrics("clip").evaluate([f"A photo depicts {prompt}" for prompt in PROMPTS], images)
+    values = MetricScorer(metrics("clip"), "pyiqa").scored(PROMPTS, images).values
+    assert values.tolist() == pytest.approx([2.5 * max(row["cosine"], 0) for row in rows], rel=1e-4)
 
 
 def test_unified_reward_has_the_scales_of_its_users() -> None:
@@ -89,13 +78,12 @@ def test_unified_reward_has_the_scales_of_its_users() -> None:
 
 
 def test_hpsv2_has_its_official_scale_even_when_loaded_with_upstreams(
-    tmp_path: Path, images: torch.Tensor
+    tiny: Callable[[str], Path], metrics: Callable[[str], Any], images: torch.Tensor
 ) -> None:
-    folder = ModelConfig(path=tiny_checkpoint("hpsv2", tmp_path))
+    folder = ModelConfig(path=tiny("hpsv2"))
     metric = HPSv2Metric.from_pretrained(folder, device="cpu", scale="diffsynth")
-    official = HPSv2Metric.from_pretrained(folder, device="cpu")
     values = MetricScorer(metric, "flow_grpo").scored(PROMPTS, images).values
-    assert values.tolist() == official.compute(PROMPTS, images)
+    torch.testing.assert_close(values, metrics("hpsv2").reward(PROMPTS, images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_framework_without_a_scale_of_its_own_uses_the_official_score() -> None:
@@ -126,13 +114,13 @@ def test_a_scale_may_start_from_a_dimension_of_a_judge() -> None:
     assert scored.values.isnan().all() and scored.reasons == ["no style", "no style"]
 
 
-@pytest.mark.parametrize("component", ["bogus", "text"])
+@pytest.mark.parametrize("component", ["bogus", "text", "prompt_tokens"])
 def test_a_component_that_does_not_exist_is_an_error_that_lists_those_that_do(
-    component: str, metrics: dict[str, Any], images: torch.Tensor
+    component: str, metrics: Callable[[str], Any], images: torch.Tensor
 ) -> None:
     sources = [
         (ByDimension(), "bydimension", "score, alignment"),
-        (metrics["clip"], "clip", "score, cosine"),
+        (metrics("clip"), "clip", "score, cosine"),
     ]
     for source, name, existing in sources:
         scored = MetricScorer(source, Scale(component)).scored(PROMPTS, images)
