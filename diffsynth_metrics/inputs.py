@@ -375,7 +375,7 @@ def _contents(file: Any, name: str) -> bytes:
 
 
 def _as_array(array: np.ndarray, name: str) -> PIL.Image.Image | torch.Tensor:
-    if array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+    if array.dtype.name not in ("uint8", "float16", "float32", "float64"):
         raise TypeError(
             f"{name}: an array must be uint8 in 0..255 or float in 0..1, got dtype {array.dtype}"
         )

@@ -84,15 +84,15 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
                 files.append(Path(root, name))
             elif suffix in _OTHER_PICTURES:
                 others[suffix] += 1
-    left_out = " and ".join(f"{count} {suffix} files" for suffix, count in sorted(others.items()))
+    left_out = " and ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     if not files:
         raise ValueError(
             f"there are no images in {str(folder)!r} or below it; looked for "
             f"{', '.join(extension[1:] for extension in IMAGE_EXTENSIONS)}"
-            + (f"; left out {left_out}" if left_out else "")
+            + (f"; left out {left_out} files" if left_out else "")
         )
     if left_out:
-        logger.warning("left out %s in %s: FID's packages do not read them", left_out, folder)
+        logger.warning("left out %s files in %s: FID's packages do not read them", left_out, folder)
     return sorted(files)
 
 
