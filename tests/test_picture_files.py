@@ -364,19 +364,22 @@ def test_pictures_in_memory_are_bounded_by_their_pixels(
     """Small pictures are decoded together; one above the budget is decoded while no other is."""
     monkeypatch.setattr("diffsynth_metrics.pixels.batches._PIXELS_IN_FLIGHT", 3 * 100)
     monkeypatch.setattr("diffsynth_metrics.pixels.batches.cpu_count", lambda: 8)
-    lock = threading.Lock()
+    changed = threading.Condition()
     in_flight: list[int] = []
     together = []
 
+    def too_many() -> bool:
+        return sum(in_flight) > 300 and in_flight != [900]
+
     class Watched(ShortestEdgeCrop):
         def from_pil(self, image: PIL.Image.Image) -> torch.Tensor:
-            with lock:
+            with changed:
                 in_flight.append(image.width * image.height)
                 together.append(list(in_flight))
-            pixels = super().from_pil(image)
-            with lock:
+                changed.notify_all()
+                changed.wait_for(too_many, timeout=0.02)  # a chance for one that must not come
                 in_flight.remove(image.width * image.height)
-            return pixels
+            return super().from_pil(image)
 
     images = [picture(10, 10)] * 20 + [picture(30, 30)] * 3 + [picture(10, 20)] * 20
     transform = Watched(size=8)
