@@ -305,12 +305,12 @@ def wrong_images(pictures: np.ndarray, folder: Path) -> dict[str, Any]:
     return {
         "dangling link": (linked, "there is no file '.*png'"),
         "absent path": ([*pictures[:3], folder / "absent.png", *pictures[4:]], "absent.png"),
-        "NaN": (with_nan, "nan"),
+        "NaN": (with_nan, "NaN"),
         "wrong channels": (with_alpha, r"got shape \[(1, )?4, 8, 8\]"),
-        "one tensor with NaN": (torch.stack(with_nan), "nan"),
-        "batches with NaN": (lambda: iter(torch.stack(with_nan).split(6)), "batch 0.*image 3.*nan"),
-        "images with NaN": (lambda: iter(with_nan), "batch 3.*nan"),
-        "labelled": (lambda: iter([(torch.stack(with_nan), torch.zeros(12))]), "batch 0.*image 3.*nan"),
+        "one tensor with NaN": (torch.stack(with_nan), "NaN"),
+        "batches with NaN": (lambda: iter(torch.stack(with_nan).split(6)), "batch 0.*image 3.*NaN"),
+        "images with NaN": (lambda: iter(with_nan), "batch 3.*NaN"),
+        "labelled": (lambda: iter([(torch.stack(with_nan), torch.zeros(12))]), "batch 0.*image 3.*NaN"),
         "absent path in a batch": (
             lambda: iter([[*pictures[:3], "absent.png"], list(pictures[4:])]),
             "batch 0.*image 3.*absent.png",
