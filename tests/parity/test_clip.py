@@ -20,6 +20,11 @@ from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.testing import randomize, tiny_checkpoint
 
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:.* tokens of a prompt, and :UserWarning"),  # it is cut
+]
+
 try:
     from transformers import CLIPImageProcessorPil
 except ImportError:
