@@ -205,13 +205,14 @@ def stages(sizes: list[int], count: int) -> dict[str, Any]:
         batch, result["resize"][size] = timed(lambda i=images: [prepare(image) for image in i])
         for stage in ("decode", "resize"):
             result[stage][size] /= len(files)
-    batch = np.stack(batch[:16])
-    metric._features(batch)
-    times = [timed(lambda: metric._features(batch))[1] for _ in range(5)]
-    result["network"] = min(times) / len(batch)
-    with FlopCounterMode(display=False) as counter:
-        metric._features(batch)
-    result["flop"] = counter.get_total_flops() / len(batch)
+    pixels = torch.from_numpy(np.stack(batch[:16])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        metric.model(pixels)
+        times = [timed(lambda: metric.model(pixels))[1] for _ in range(5)]
+        result["network"] = min(times) / len(pixels)
+        with FlopCounterMode(display=False) as counter:
+            metric.model(pixels)
+    result["flop"] = counter.get_total_flops() / len(pixels)
     result["peak"] = matrix_products(1024) | matrix_products(4096)
     result["distance"] = {}
     for number in (count // 2, 4000):

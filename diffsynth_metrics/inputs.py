@@ -1,17 +1,20 @@
 """What a caller passes, checked and aligned: prompts with images, each image readable.
 
-Nothing here knows a network. An image leaves this module as one of three things: an open
-``PIL.Image.Image``, a ``pathlib.Path`` that exists, or a tensor whose values were checked.
+Nothing here knows a network. An image leaves this module as one of four things: a
+``PIL.Image.Image``, a ``pathlib.Path`` that exists, the bytes of an encoded picture, or a tensor whose
+values were checked. docs/images.md says how pictures are read.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -20,6 +23,7 @@ import torch
 from diffsynth_metrics.errors import ImageError
 
 __all__ = [
+    "CheckedImage",
     "CheckedImages",
     "ImageInput",
     "ImagesInput",
@@ -29,32 +33,45 @@ __all__ = [
     "as_prompts",
     "as_rgb",
     "extremes",
+    "image_name",
+    "is_one_image",
     "open_image",
     "pair",
+    "pixel_count",
     "rounded",
 ]
 
-ImageInput: TypeAlias = "PIL.Image.Image | str | os.PathLike[str] | np.ndarray | torch.Tensor"
-"""One image: PIL, a path, an array ``[H, W, 3]`` uint8, or a tensor ``[3, H, W]``."""
+ImageInput: TypeAlias = (
+    "PIL.Image.Image | str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | torch.Tensor"
+)
+"""One image: PIL, a path, an encoded picture as bytes or as a binary file object, an array ``[H, W, 3]``
+(uint8, or float in 0..1), or a tensor ``[3, H, W]`` (uint8, or float in 0..1)."""
 
 ImagesInput: TypeAlias = "ImageInput | Sequence[ImageInput]"
 """One image or several; a tensor ``[N, 3, H, W]`` or an array ``[N, H, W, 3]`` is several."""
 
-CheckedImages: TypeAlias = "list[PIL.Image.Image | Path | torch.Tensor] | torch.Tensor | SharedImages"
+CheckedImage: TypeAlias = "PIL.Image.Image | Path | bytes | torch.Tensor"
+"""One image after checking; bytes are those of an encoded picture."""
+
+CheckedImages: TypeAlias = "list[CheckedImage] | torch.Tensor | SharedImages"
 """Several images after checking: a list, one tensor ``[N, 3, H, W]``, or either of them shared."""
 
 _EXPECTED = (
-    "a PIL image, a path, a uint8 array [H, W, 3], "
-    "or a tensor [3, H, W] (uint8 in 0..255 or float in 0..1)"
+    "a PIL image, a path, bytes or a binary file object of an encoded picture, an array [H, W, 3] "
+    "(uint8 in 0..255 or float in 0..1), or a tensor [3, H, W] (uint8 in 0..255 or float in 0..1)"
 )
 
-# Pillow's convert("RGB") cuts floats to whole numbers, which makes a picture in 0..1 black, and does not
-# know premultiplied gray.
-_NOT_PICTURES = {"F": "it is not known what range its values have", "La": "Pillow cannot make it RGB"}
+_UNKNOWN_RANGE = "it is not known what range its values have"
+
+# Pillow's convert("RGB") cuts floats to whole numbers and clips both at 255, which makes a picture in
+# 0..1 black and one in 0..65535 white; it does not know premultiplied gray.
+_NOT_PICTURES = {"F": _UNKNOWN_RANGE, "I": _UNKNOWN_RANGE, "La": "Pillow cannot make it RGB"}
+
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 # Pillow decodes a lazily opened image on first use, and two threads that do so at once with the same
-# object corrupt it. A fixed set of locks keeps different images parallel.
-_DECODE_LOCKS = [threading.Lock() for _ in range(64)]
+# object corrupt it. Several locks, because with one a list of such images would be decoded one by one.
+_DECODE_LOCKS = [threading.Lock() for _ in range(16)]
 
 
 class SharedImages(Sequence[Any]):
@@ -70,7 +87,7 @@ class SharedImages(Sequence[Any]):
     def __init__(self, images: ImagesInput, transforms: Iterable[Hashable] = ()) -> None:
         """Check the images, see :func:`as_images`; keep pixels for what is in `transforms` twice."""
         checked = as_images(images)
-        self.checked: list[PIL.Image.Image | Path | torch.Tensor] | torch.Tensor = (
+        self.checked: list[CheckedImage] | torch.Tensor = (
             checked.checked if isinstance(checked, SharedImages) else checked
         )
         self._wanted = Counter(transforms)
@@ -105,7 +122,7 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
     """
     if isinstance(prompt, str):
         prompt = [prompt]
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise TypeError(
             f"prompt must be a str or a list of str, got {type(prompt).__name__}; "
             "the order of the arguments is (prompt, images)"
@@ -124,11 +141,12 @@ def as_images(images: ImagesInput) -> CheckedImages:
     """Check images and return them as a sequence.
 
     Args:
-        images: One image or several, see :data:`ImagesInput`.
+        images: One image or several, see :data:`ImagesInput`. A ``~`` at the beginning of a path is the
+            home folder. File objects are read from their beginning to their end, and not closed.
 
     Returns:
-        A list of PIL images, existing paths and tensors ``[3, H, W]``, or the tensor
-        ``[N, 3, H, W]`` that was passed. Tensors keep their device, dtype and graph.
+        A list of PIL images, existing paths, bytes and tensors ``[3, H, W]``, or a tensor
+        ``[N, 3, H, W]``. Tensors keep their device, dtype and graph; float arrays become tensors.
 
     Raises:
         TypeError: An element is not an image, or its dtype is not one that a picture has.
@@ -143,8 +161,8 @@ def as_images(images: ImagesInput) -> CheckedImages:
         return images
     if isinstance(images, np.ndarray) and images.ndim == 4:
         images = list(images)
-    elif isinstance(images, (PIL.Image.Image, str, os.PathLike, np.ndarray, torch.Tensor)):
-        images = [images]
+    elif is_one_image(images) or isinstance(images, (np.ndarray, torch.Tensor)):
+        images = [images]  # type: ignore[list-item]
     if not isinstance(images, Sequence):
         raise TypeError(
             f"images must be {_EXPECTED}, or a list of these (not an iterator); "
@@ -153,6 +171,14 @@ def as_images(images: ImagesInput) -> CheckedImages:
     if not images:
         raise ValueError("images is empty; pass at least one image")
     return [_as_image(image, f"image {index}") for index, image in enumerate(images)]
+
+
+def is_one_image(images: object) -> bool:
+    """Tell whether this is one image, and not several nor something else."""
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return images.ndim == 3
+    encoded = (str, os.PathLike, bytes, bytearray, memoryview)
+    return isinstance(images, (PIL.Image.Image, *encoded)) or hasattr(images, "read")
 
 
 def pair(prompt: str | Sequence[str], images: ImagesInput) -> tuple[list[str], CheckedImages, int]:
@@ -166,11 +192,20 @@ def pair(prompt: str | Sequence[str], images: ImagesInput) -> tuple[list[str], C
 
     Raises:
         ValueError: The numbers differ; the message gives both.
+        TypeError, ImageError, FileNotFoundError: As :func:`as_prompts` and :func:`as_images`.
     """
-    prompts, checked = as_prompts(prompt), as_images(images)
+    prompts = as_prompts(prompt)
+    try:
+        checked = as_images(images)
+    except FileNotFoundError as error:
+        if not (prompts[0].lower().endswith(_PICTURE_SUFFIXES) or os.path.isfile(prompts[0])):
+            raise
+        raise FileNotFoundError(
+            f"the order of the arguments is (prompt, images), and prompt 0 is {prompts[0]!r}; {error}"
+        ) from None
     count = max(len(prompts), len(checked))
     prompts_fit = len(prompts) == count or isinstance(prompt, str)
-    images_fit = len(checked) == count or _is_single_image(images)
+    images_fit = len(checked) == count or is_one_image(images)
     if not (prompts_fit and images_fit):
         raise ValueError(
             f"got {len(prompts)} prompts and {len(checked)} images; pass one prompt (a str) for all "
@@ -179,34 +214,81 @@ def pair(prompt: str | Sequence[str], images: ImagesInput) -> tuple[list[str], C
     return prompts, checked, count
 
 
-def open_image(image: PIL.Image.Image | Path, name: str) -> PIL.Image.Image:
-    """Decode an image, in its own mode.
+def image_name(position: str, image: object) -> str:
+    """Return how errors call an image: by its position and, where it has one, its file.
 
     Args:
-        image: A PIL image of any mode, or a path. The first frame of an animation is read, and the
-            EXIF orientation is not applied, as in the official pipelines.
-        name: How error messages call the image.
+        position: Such as ``"image 44"``.
+        image: A PIL image, a path, or anything else, which has no file.
+
+    Returns:
+        Such as ``"image 44 (folder/x.png)"``.
+    """
+    file = image if isinstance(image, Path) else getattr(image, "filename", "")
+    return f"{position} ({file})" if file else position
+
+
+def pixel_count(image: PIL.Image.Image | Path | bytes) -> int:
+    """Return how many pixels an image has, without decoding it; 0 where :func:`open_image` will fail."""
+    if isinstance(image, PIL.Image.Image):
+        return image.width * image.height
+    try:
+        opened: PIL.Image.Image
+        with PIL.Image.open(_file(image)) as opened:
+            return opened.width * opened.height
+    except Exception:  # open_image meets it again and says which image it is
+        return 0
+
+
+def open_image(image: PIL.Image.Image | Path | bytes, name: str) -> PIL.Image.Image:
+    """Decode an image, in its own mode, but 16 bits of grey as 8.
+
+    Args:
+        image: A PIL image of any mode, a path, or an encoded picture. The first frame of an animation
+            is read, and the EXIF orientation is not applied, as in the official pipelines.
+        name: How error messages call the image, such as ``"image 44"``; they add its file.
 
     Raises:
-        ImageError: The file is not an image, or is truncated, or Pillow has no RGB for its mode.
+        ImageError: The file is not an image, or is truncated, or it is not known what its values mean.
     """
+    name = image_name(name, image)
     try:
-        if isinstance(image, Path):
-            opened: PIL.Image.Image
-            with PIL.Image.open(image) as opened:
-                opened.load()
-        else:
+        if isinstance(image, PIL.Image.Image):
             opened = image
             with _DECODE_LOCKS[id(image) // 64 % len(_DECODE_LOCKS)]:
+                if getattr(image, "tile", None) and getattr(image, "fp", None) is None:
+                    raise ValueError("it was closed before it was decoded")
                 image.load()
+        else:
+            with PIL.Image.open(_file(image)) as opened:
+                opened.load()
     except Exception as error:  # Pillow's decoders raise nearly anything, even AssertionError
-        where = image if isinstance(image, Path) else getattr(image, "filename", "") or repr(image)
-        raise ImageError(f"{name} ({where}) cannot be read: {str(error) or repr(error)}") from error
+        raise ImageError(f"{name} cannot be read: {str(error) or repr(error)}") from error
+    # Portable grey maps of more than 8 bits are mode I, and Pillow has brought them to 0..65535.
+    if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM"):
+        return _without_low_byte(opened)
     if opened.mode in _NOT_PICTURES:
         raise ImageError(
             f"{name} has mode {opened.mode!r}: {_NOT_PICTURES[opened.mode]}; convert it first"
         )
     return opened
+
+
+def _file(image: Path | bytes) -> Path | IO[bytes]:
+    return image if isinstance(image, Path) else io.BytesIO(image)
+
+
+def _without_low_byte(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Bring grey of 16 bits to mode L.
+
+    Pillow's ``convert`` would clip it at 255, so that nearly everything becomes white. Leaving out the
+    low byte is what Pillow does with 16-bit RGB, OpenCV with both, and scikit-image's ``img_as_ubyte``;
+    what was made 16-bit by a factor of 256 or 257 comes back as it was.
+    """
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # Pillow does not scale TIFF files of 12 bits
+    if image.mode not in ("I", "I;16"):
+        image = image.convert("I")
+    return image.point(lambda value: value / 2 ** (bits - 8)).convert("L")
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -240,40 +322,79 @@ def _check_prompt(prompt: object, name: str) -> None:
         raise ValueError(f"{name} is not valid Unicode: {error}") from error
 
 
-def _is_single_image(images: ImagesInput) -> bool:
-    if isinstance(images, (np.ndarray, torch.Tensor)):
-        return images.ndim == 3
-    return isinstance(images, (PIL.Image.Image, str, os.PathLike))
-
-
-def _as_image(image: object, name: str) -> PIL.Image.Image | Path | torch.Tensor:
+def _as_image(image: object, name: str) -> CheckedImage:
     if isinstance(image, PIL.Image.Image):
         if 0 in image.size:
-            raise ImageError(f"{name}: an image must have pixels, got size {image.width}x{image.height}")
+            raise ImageError(
+                f"{image_name(name, image)}: an image must have pixels, got size "
+                f"{image.width}x{image.height}"
+            )
         return image
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image)
-        # Path.is_file() raises where the name is too long, as that of a misplaced prompt is.
-        if not os.path.isfile(path):
-            if os.path.isdir(path):
-                raise FileNotFoundError(
-                    f"{name}: {os.fspath(image)!r} is a folder; pass its files, such as "
-                    "sorted(pathlib.Path(folder).glob('*.png'))"
-                )
-            raise FileNotFoundError(f"{name}: there is no file {os.fspath(image)!r}")
-        return path
+        return _as_path(os.fspath(image), name)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise TypeError(f"{name}: an array must be uint8 [H, W, 3], got dtype {image.dtype}")
-        if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise ImageError(f"{name}: an array must be [H, W, 3], got shape {list(image.shape)}")
-        return PIL.Image.fromarray(image)
+        return _as_array(image, name)
     if isinstance(image, torch.Tensor):
         if image.ndim != 3:
             raise ImageError(f"{name}: a tensor must be [3, H, W], got shape {list(image.shape)}")
         _check_tensor(image[None], name)
         return image
+    if hasattr(image, "read"):
+        return _contents(image, name)
     raise TypeError(f"{name} must be {_EXPECTED}; got {type(image).__name__}")
+
+
+def _as_path(path: str, name: str) -> Path:
+    # Path.is_file() raises where the name is too long, as that of a misplaced prompt is.
+    if not os.path.isfile(path):
+        path = os.path.expanduser(path)
+    if os.path.isfile(path):
+        return Path(path)
+    if os.path.isdir(path):
+        raise FileNotFoundError(
+            f"{name}: {path!r} is a folder; pass its files, such as "
+            "sorted(pathlib.Path(folder).glob('*.png'))"
+        )
+    raise FileNotFoundError(f"{name}: there is no file {path!r}")
+
+
+def _contents(file: Any, name: str) -> bytes:
+    """Read a file object from its beginning, as Pillow does: it may have just been written."""
+    name = f"{name} ({file.name})" if isinstance(getattr(file, "name", None), str) else name
+    try:
+        if file.seekable():
+            file.seek(0)
+        contents = file.read()
+    except Exception as error:  # closed, or opened for writing
+        raise ImageError(f"{name} cannot be read: {str(error) or repr(error)}") from error
+    if not isinstance(contents, bytes):
+        raise TypeError(f"{name}: a file object must be opened in binary mode ('rb')")
+    return contents
+
+
+def _as_array(array: np.ndarray, name: str) -> PIL.Image.Image | torch.Tensor:
+    if array.dtype.name not in ("uint8", "float16", "float32", "float64"):
+        raise TypeError(
+            f"{name}: an array must be uint8 in 0..255 or float in 0..1, got dtype {array.dtype}"
+        )
+    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        hint = ""
+        if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 1):
+            hint = "; a grey picture needs three channels: np.dstack([array] * 3)"
+        elif array.ndim == 3 and array.shape[-1] == 4:
+            hint = "; leave alpha out: array[..., :3]"
+        elif array.ndim == 3 and array.shape[0] == 3:
+            hint = "; channels last: array.transpose(1, 2, 0)"
+        raise ImageError(f"{name}: an array must be [H, W, 3], got shape {list(array.shape)}{hint}")
+    if array.dtype == np.uint8:
+        return PIL.Image.fromarray(array)
+    # torch takes no array that is read-only, runs backwards or has another byte order than the machine.
+    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    tensor = torch.from_numpy(native).permute(2, 0, 1)
+    _check_tensor(tensor[None], name)
+    return tensor
 
 
 def _check_tensor(images: torch.Tensor, name: str) -> None:
@@ -281,9 +402,12 @@ def _check_tensor(images: torch.Tensor, name: str) -> None:
     if len(images) == 0:
         raise ValueError(f"{name} is empty (shape {list(images.shape)}); pass at least one image")
     if images.shape[1] != 3 or 0 in images.shape:
-        raise ImageError(
-            f"{name}: a tensor must be [3, H, W] or [N, 3, H, W], got shape {list(images.shape)}"
-        )
+        shape = list(images.shape if name == "images" else images.shape[1:])
+        hint = ""
+        if images.shape[-1] == 3:
+            order = "0, 3, 1, 2" if name == "images" else "2, 0, 1"
+            hint = f"; its channels are last: tensor.permute({order})"
+        raise ImageError(f"{name}: a tensor must be [3, H, W] or [N, 3, H, W], got shape {shape}{hint}")
     if images.dtype == torch.uint8:
         return
     if not images.is_floating_point():
@@ -291,12 +415,23 @@ def _check_tensor(images: torch.Tensor, name: str) -> None:
     if _in_range(images):  # all at once, which torch does much faster than one by one
         return
     index = next(index for index, image in enumerate(images) if not _in_range(image))
-    low, high = (float(value) for value in extremes(images[index]))
     which = f"image {index}" if name == "images" else name
-    raise ImageError(
-        f"{which}: a float tensor must lie in 0..1, got values from {low:.8g} to {high:.8g}; clamp it, "
-        "or pass uint8 for 0..255"
-    )
+    raise ImageError(f"{which}: a float image must lie in 0..1, {_out_of_range(images[index])}")
+
+
+def _out_of_range(image: torch.Tensor) -> str:
+    """Say what is wrong with values that are not in 0..1, and what would be right where it is known."""
+    low, high = (float(value) for value in extremes(image))
+    if math.isnan(low):
+        return f"it contains NaN ({int(image.isnan().sum())} values)"
+    if math.isinf(low) or math.isinf(high):
+        return f"it contains infinity ({int(image.isinf().sum())} values)"
+    values = f"got values from {low:.8g} to {high:.8g}"
+    if -1.1 <= low < -0.1 and high <= 1.1:
+        return f"{values}; if they lie in -1..1, use (x + 1) / 2"
+    if low > -26 and 2 < high < 281:  # a tenth more on both sides, as bicubic resizing leaves it
+        return f"{values}; if they lie in 0..255, divide by 255"
+    return values
 
 
 def _in_range(values: torch.Tensor) -> bool:

@@ -45,4 +45,4 @@ metric = FIDMetric.from_pretrained(
     preprocessing=arguments.preprocessing,
 )
 score = metric.compute(reference, generated)
-print(f"FID: {score}")
+print(f"FID ({metric.preprocessing}): {score:.4f}")

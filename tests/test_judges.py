@@ -316,7 +316,7 @@ def test_an_error_of_an_edit_names_the_sample() -> None:
         metric.evaluate("a", [good, [RED, "nofile.png"]])
     with pytest.raises(TypeError, match="sample 1: image 0 must be a PIL image"):
         metric.evaluate("a", [good, [None, RED]])
-    with pytest.raises(ImageError, match=r"sample 1: image 1: a float tensor must lie in 0..1"):
+    with pytest.raises(ImageError, match=r"sample 1: image 1: a float image must lie in 0..1"):
         metric.evaluate("a", [good, [RED, torch.full((3, 8, 8), 2.0)]])
     with pytest.raises(ImageError, match="sample 1: image 0: one side may be at most 200 times"):
         metric.evaluate("a", [good, [WIDE, RED]])

@@ -9,6 +9,8 @@ import PIL.Image
 import pytest
 import torch
 
+from diffsynth_metrics.fid import preprocessing
+from diffsynth_metrics.fid.preprocessing import PREPROCESSINGS
 from diffsynth_metrics.pixels import resizing
 from diffsynth_metrics.pixels.resizing import filter_bytes, resize
 
@@ -49,20 +51,16 @@ def by_pillow(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize(("size", "new_size"), SIZES, ids=str)
-def test_bytes_equal_pillow(size: tuple[int, int], new_size: tuple[int, int]) -> None:
-    images = pictures(*size)
-    expected = by_pillow(images, *new_size)
-    assert torch.equal(resize(images, *new_size), expected / 255)
-    by_columns = images.to(memory_format=torch.channels_last)
-    assert torch.equal(resize(by_columns, *new_size), expected / 255)
-
-
-@pytest.mark.parametrize(("size", "new_size"), SIZES, ids=str)
-def test_integers_equal_pillow(size: tuple[int, int], new_size: tuple[int, int]) -> None:
-    """What an accelerator does can be tried on a CPU as well."""
-    images = pictures(*size)
-    assert torch.equal(filter_bytes(images, *new_size), by_pillow(images, *new_size))
+def test_bytes_equal_pillow() -> None:
+    for size, new_size in SIZES:
+        images = pictures(*size)
+        expected = by_pillow(images, *new_size)
+        # What an accelerator does can be tried on a CPU as well.
+        assert torch.equal(filter_bytes(images, *new_size), expected), (size, new_size)
+        for given in (images, images.to(memory_format=torch.channels_last)):
+            resized = resize(given, *new_size) * 255
+            assert torch.equal(resized.round(), expected.float()), (size, new_size)
+            torch.testing.assert_close(resized, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_integers_equal_pillow_at_any_ratio() -> None:
@@ -88,7 +86,39 @@ def test_what_lies_elsewhere_is_filtered_there(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
 def test_the_same_size_is_the_same_image(dtype: torch.dtype) -> None:
     images = pictures(20, 31) if dtype == torch.uint8 else pictures(20, 31) / 255
-    assert torch.equal(resize(images, 20, 31), pictures(20, 31) / 255)
+    resized = resize(images, 20, 31)
+    torch.testing.assert_close(resized, pictures(20, 31) / 255, rtol=1e-6, atol=1e-7)
+    assert resized.data_ptr() != images.data_ptr()  # what becomes of it may be written to
+
+
+def test_strips_are_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = PIL.Image.fromarray(pictures(30, 47)[0].permute(1, 2, 0).numpy())
+    for size in (1, 100, 47 * 30, 10**6):
+        monkeypatch.setattr(resizing, "STRIP_PIXELS", size)
+        for of_columns in (False, True):
+            whole = PIL.Image.new("RGB", image.size)
+            for corner, strip in resizing.strips(image, of_columns=of_columns):
+                assert strip.width * strip.height <= max(size, 47)
+                whole.paste(strip, corner)
+            assert whole == image
+
+
+def test_fid_resizes_strips_as_pillow_does_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for height, width in ((300, 451), (451, 300), (600, 200), (299, 500), (400, 299), (50, 60)):
+        image = PIL.Image.fromarray(pictures(height, width)[0].permute(1, 2, 0).numpy())
+        expected: dict[int, dict[str, np.ndarray]] = {}
+        for strip in (10**9, 3_000):
+            monkeypatch.setattr(resizing, "STRIP_PIXELS", strip)
+            monkeypatch.setattr(preprocessing, "STRIP_PIXELS", strip)
+            expected[strip] = {name: found(image) for name, found in PREPROCESSINGS.items()}
+        for name, pixels in expected[3_000].items():
+            np.testing.assert_allclose(pixels, expected[10**9][name], atol=1e-5, err_msg=name)
+        channels = [channel.convert("F") for channel in image.split()]
+        bicubic = [channel.resize((299, 299), PIL.Image.Resampling.BICUBIC) for channel in channels]
+        whole = np.stack([np.asarray(channel) for channel in bicubic], axis=-1)
+        np.testing.assert_allclose(
+            expected[3_000]["clean"] * 128 + 128, whole.clip(0, 255), atol=1e-3, rtol=0
+        )
 
 
 @pytest.mark.parametrize(

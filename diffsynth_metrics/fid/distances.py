@@ -1,8 +1,8 @@
 """Distances between two sets of features, as pure functions on arrays; nothing here knows images.
 
 Sources: FID, Heusel et al. 2017 (arXiv:1706.08500); KID, Binkowski et al. 2018 (arXiv:1801.01401);
-FID_infinity, Chong and Forsyth 2020 (arXiv:1911.07023); precision and recall, Kynkäänniemi et al. 2019
-(arXiv:1904.06991); density and coverage, Naeem et al. 2020 (arXiv:2002.09797).
+precision and recall, Kynkäänniemi et al. 2019 (arXiv:1904.06991); density and coverage, Naeem et al.
+2020 (arXiv:2002.09797).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 __all__ = [
+    "check_covariance",
     "factor_of_covariance",
     "factor_of_features",
-    "fid_infinity",
     "frechet_distance",
     "frechet_terms",
     "kernel_distance",
@@ -32,8 +32,8 @@ _CHUNK = 1024
 _TIE = 1e-12
 
 
-FEWEST_FOR_KID, FEWEST_FOR_PRDC, FEWEST_FOR_INFINITY = 4, 6, 20
-"""The fewest images for a measure: two in half of a side, one more than neighbours, two in a tenth."""
+FEWEST_FOR_KID, FEWEST_FOR_PRDC = 4, 6
+"""The fewest images for a measure: two in half of a side; one more than neighbours."""
 
 
 def frechet_distance(
@@ -101,13 +101,12 @@ def factor_of_features(features: np.ndarray) -> np.ndarray:
     return factor
 
 
-def factor_of_covariance(covariance: np.ndarray) -> np.ndarray:
-    """Return F, float64 ``[R, D]`` with R the numerical rank, with ``F' F`` the covariance ``[D, D]``.
+def check_covariance(covariance: np.ndarray) -> None:
+    """Check what is quickly checked of a covariance ``[D, D]``.
 
     Raises:
-        ValueError: It is not square, not finite, not symmetric or has a negative eigenvalue.
+        ValueError: It is not square, not finite or not symmetric.
     """
-    covariance = np.asarray(covariance, dtype=np.float64)
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"a covariance must be a square matrix, got shape {covariance.shape}")
     if not np.isfinite(covariance).all():
@@ -115,6 +114,16 @@ def factor_of_covariance(covariance: np.ndarray) -> np.ndarray:
     largest = np.abs(covariance).max(initial=0.0)
     if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-5 * largest:
         raise ValueError("the covariance is not symmetric")
+
+
+def factor_of_covariance(covariance: np.ndarray) -> np.ndarray:
+    """Return F, float64 ``[R, D]`` with R the numerical rank, with ``F' F`` the covariance ``[D, D]``.
+
+    Raises:
+        ValueError: It is not square, not finite, not symmetric or has a negative eigenvalue.
+    """
+    covariance = np.asarray(covariance, dtype=np.float64)
+    check_covariance(covariance)
     try:
         lower = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:  # singular, as far as float64 can tell
@@ -146,56 +155,6 @@ def _nuclear_norm(matrix: np.ndarray) -> float:
     if squares[0] > _WELL_CONDITIONED * squares[-1]:
         return float(np.sqrt(squares).sum())
     return float(np.linalg.svd(matrix, compute_uv=False).sum())
-
-
-def fid_infinity(
-    mean: np.ndarray, factor: np.ndarray, features: np.ndarray, *, seed: int = 0, points: int = 15
-) -> float:
-    """Extrapolate FID to infinitely many generated images.
-
-    FID's bias falls as 1/N: it is computed for random subsets of growing size, and the line through
-    these values over 1/N is read at 0. The bias of a finite reference set remains.
-
-    Args:
-        mean: Mean of the reference features, float64 ``[D]``.
-        factor: Factor of their covariance, float64 ``[R, D]``.
-        features: Features of the generated images, ``[N, D]``.
-        seed: Seed of the subsets.
-        points: Number of subsets. The largest has all images, the smallest a tenth of them or 2,048
-            (half of them at most), because the line is straight only beyond that.
-
-    Raises:
-        ValueError: There are fewer than 20 generated images.
-    """
-    count = len(features)
-    if count < FEWEST_FOR_INFINITY:
-        raise ValueError(
-            f"FID_infinity needs at least {FEWEST_FOR_INFINITY} generated images, got {count}"
-        )
-    generator = np.random.default_rng(seed)
-    smallest = max(count // 10, min(count // 2, features.shape[1]))
-    sizes = np.linspace(smallest, count, points).astype(int)
-    values = []
-    for size in sizes:
-        own = _mean_and_factor(features, generator.choice(count, size, replace=False))
-        values.append(sum(frechet_terms(mean, factor, *own)))
-    slope_and_intercept = np.polyfit(1 / sizes, values, 1)
-    return float(slope_and_intercept[1])
-
-
-def _mean_and_factor(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and covariance factor of the chosen rows, of which a chunk at a time is float64."""
-    count, dimensions = len(chosen), features.shape[1]
-    if count <= dimensions:
-        subset = features[chosen].astype(np.float64)
-        return subset.mean(axis=0), factor_of_features(subset)
-    chunks = [chosen[start : start + _CHUNK] for start in range(0, count, _CHUNK)]
-    mean = np.sum([features[chunk].sum(axis=0, dtype=np.float64) for chunk in chunks], axis=0) / count
-    scatter = np.zeros((dimensions, dimensions))
-    for chunk in chunks:
-        centred = features[chunk] - mean
-        scatter += centred.T @ centred
-    return mean, factor_of_covariance(scatter / (count - 1))
 
 
 def kernel_distance(

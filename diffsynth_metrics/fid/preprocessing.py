@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 
 from diffsynth_metrics.inputs import as_rgb
+from diffsynth_metrics.pixels.resizing import STRIP_PIXELS, columns_first, strips
 
 __all__ = ["PREPROCESSINGS", "Preprocessing", "find_preprocessing"]
 
@@ -36,7 +37,7 @@ class Preprocessing:
     def __call__(self, image: PIL.Image.Image) -> np.ndarray:
         """Map a loaded image of any mode to the network's input, float32 ``[299, 299, 3]``.
 
-        Every package converts to RGB first; alpha is dropped, 16-bit values above 255 become 255.
+        Every package converts to RGB first; alpha is dropped.
         """
         pixels = self.resize(as_rgb(image))
         pixels -= np.float32(self.centre)
@@ -59,15 +60,25 @@ def _bilinear_antialiased(image: PIL.Image.Image) -> np.ndarray:
 
 
 def _resize_channels(image: PIL.Image.Image, resampling: PIL.Image.Resampling) -> np.ndarray:
-    """Resize each channel as floats, so that nothing is rounded to bytes on the way."""
-    channels = [channel.convert("F").resize(_SIZE, resampling) for channel in image.split()]
-    return np.stack([np.asarray(channel) for channel in channels], axis=-1)
+    """Resize each channel as floats, so that nothing is rounded to bytes on the way.
+
+    This is ``channel.convert("F").resize((299, 299), resampling)`` to the bit, without the whole picture
+    in floats: Pillow's first pass goes strip by strip.
+    """
+    by_columns = columns_first(image.height, image.width, *_SIZE)
+    between = (image.width, 299) if by_columns else (299, image.height)
+    channels = [PIL.Image.new("F", between) for _ in range(3)]
+    for corner, strip in strips(image, of_columns=by_columns):
+        size = (strip.width, 299) if by_columns else (299, strip.height)
+        for channel, part in zip(channels, strip.split(), strict=True):
+            channel.paste(part.convert("F").resize(size, resampling), corner)
+    return np.stack([np.asarray(channel.resize(_SIZE, resampling)) for channel in channels], axis=-1)
 
 
 def _bilinear(image: PIL.Image.Image) -> np.ndarray:
     """Interpolate between the two nearest pixels, as torch does: pixels are areas."""
     return _interpolate(
-        np.asarray(image),
+        image,
         *(
             np.maximum((np.arange(299) + 0.5) * (length / 299) - 0.5, 0).astype(np.float32)
             for length in (image.height, image.width)
@@ -78,7 +89,7 @@ def _bilinear(image: PIL.Image.Image) -> np.ndarray:
 def _bilinear_tensorflow(image: PIL.Image.Image) -> np.ndarray:
     """Interpolate between the two nearest pixels, as TensorFlow 1 does: pixels are corner points."""
     return _interpolate(
-        np.asarray(image),
+        image,
         *(
             np.arange(299, dtype=np.float32) * np.float32(length / 299)
             for length in (image.height, image.width)
@@ -86,23 +97,26 @@ def _bilinear_tensorflow(image: PIL.Image.Image) -> np.ndarray:
     )
 
 
-def _interpolate(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Read bytes ``[H, W, 3]`` at fractional rows and columns: float32 ``[299, 299, 3]``."""
+def _interpolate(image: PIL.Image.Image, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Read an RGB image at fractional rows and columns: float32 ``[299, 299, 3]``."""
     top, left = rows.astype(np.intp), columns.astype(np.intp)
-    bottom = np.minimum(top + 1, pixels.shape[0] - 1)
-    right = np.minimum(left + 1, pixels.shape[1] - 1)
+    bottom = np.minimum(top + 1, image.height - 1)
+    right = np.minimum(left + 1, image.width - 1)
     down = (rows - top.astype(np.float32))[:, None, None]
     across = (columns - left.astype(np.float32))[:, None]
 
-    def along(row: np.ndarray) -> np.ndarray:
-        line = pixels[row]
-        first = line[:, left].astype(np.float32)
-        between: np.ndarray = first + (line[:, right].astype(np.float32) - first) * across
+    def along(lines: np.ndarray) -> np.ndarray:
+        first = lines[:, left].astype(np.float32)
+        between: np.ndarray = first + (lines[:, right].astype(np.float32) - first) * across
         return between
 
-    upper = along(top)
-    between: np.ndarray = upper + (along(bottom) - upper) * down
-    return between
+    parts = []
+    for part in np.array_split(np.arange(299), min(299, 1 + image.width * image.height // STRIP_PIXELS)):
+        start, stop = top[part[0]], bottom[part[-1]] + 1
+        pixels = np.asarray(image.crop((0, start, image.width, stop)))
+        upper = along(pixels[top[part] - start])
+        parts.append(upper + (along(pixels[bottom[part] - start]) - upper) * down[part])
+    return np.concatenate(parts)
 
 
 PREPROCESSINGS = {

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -21,7 +20,16 @@ from tqdm import tqdm
 
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.fid.preprocessing import Preprocessing
-from diffsynth_metrics.inputs import ImagesInput, as_images, as_pil, open_image
+from diffsynth_metrics.inputs import (
+    CheckedImage,
+    ImagesInput,
+    as_images,
+    as_pil,
+    is_one_image,
+    open_image,
+    pixel_count,
+)
+from diffsynth_metrics.pixels.batches import prepare_ahead
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -35,6 +43,11 @@ __all__ = [
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The files of a folder that are read, in any case."""
 
+_OTHER_PICTURES = frozenset(
+    ".apng .avif .gif .heic .heif .ico .jfif .jp2 .jpe .jxl .npy .pbm .pnm .psd .svg .tga".split()
+)
+"""Files of pictures that are left out, as pytorch-fid, clean-fid and torch-fidelity leave them out."""
+
 ImageSource: TypeAlias = "ImagesInput | Iterable[Any]"
 """A folder, images, or an iterable of images or of batches of them."""
 
@@ -47,13 +60,14 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the image files in a folder and below it, sorted.
 
     Names that begin with a dot are left out. Links are followed, and every folder is read once even if
-    links lead to it again.
+    links lead to it again. A warning is logged of pictures in formats that FID's packages do not read.
 
     Raises:
         ValueError: There are no images.
         OSError: A folder cannot be listed; the message names it.
     """
     files: list[Path] = []
+    others: Counter[str] = Counter()
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_stop):
         status = os.stat(root)
@@ -62,16 +76,23 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [
-            Path(root, name)
-            for name in names
-            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
-        ]
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_EXTENSIONS:
+                files.append(Path(root, name))
+            elif suffix in _OTHER_PICTURES:
+                others[suffix] += 1
+    left_out = " and ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     if not files:
         raise ValueError(
             f"there are no images in {str(folder)!r} or below it; looked for "
             f"{', '.join(extension[1:] for extension in IMAGE_EXTENSIONS)}"
+            + (f"; left out {left_out} files" if left_out else "")
         )
+    if left_out:
+        logger.warning("left out %s files in %s: FID's packages do not read them", left_out, folder)
     return sorted(files)
 
 
@@ -97,8 +118,8 @@ def choose_workers(num_workers: int | None) -> int:
 class ImageReader:
     """The images of a source as batches of network inputs, in order; iterate once.
 
-    Worker threads decode and resize (Pillow releases the GIL) at most two batches ahead of the
-    consumer, so memory does not grow with the number of images.
+    Worker threads decode and resize at most two batches ahead of the consumer, bounded by pixels in
+    flight, so memory does not grow with the number of images.
 
     Attributes:
         preprocessing: What is done to each image.
@@ -165,25 +186,14 @@ class ImageReader:
             yield np.stack(batch)
 
     def _in_order(self) -> Iterator[np.ndarray | ImageError]:
-        if self._workers == 0:
-            for name, image in self._images:
-                yield self._prepare(name, image)
-            return
-        pending: deque[Future[np.ndarray | ImageError]] = deque()
-        pool = ThreadPoolExecutor(self._workers, "diffsynth_metrics")
-        try:
-            for name, image in self._images:
-                pending.append(pool.submit(self._prepare, name, image))
-                if len(pending) > 2 * self._batch_size:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return prepare_ahead(
+            self._images, self._prepare, _pixels, workers=self._workers, ahead=2 * self._batch_size
+        )
 
-    def _prepare(self, name: str, image: PIL.Image.Image | Path | ImageError) -> np.ndarray | ImageError:
+    def _prepare(self, named: _Named) -> np.ndarray | ImageError:
+        name, image = named
         if isinstance(image, ImageError):
-            return ImageError(f"{name}: {image}")
+            return image
         try:
             return self.preprocessing(open_image(image, name))
         except ImageError as error:
@@ -192,19 +202,24 @@ class ImageReader:
             return error
 
 
-_Named = tuple[str, "PIL.Image.Image | Path | ImageError"]
+_Named = tuple[str, "PIL.Image.Image | Path | bytes | ImageError"]
+"""How messages call an image, and the image, or what is wrong with it."""
+
+
+def _pixels(named: _Named) -> int:
+    return 0 if isinstance(named[1], ImageError) else pixel_count(named[1])
 
 
 def _open_source(source: ImageSource, on_error: OnError) -> tuple[Iterator[_Named], int | None]:
     """Return the images of a source with names for messages, and their number if it is known."""
     if isinstance(source, (str, os.PathLike)):
+        folder = source if os.path.exists(source) else os.path.expanduser(source)
         # A name that does not exist is a mistyped folder rather than an image to skip.
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"there is no folder {os.fspath(source)!r}")
-        source = image_files(source) if os.path.isdir(source) else as_images(source)
-    single = (PIL.Image.Image, np.ndarray, torch.Tensor)
-    if isinstance(source, (*single, Sequence)):
-        images = _check(source, on_error)
+        if not os.path.exists(folder):
+            raise FileNotFoundError(f"there is no folder {os.fspath(folder)!r}")
+        source = image_files(folder) if os.path.isdir(folder) else as_images(folder)
+    if is_one_image(source) or isinstance(source, (np.ndarray, torch.Tensor, Sequence)):
+        images = _check(cast(ImagesInput, source), on_error)
         return _named(images), len(images)
     if not isinstance(source, Iterable) or isinstance(source, (dict, set)):
         raise TypeError(
@@ -217,7 +232,7 @@ def _open_source(source: ImageSource, on_error: OnError) -> tuple[Iterator[_Name
 def _from_batches(batches: Iterable[Any], on_error: OnError) -> Iterator[_Named]:
     for number, batch in enumerate(batches):
         try:
-            images = _check(_without_labels(batch), on_error)
+            images = _check(_without_labels(batch), on_error, f"batch {number}, ")
         except (ImageError, TypeError, ValueError, FileNotFoundError) as error:
             raise type(error)(f"batch {number}: {error}") from error
         for name, image in _named(images, f"batch {number}, "):
@@ -228,7 +243,7 @@ def _from_batches(batches: Iterable[Any], on_error: OnError) -> Iterator[_Named]
                 except ImageError as error:
                     if on_error == "raise":
                         raise
-                    image = ImageError(str(error).removeprefix(f"{name} "))
+                    image = error
             yield name, image
 
 
@@ -241,36 +256,31 @@ def _without_labels(batch: Any) -> Any:
     return batch[0]
 
 
-def _check(images: ImagesInput, on_error: OnError) -> Sequence[Any]:
+def _check(images: ImagesInput, on_error: OnError, batch: str = "") -> Sequence[Any]:
     """Return the checked images; to skip, with an error in the place of every image that has one."""
     try:
         return cast(Sequence[Any], as_images(images))
     except (ImageError, FileNotFoundError):
         if on_error == "raise":
             raise
-    several = not isinstance(images, str) and (
-        isinstance(images, Sequence) or getattr(images, "ndim", 0) == 4
-    )
-    items: Any = images if several else [images]
-    return [_check_one(item, index) for index, item in enumerate(items)]
+    items: Any = [images] if is_one_image(images) else images
+    return [_check_one(item, f"image {index}", batch) for index, item in enumerate(items)]
 
 
-def _check_one(image: Any, index: int) -> PIL.Image.Image | Path | torch.Tensor | ImageError:
+def _check_one(image: Any, name: str, batch: str) -> CheckedImage | ImageError:
     try:
         return as_images([image])[0]
     except (ImageError, FileNotFoundError) as error:
-        return ImageError(str(error).removeprefix("image 0: "))
+        return ImageError(str(error).replace("image 0", f"{batch}{name}", 1))
     except TypeError as error:  # nothing that a picture could be: a mistake in the caller's code
-        raise TypeError(str(error).replace("image 0", f"image {index}", 1)) from error
+        raise TypeError(str(error).replace("image 0", name, 1)) from error
 
 
 def _named(images: Sequence[Any], batch: str = "") -> Iterator[_Named]:
     return ((f"{batch}image {index}", _as_pil(images[index])) for index in range(len(images)))
 
 
-def _as_pil(
-    image: PIL.Image.Image | Path | torch.Tensor | ImageError,
-) -> PIL.Image.Image | Path | ImageError:
+def _as_pil(image: CheckedImage | ImageError) -> PIL.Image.Image | Path | bytes | ImageError:
     """Turn a tensor ``[3, H, W]`` into what it would be in a file: floats are rounded to bytes.
 
     It is a copy, so the caller may write to the tensor before a worker has read it.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,21 @@ from typing import Any
 import numpy as np
 from typing_extensions import Self
 
-from diffsynth_metrics.fid.distances import factor_of_covariance, factor_of_features, frechet_terms
+from diffsynth_metrics.fid.distances import (
+    check_covariance,
+    factor_of_covariance,
+    factor_of_features,
+    frechet_terms,
+)
 
-__all__ = ["FIDStatistics", "FeatureRows", "compare_statistics"]
+__all__ = ["FIDStatistics", "compare_statistics", "differences_of_making", "fid_infinity"]
+
+FEWEST_FOR_INFINITY = 20
+"""The fewest images for :func:`fid_infinity`: two in a tenth of them."""
 
 # Folding many rows at once is faster; once there is a matrix, few are left for every reader to add.
 _ROWS_KEPT = 256
+_ROWS_AT_ONCE = 1024
 _TEXTS = ("preprocessing", "weights", "dtype")
 _KEYS = ("mu", "sigma", "count", "skipped", *_TEXTS)
 
@@ -29,7 +38,8 @@ class FIDStatistics:
     fast; more are folded into one matrix, so memory does not grow. Shards from several processes or
     machines merge to what one process would have found, and the order of arrival does not matter.
 
-    It unpacks as ``mean, covariance = statistics``.
+    It is used like the tuple of ``diffsynth.metrics``: ``mean, covariance = statistics``, and
+    ``statistics[0]`` is the mean.
 
     Example:
         >>> total = FIDStatistics.load("shard_0.npz").merge(FIDStatistics.load("shard_1.npz"))
@@ -78,7 +88,7 @@ class FIDStatistics:
         has no covariance, they can be merged, and the values of the matrix are not looked at.
 
         Raises:
-            ValueError: Shapes do not fit, or values are not finite.
+            ValueError: Shapes do not fit, values are not finite, or the matrix is not symmetric.
         """
         mean, covariance = np.asarray(mean), np.asarray(covariance)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
@@ -90,8 +100,9 @@ class FIDStatistics:
             raise ValueError(f"count must be at least 0, got {count}")
         if count in (0, 1):
             covariance = np.zeros(covariance.shape)
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError("mean or covariance hold values that are not finite")
+        if not np.isfinite(mean).all():
+            raise ValueError("the mean holds values that are not finite")
+        check_covariance(covariance)
         statistics = cls(preprocessing=preprocessing, weights=weights, dtype=dtype, skipped=skipped)
         statistics._folded = count
         statistics._mean = mean.astype(np.float64)
@@ -102,6 +113,11 @@ class FIDStatistics:
     def count(self) -> int | None:
         """How many images were counted, or None for a file that does not say."""
         return None if self._folded is None else self._folded + sum(map(len, self._rows))
+
+    @property
+    def dimensions(self) -> int:
+        """How many features an image has; 0 before the first image."""
+        return self._rows[0].shape[1] if self._rows else len(self._mean)
 
     @property
     def mean(self) -> np.ndarray:
@@ -187,7 +203,7 @@ class FIDStatistics:
         Raises:
             ValueError: The name does not end in ``.npz``.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise ValueError(f"statistics are saved to a name that ends in .npz, got {str(path)!r}")
         mean = self.mean
@@ -218,6 +234,7 @@ class FIDStatistics:
             ValueError: It is not an ``.npz`` file, or has no ``mu`` or ``sigma``, or its
                 preprocessing is another one.
         """
+        path = Path(path).expanduser()
         try:
             with np.load(path, allow_pickle=False) as file:
                 # No others: they may be large, such as ADM's images, or objects that are not loaded.
@@ -228,19 +245,28 @@ class FIDStatistics:
         except Exception as error:  # np.load raises whatever zip, zlib and pickle raise
             raise ValueError(f"{path} is not a readable .npz file: {error}") from error
         if missing := {"mu", "sigma"} - arrays.keys():
-            raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}, only {names}")
+            message = f"{path} has no {' and no '.join(sorted(missing))}, only {', '.join(names)}"
+            if "arr_0" in names:  # as ADM and numpy.savez call an array without a name
+                message += (
+                    ". If arr_0 holds the images, uint8 [N, H, W, 3], pass them instead of the file: "
+                    f"numpy.load({str(path)!r})['arr_0']"
+                )
+            raise ValueError(message)
         texts = {name: str(arrays[name]) for name in _TEXTS if name in arrays}
         said = texts.pop("preprocessing", None)
         if said and preprocessing and said != preprocessing:
             raise ValueError(f"{path} was prepared as {said!r}, not {preprocessing!r}")
-        return cls.from_moments(
-            arrays["mu"],
-            arrays["sigma"],
-            int(arrays["count"]) if "count" in arrays else None,
-            preprocessing=said or preprocessing,
-            skipped=int(arrays["skipped"]) if "skipped" in arrays else 0,
-            **texts,
-        )
+        try:
+            return cls.from_moments(
+                arrays["mu"],
+                arrays["sigma"],
+                int(arrays["count"]) if "count" in arrays else None,
+                preprocessing=said or preprocessing,
+                skipped=int(arrays["skipped"]) if "skipped" in arrays else 0,
+                **texts,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no statistics: {error}") from error
 
     def mean_and_factor(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean ``[D]`` and F ``[R, D]`` with ``F' F`` the covariance, both float64.
@@ -258,6 +284,14 @@ class FIDStatistics:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the mean and the covariance."""
         return iter((self.mean, self.covariance))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the mean (0) or the covariance (1)."""
+        return (self.mean, self.covariance)[index]
+
+    def __len__(self) -> int:
+        """Return 2, for mean and covariance; see ``count`` for the number of images."""
+        return 2
 
     def __repr__(self) -> str:
         """Show what is known, not the arrays."""
@@ -289,38 +323,8 @@ class FIDStatistics:
             )
 
     def _need_dimensions(self, dimensions: int) -> None:
-        own = self._rows[0].shape[1] if self._rows else len(self._mean)
-        if self.count and own != dimensions:
-            raise ValueError(f"features have {dimensions} dimensions here and {own} there")
-
-
-class FeatureRows:
-    """Features that arrive batch by batch, in one array: joining them at the end would take it twice.
-
-    Attributes:
-        count: How many rows there are.
-    """
-
-    def __init__(self) -> None:
-        """Start without rows."""
-        self.count = 0
-        self._array = np.empty((0, 0), dtype=np.float32)
-
-    def append(self, features: np.ndarray) -> None:
-        """Add rows, float32 ``[B, D]``."""
-        end = self.count + len(features)
-        if end > len(self._array):
-            # An eighth more than needed, so that few of these copy; most systems only move pages.
-            self._array.resize((end + end // 8, features.shape[1]), refcheck=False)
-        self._array[self.count : end] = features
-        self.count = end
-
-    def take(self) -> np.ndarray:
-        """Hand over the rows, float32 ``[N, D]``, and start anew."""
-        taken, self._array = self._array, np.empty((0, 0), dtype=np.float32)
-        taken.resize((self.count, taken.shape[1]), refcheck=False)
-        self.count = 0
-        return taken
+        if self.count and self.dimensions != dimensions:
+            raise ValueError(f"features have {dimensions} dimensions here and {self.dimensions} there")
 
 
 _Moments = tuple[int | None, np.ndarray, np.ndarray]
@@ -343,43 +347,74 @@ def _add(first: _Moments, second: _Moments) -> _Moments:
 
 
 def compare_statistics(reference: FIDStatistics, generated: FIDStatistics) -> tuple[float, float]:
-    """Return the mean term and the covariance term of FID, and warn of sides that do not fit.
+    """Return the mean term and the covariance term of FID.
 
     Raises:
         ValueError: A side has fewer than two images, or their features differ in width.
     """
-    _warn_of_differences(reference, generated)
     return frechet_terms(*reference.mean_and_factor(), *generated.mean_and_factor())
 
 
-def _warn_of_differences(reference: FIDStatistics, generated: FIDStatistics) -> None:
+def differences_of_making(reference: FIDStatistics, generated: FIDStatistics) -> list[str]:
+    """Say in sentences in what the sides were made differently, apart from their images."""
+    differences = []
     sides = (reference.preprocessing, generated.preprocessing)
     if None in sides and sides != (None, None):
-        warnings.warn(
+        differences.append(
             f"one side was prepared as {sides[0] or sides[1]!r} and the other does not say how; if it "
             "was another preprocessing this FID means nothing. Tell it by "
-            "FIDStatistics.load(path, preprocessing=...)",
-            UserWarning,
-            stacklevel=4,
+            "FIDStatistics.load(path, preprocessing=...)"
         )
     elif sides[0] != sides[1]:
-        warnings.warn(
+        differences.append(
             f"the reference was prepared as {sides[0]!r} and the generated images as {sides[1]!r}: this "
-            "FID compares resizing methods as well as images",
-            UserWarning,
-            stacklevel=4,
+            "FID compares resizing methods as well as images"
         )
     if reference.weights and generated.weights and reference.weights != generated.weights:
-        warnings.warn(
+        differences.append(
             "the two sides' features were made with different weights "
-            f"({reference.weights[:12]} and {generated.weights[:12]}): this FID means nothing",
-            UserWarning,
-            stacklevel=4,
+            f"({reference.weights[:12]} and {generated.weights[:12]}): this FID means nothing"
         )
     if reference.dtype and generated.dtype and reference.dtype != generated.dtype:
-        warnings.warn(
+        differences.append(
             f"the two sides' features were made by networks in {reference.dtype} and {generated.dtype}: "
-            "the difference in rounding adds to this FID",
-            UserWarning,
-            stacklevel=4,
+            "the difference in rounding adds to this FID"
         )
+    return differences
+
+
+def fid_infinity(
+    reference: FIDStatistics, features: np.ndarray, *, seed: int = 0, points: int = 15
+) -> float:
+    """Extrapolate FID to infinitely many generated images (Chong and Forsyth 2020, arXiv:1911.07023).
+
+    FID's bias falls as 1/N: it is computed for random subsets of growing size, and the line through
+    these values over 1/N is read at 0. The bias of a finite reference set remains.
+
+    Args:
+        reference: Statistics of the reference images.
+        features: Features of the generated images, ``[N, D]``.
+        seed: Seed of the subsets.
+        points: Number of subsets. The largest has all images, the smallest a tenth of them or D (half
+            of them at most), because the line is straight only beyond that.
+
+    Raises:
+        ValueError: There are fewer than 20 generated images.
+    """
+    count, dimensions = features.shape
+    if count < FEWEST_FOR_INFINITY:
+        raise ValueError(
+            f"FID_infinity needs at least {FEWEST_FOR_INFINITY} generated images, got {count}"
+        )
+    generator = np.random.default_rng(seed)
+    reference_side = reference.mean_and_factor()
+    sizes = np.linspace(max(count // 10, min(count // 2, dimensions)), count, points).astype(int)
+    values = []
+    for size in sizes:
+        chosen = generator.choice(count, size, replace=False)
+        subset = FIDStatistics()
+        for part in np.array_split(chosen, math.ceil(size / _ROWS_AT_ONCE)):
+            subset.update(features[part])
+        values.append(sum(frechet_terms(*reference_side, *subset.mean_and_factor())))
+    slope_and_intercept = np.polyfit(1 / sizes, values, 1)
+    return float(slope_and_intercept[1])

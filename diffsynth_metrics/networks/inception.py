@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import (
     BasicConv2d,
     Inception3,
@@ -17,7 +16,7 @@ from torchvision.models.inception import (
     InceptionE,
 )
 
-__all__ = ["FEATURES", "SIZE", "build_inception", "optimize_inception"]
+__all__ = ["FEATURES", "SIZE", "build_inception"]
 
 SIZE = 299
 """Height and width of the network's input."""
@@ -92,19 +91,3 @@ def build_inception() -> Inception3:
                 InceptionAux,
             ],
         )
-
-
-def optimize_inception(model: Inception3) -> Inception3:
-    """Turn a loaded network in evaluation mode, float32 or wider, into its fastest equal form, in place.
-
-    Batch norms are folded into their convolutions, tensors lie with their channels last, and the
-    classifier is dropped, so that the network returns pool3 features ``[B, 2048]``. A narrower dtype
-    comes afterwards: folding rounded weights with rounded statistics would lose digits twice.
-    """
-    model.fc = nn.Identity()
-    for block in model.modules():
-        if isinstance(block, BasicConv2d):
-            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
-            block.bn = nn.Identity()
-    optimized: Inception3 = model.to(memory_format=torch.channels_last)
-    return optimized

@@ -1,58 +1,87 @@
-"""Many images to the network's inputs: decoded and transformed ahead of it."""
+"""Many images to the network's inputs: decoded and transformed ahead of it, in bounded memory."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import TypeAlias
+from itertools import islice
+from typing import TypeVar
 
-import PIL.Image
 import torch
 from torch import Tensor
 
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.inputs import CheckedImages, SharedImages, open_image
+from diffsynth_metrics.inputs import (
+    CheckedImage,
+    CheckedImages,
+    SharedImages,
+    image_name,
+    open_image,
+    pixel_count,
+)
 from diffsynth_metrics.pixels.resizing import cpu_count
 from diffsynth_metrics.pixels.transforms import Transform, normalize_
 
-__all__ = ["joined", "pixel_batches", "pixel_lists", "tensor_pixels"]
+__all__ = ["joined", "pixel_batches", "pixel_lists", "prepare_ahead", "tensor_pixels"]
 
 _BATCHES_AHEAD = 2
 
-# On a CPU, a tensor of more than 32 MB is mapped afresh from the kernel (glibc's largest malloc
-# threshold), which takes as long as the resizing of what is in it. One picture of 1024x1024 stays below,
-# and between the steps of resizing more of a smaller part is still in the processor's caches.
-_BYTES_AT_ONCE_ON_CPU = 13_000_000
+_PIXELS_IN_FLIGHT = 100_000_000
+"""How many pixels are decoded at once by one call; a larger picture is decoded while no other is."""
 
-_Prepared: TypeAlias = "Future[Callable[[], Tensor]]"
-"""A decoded image on its way: its result makes the pixels, or has them already."""
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
-def tensor_pixels(images: Tensor | list[Tensor], transform: Transform) -> Tensor:
-    """Map images ``[B, 3, H, W]``, or B of ``[3, H, W]``, to the network's inputs ``[B, 3, S, S]``."""
-    first, at_once = images[0], len(images)
-    by_torch = first.is_floating_point() or transform.uses_all_cores
-    if by_torch and first.device.type == "cpu":
-        as_floats = first.numel() * max(4, first.element_size())
-        at_once = max(1, _BYTES_AT_ONCE_ON_CPU // as_floats)
-    parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
-    return normalize_(joined([transform.from_tensor(_copied(part)) for part in parts]), transform)
+def prepare_ahead(
+    items: Iterable[_Item],
+    prepare: Callable[[_Item], _Result],
+    pixels: Callable[[_Item], int],
+    *,
+    workers: int,
+    ahead: int,
+) -> Iterator[_Result]:
+    """Yield what `prepare` makes of each item, in order; threads prepare the next items meanwhile.
 
+    Memory does not grow with the number of items: an item is given to a thread when at most `ahead`
+    others are ahead of the consumer, and when all in preparation have at most 100 million pixels.
 
-def _copied(images: Tensor | list[Tensor]) -> Tensor:
-    """Return images as a tensor whose floats are not the caller's; bytes become floats later anyway.
+    Args:
+        items: Items, taken as they are needed.
+        prepare: Decodes a picture and makes it small. (Pillow releases the GIL.)
+        pixels: How many pixels `prepare` will decode.
+        workers: Number of threads; 0 works in the caller's thread.
+        ahead: How many items may be ahead of the one that the consumer has.
 
-    Resizing reads a pixel several times, and finds those of a small copy in the processor's caches.
+    Raises:
+        Exception: What `prepare` raises, in the place of the item's result.
     """
-    if not isinstance(images, Tensor):
-        return torch.stack(images)
-    if images.dtype == torch.uint8:
-        return images
-    return images.clone(memory_format=torch.contiguous_format)
+    if workers == 0:
+        yield from map(prepare, items)
+        return
+    pending: deque[tuple[int, Future[_Result]]] = deque()
+    pool = ThreadPoolExecutor(workers, "diffsynth_metrics")
+    try:
+        for item in items:
+            size = pixels(item)
+            while pending and (len(pending) > ahead or _in_flight(pending) + size > _PIXELS_IN_FLIGHT):
+                yield pending.popleft()[1].result()
+            pending.append((size, pool.submit(prepare, item)))
+        while pending:
+            yield pending.popleft()[1].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_flight(pending: Iterable[tuple[int, Future[_Result]]]) -> int:
+    return sum(size for size, future in pending if not future.done())
+
+
+def tensor_pixels(images: Tensor, transform: Transform) -> Tensor:
+    """Map images ``[B, 3, H, W]`` to the network's inputs ``[B, 3, S, S]``."""
+    return normalize_(transform.from_tensor(images), transform)
 
 
 def pixel_batches(
@@ -60,8 +89,8 @@ def pixel_batches(
 ) -> Iterator[Tensor]:
     """Yield the network's inputs, batch by batch, in the order of the images.
 
-    Files are decoded and resized by threads on all cores (Pillow releases the GIL), at most two
-    batches ahead of the consumer, so memory does not grow with the number of images.
+    Files are decoded and resized by threads on all cores, at most two batches ahead of the consumer and
+    bounded by pixels in flight, see :func:`prepare_ahead`.
 
     Args:
         images: What :func:`diffsynth_metrics.inputs.as_images` returned.
@@ -73,7 +102,7 @@ def pixel_batches(
         Normalised float pixels ``[B, 3, S, S]`` with B at most `batch_size`.
 
     Raises:
-        ImageError: An image cannot be read; the message names it.
+        ImageError: An image cannot be read; the message names it and its file.
     """
     if isinstance(images, SharedImages):
         batches = pixel_batches(images.checked, transform, batch_size=batch_size, device=device)
@@ -88,7 +117,12 @@ def pixel_batches(
             yield tensor_pixels(chunk.to(device), transform)
         return
     for batch in _ahead(images, transform, batch_size):
-        yield _collect(batch, transform, device)
+        # Bytes travel to the device together, floats are made there.
+        if all(pixels is not None for _, _, pixels in batch):
+            prepared = torch.stack([pixels for _, _, pixels in batch if pixels is not None])
+            yield normalize_(prepared.to(device), transform)
+        else:
+            yield torch.cat([_alone(*item, transform, device) for item in batch])
 
 
 def pixel_lists(
@@ -101,57 +135,50 @@ def pixel_lists(
         for batched in pixel_batches(images, transform, batch_size=batch_size, device=device):
             yield list(batched)
         return
-    index = 0
     for batch in _ahead(images, transform, batch_size):
-        pixels: list[Tensor] = []
-        for item in batch:
-            if isinstance(item, Tensor):
-                with _naming(index):
-                    pixels += tensor_pixels(item[None].to(device), transform)
-            else:
-                pixels += _collect([item], transform, device)
-            index += 1
-        yield pixels
+        yield [_alone(*item, transform, device)[0] for item in batch]
+
+
+_Prepared = tuple[int, CheckedImage, "Tensor | None"]
+"""Position of an image, the image, and its pixels, which a tensor gets later, on its device."""
 
 
 def _ahead(
-    images: list[PIL.Image.Image | Path | Tensor], transform: Transform, batch_size: int
-) -> Iterator[list[Tensor | _Prepared]]:
-    """Yield batches of tensors and of PIL images that are being prepared, in the order of the images."""
-    starts = range(0, len(images), batch_size)
+    images: list[CheckedImage], transform: Transform, batch_size: int
+) -> Iterator[list[_Prepared]]:
+    """Yield batches of images and of their pixels, in the order of the images."""
 
-    def finish(index: int, opened: PIL.Image.Image) -> Tensor:
-        with _naming(index):
-            return transform.from_pil(opened)
+    def prepare(item: tuple[int, CheckedImage]) -> _Prepared:
+        index, image = item
+        if isinstance(image, Tensor):
+            return index, image, None
+        opened = open_image(image, f"image {index}")
+        with _naming(index, image):
+            return index, image, transform.from_pil(opened)
 
-    def prepare(index: int) -> Callable[[], Tensor]:
-        item = images[index]
-        assert not isinstance(item, Tensor)
-        finished = partial(finish, index, open_image(item, f"image {index}"))
-        if transform.uses_all_cores:
-            return finished
-        pixels = finished()
-        return lambda: pixels
+    def pixels(item: tuple[int, CheckedImage]) -> int:
+        return 0 if isinstance(item[1], Tensor) else pixel_count(item[1])
 
-    # Decoded pictures are large, so fewer of them wait than prepared ones.
-    batches_ahead = 1 if transform.uses_all_cores else _BATCHES_AHEAD
-    pending: deque[list[Tensor | _Prepared]] = deque()
-    pool = ThreadPoolExecutor(min(cpu_count(), len(images)), "diffsynth_metrics")
-    try:
-        for start in starts:
-            indices = range(start, min(start + batch_size, len(images)))
-            pending.append(
-                [
-                    item if isinstance(item := images[i], Tensor) else pool.submit(prepare, i)
-                    for i in indices
-                ]
-            )
-            if len(pending) > batches_ahead:
-                yield pending.popleft()
-        while pending:
-            yield pending.popleft()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    prepared = prepare_ahead(
+        enumerate(images),
+        prepare,
+        pixels,
+        workers=min(cpu_count(), len(images)),
+        ahead=_BATCHES_AHEAD * batch_size,
+    )
+    while batch := list(islice(prepared, batch_size)):
+        yield batch
+
+
+def _alone(
+    index: int, image: CheckedImage, pixels: Tensor | None, transform: Transform, device: torch.device
+) -> Tensor:
+    """Return the network's input for one image ``[1, 3, H, W]``."""
+    if isinstance(image, Tensor):
+        with _naming(index, image):
+            return tensor_pixels(image[None].to(device), transform)
+    assert pixels is not None
+    return normalize_(pixels[None].to(device), transform)
 
 
 def joined(batches: list[Tensor]) -> Tensor:
@@ -159,24 +186,10 @@ def joined(batches: list[Tensor]) -> Tensor:
     return batches[0] if len(batches) == 1 else torch.cat(batches)
 
 
-def _collect(batch: list[Tensor | _Prepared], transform: Transform, device: torch.device) -> Tensor:
-    """Join tensors and prepared PIL images of one batch, keeping their order."""
-    kinds = {
-        None if isinstance(item, Future) else (item.shape, item.dtype, item.device) for item in batch
-    }
-    if len(kinds) > 1:
-        return torch.cat([_collect([item], transform, device) for item in batch])
-    if None in kinds:
-        prepared = [item.result()() for item in batch if isinstance(item, Future)]
-        # Bytes travel to the device, floats are made there.
-        return normalize_(torch.stack(prepared).to(device), transform)
-    return tensor_pixels([item.to(device) for item in batch if isinstance(item, Tensor)], transform)
-
-
 @contextmanager
-def _naming(index: int) -> Iterator[None]:
+def _naming(index: int, image: CheckedImage) -> Iterator[None]:
     """Say which image it is that a transform does not take."""
     try:
         yield
     except ImageError as error:
-        raise ImageError(f"image {index}: {error}") from error
+        raise ImageError(f"{image_name(f'image {index}', image)}: {error}") from error

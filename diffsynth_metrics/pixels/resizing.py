@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-__all__ = ["cpu_count", "filter_bytes", "resize"]
+__all__ = ["STRIP_PIXELS", "columns_first", "cpu_count", "filter_bytes", "resize", "strips"]
 
 _PILLOW = int(PIL.__version__.partition(".")[0])
+
+STRIP_PIXELS = 2**20
+"""How many pixels become floats at once: a large picture takes several times its memory as floats."""
 
 _FRACTION_BITS = 22
 """Pillow filters bytes with weights in fixed point: 32 bits, of which 8 and a reserve of 2 are left."""
@@ -33,13 +37,16 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
         width: Width of the result.
 
     Returns:
-        float32 (float64 for float64 images) ``[B, 3, height, width]`` in 0..1. Gradients flow to floats.
+        float32 (float64 for float64 images) ``[B, 3, height, width]`` in 0..1, never the images
+        themselves. Gradients flow to floats.
     """
     if images.dtype == torch.uint8:
         return _resize_bytes(images, height, width).to(torch.float32).div_(255)
     pixels = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
     old_height, old_width = images.shape[-2:]
-    tall = _columns_first(images, height, width)
+    if (old_height, old_width) == (height, width):
+        return pixels.clone()
+    tall = columns_first(old_height, old_width, height, width)
     between = (height, old_width) if tall else (old_height, width)
     for size in (between, (height, width)):
         if pixels.shape[-2:] != size:
@@ -74,15 +81,33 @@ def _by_pillow(images: Tensor, height: int, width: int) -> Tensor:
 
 def filter_bytes(images: Tensor, height: int, width: int) -> Tensor:
     """Resize bytes in Pillow's integers, on any device: uint8 ``[B, C, H, W]`` to its size."""
-    if _columns_first(images, height, width):
+    if columns_first(images.shape[-2], images.shape[-1], height, width):
         return _filtered(_filtered(images, -2, height), -1, width)
     return _filtered(_filtered(images, -1, width), -2, height)
 
 
-def _columns_first(images: Tensor, height: int, width: int) -> bool:
+def columns_first(height: int, width: int, new_height: int, new_width: int) -> bool:
     """Tell whether Pillow begins with the columns: from 13.0 on, where that leaves it less to do."""
-    shrinks = images.shape[-2] - height
-    return _PILLOW >= 13 and shrinks > 0 and shrinks > 2 * (images.shape[-1] - width)
+    shrinks = height - new_height
+    return _PILLOW >= 13 and shrinks > 0 and shrinks > 2 * (width - new_width)
+
+
+def strips(
+    image: PIL.Image.Image, *, of_columns: bool = False
+) -> Iterator[tuple[tuple[int, int], PIL.Image.Image]]:
+    """Cut an image into strips of rows (or of columns) of about a million pixels.
+
+    Filters work along one dimension after the other, so the first pass may go strip by strip.
+
+    Yields:
+        The left and upper corner of each strip, and the strip.
+    """
+    across, along = (image.height, image.width) if of_columns else (image.width, image.height)
+    step = max(1, STRIP_PIXELS // across)
+    for start in range(0, along, step):
+        stop = min(start + step, along)
+        box = (start, 0, stop, across) if of_columns else (0, start, across, stop)
+        yield box[:2], image.crop(box)
 
 
 def _filtered(images: Tensor, dim: int, size: int) -> Tensor:

@@ -8,9 +8,10 @@ with gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import PIL.Image
@@ -20,7 +21,7 @@ from torch.nn.functional import interpolate, pad
 
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import as_rgb
-from diffsynth_metrics.pixels.resizing import resize
+from diffsynth_metrics.pixels.resizing import STRIP_PIXELS, resize, strips
 
 __all__ = [
     "CLIP_MEAN",
@@ -39,13 +40,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class Transform(Protocol):
     """What a metric needs of a transform: the same geometry for PIL images and for tensors."""
 
-    uses_all_cores: ClassVar[bool]
-    """Whether :meth:`from_pil` is torch's work, which uses all cores itself, and not Pillow's.
-
-    It is then called in the caller's thread: another one would have a team of threads and a part of the
-    heap of its own, which glibc gives back and maps again for every picture.
-    """
-
     @property
     def mean(self) -> tuple[float, float, float]:
         """Mean per channel, for pixels in 0..1."""
@@ -58,7 +52,7 @@ class Transform(Protocol):
         """Map a loaded image of any mode to pixels ``[3, S, S]``, uint8 or float in 0..1."""
 
     def from_tensor(self, images: Tensor) -> Tensor:
-        """Map uint8 or float ``[B, 3, H, W]`` to float pixels ``[B, 3, S, S]`` in 0..1."""
+        """Map uint8 or float ``[B, 3, H, W]`` to float pixels ``[B, 3, S, S]`` in 0..1, a new tensor."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,6 @@ class ShortestEdgeCrop:
     not RGB is converted before or after these steps.
     """
 
-    uses_all_cores: ClassVar[bool] = False
     size: int = 224
     crop_rounding: Literal["floor", "half_even"] = "floor"
     convert: Literal["before", "after"] = "before"
@@ -113,7 +106,6 @@ class Letterbox:
     a very short side to nothing, and then fails; here an image is always padded and keeps a pixel.
     """
 
-    uses_all_cores: ClassVar[bool] = True
     size: int = 224
     antialias: bool = True
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -121,22 +113,46 @@ class Letterbox:
 
     def from_pil(self, image: PIL.Image.Image) -> Tensor:
         """Map an image of any mode to float32 pixels ``[3, size, size]``."""
-        pixels = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
-        return self.from_tensor(pixels[None])[0]
+        image = as_rgb(image)
+        parts = (torch.from_numpy(np.array(strip)).permute(2, 0, 1)[None] for _, strip in strips(image))
+        return self._from_bytes(parts, (1, 3, image.height, image.width), torch.device("cpu"))[0]
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, size, size]``."""
-        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-        # With channels last, as Pillow has them, interpolation is slower; its result is the same.
-        pixels = images.to(dtype, memory_format=torch.contiguous_format)
+        height, width = images.shape[-2:]
         if images.dtype == torch.uint8:
-            pixels = pixels.div_(255)  # a copy of our own, made on the line above
-        scale = self.size / max(images.shape[-2:])
-        height, width = (max(1, round(length * scale)) for length in images.shape[-2:])
-        if scale != 1:
-            pixels = interpolate(
-                pixels, (height, width), mode="bicubic", antialias=self.antialias, align_corners=False
-            )
+            parts = torch.split(images, max(1, STRIP_PIXELS // width), dim=-2)
+            return self._from_bytes(parts, images.shape, images.device)
+        pixels = images.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
+        return self._padded(self._interpolate(pixels, *self._geometry(height, width)))
+
+    def _from_bytes(self, parts: Iterable[Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
+        """Resize bytes ``[B, 3, H, W]`` that come in strips of rows, to the bit as if at once."""
+        new_height, new_width = self._geometry(shape[-2], shape[-1])
+        # Allocated before the strips: one small result after each would leave holes in the heap.
+        rows = torch.empty(*shape[:-1], new_width, device=device)
+        top = 0
+        for part in parts:
+            # With channels last, as Pillow has them, interpolation is slower; its result is the same.
+            floats = part.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+            bottom = top + part.shape[-2]
+            rows[..., top:bottom, :] = self._interpolate(floats, part.shape[-2], new_width)
+            top = bottom
+        return self._padded(self._interpolate(rows, new_height, new_width))
+
+    def _geometry(self, height: int, width: int) -> tuple[int, int]:
+        scale = self.size / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _interpolate(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        if pixels.shape[-2:] == (height, width):
+            return pixels
+        return interpolate(
+            pixels, (height, width), mode="bicubic", antialias=self.antialias, align_corners=False
+        )
+
+    def _padded(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
         top, left = (self.size - height) // 2, (self.size - width) // 2
         return pad(pixels, (left, self.size - width - left, top, self.size - height - top))
 
@@ -149,7 +165,6 @@ class SmartResize:
     small the sides are rounded up, where it is too large they are rounded down.
     """
 
-    uses_all_cores: ClassVar[bool] = False
     min_pixels: int = 256 * 28 * 28
     max_pixels: int = 256 * 28 * 28
     factor: int = 28

@@ -19,7 +19,7 @@ from diffsynth_metrics.networks.inception import build_inception
 from diffsynth_metrics.testing import tiny_checkpoint
 from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint
 
-COUNT = 200  # per side
+COUNT = 60  # per side
 
 
 @pytest.fixture(scope="module")
