@@ -12,6 +12,7 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
+from eight_bits import in_eight_bits
 from safetensors.torch import load_file, save_file
 from skimage import data
 from transformers import CLIPModel, CLIPTokenizer
@@ -81,7 +82,7 @@ def transformers_scores(folder: Path, prompts: list[str]) -> torch.Tensor:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     pixels = CLIPImageProcessorPil.from_pretrained(folder)
     columns = []
-    for picture in PICTURES:
+    for picture in map(in_eight_bits, PICTURES):
         pixel_values = pixels(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
         column = []
         for prompt in prompts:

