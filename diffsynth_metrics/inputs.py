@@ -21,6 +21,7 @@ import PIL.Image
 import torch
 
 from diffsynth_metrics.errors import ImageError
+from diffsynth_metrics.folders import pair_folders
 
 __all__ = [
     "CheckedImage",
@@ -37,6 +38,7 @@ __all__ = [
     "is_one_image",
     "open_image",
     "pair",
+    "pair_references",
     "pixel_count",
     "rounded",
 ]
@@ -212,6 +214,40 @@ def pair(prompt: str | Sequence[str], images: ImagesInput) -> tuple[list[str], C
             "images, one image (not in a list) for all prompts, or as many prompts as images"
         )
     return prompts, checked, count
+
+
+def pair_references(reference: ImagesInput, images: ImagesInput) -> tuple[CheckedImages, CheckedImages]:
+    """Align reference images with images, or two folders by the names of their files.
+
+    Returns:
+        As many references as images.
+
+    Raises:
+        ValueError: The numbers differ, or the files of two folders do not pair.
+        TypeError, ImageError, FileNotFoundError: As :func:`as_images`.
+    """
+    folders = [_as_folder(side) for side in (reference, images)]
+    if folders[0] and folders[1]:
+        reference, images = pair_folders(*folders)
+    elif any(folders):
+        raise ValueError("a folder is paired with a folder; pass two of them, or lists of images")
+    references, checked = as_images(reference), as_images(images)
+    if len(references) != len(checked) and is_one_image(reference):
+        references = [references[0]] * len(checked)
+    if len(references) != len(checked):
+        raise ValueError(
+            f"got {len(references)} reference images and {len(checked)} images; pass as many of both, "
+            "or one reference (not in a list) for all images"
+        )
+    return references, checked
+
+
+def _as_folder(images: object) -> str:
+    """Return the path of a folder, or nothing for anything else."""
+    if not isinstance(images, (str, os.PathLike)):
+        return ""
+    path = os.path.expanduser(os.fspath(images))
+    return str(path) if os.path.isdir(path) else ""
 
 
 def image_name(position: str, image: object) -> str:

@@ -25,7 +25,7 @@ from torchvision.models.inception import Inception3
 
 from diffsynth_metrics import CheckpointError, FIDMetric, FIDStatistics, ImageError, ModelConfig
 from diffsynth_metrics.fid.preprocessing import PREPROCESSINGS
-from diffsynth_metrics.fid.sources import image_files
+from diffsynth_metrics.folders import image_files
 from diffsynth_metrics.testing import tiny_checkpoint
 
 FEW = "ignore:FID of:UserWarning"

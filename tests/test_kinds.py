@@ -170,7 +170,7 @@ def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a folder is paired with a folder"):
         metric.compute(tmp_path / "real", gray(0))
     (tmp_path / "made" / "0.bmp").unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 .* has no partner .*'0\.png'"):
+    with pytest.raises(ValueError, match=r"1 of 3 image files have no partner .*0\.png'"):
         metric.compute(tmp_path / "real", tmp_path / "made")
     gray(0).save(tmp_path / "made" / "100.png")
     with pytest.raises(ValueError, match=r"several files are called '100'"):

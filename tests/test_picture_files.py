@@ -18,7 +18,8 @@ import torch
 from diffsynth_metrics import PickScoreMetric
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.fid.preprocessing import PREPROCESSINGS
-from diffsynth_metrics.fid.sources import ImageReader, image_files
+from diffsynth_metrics.fid.sources import ImageReader
+from diffsynth_metrics.folders import image_files
 from diffsynth_metrics.inputs import image_name, open_image, pixel_count
 from diffsynth_metrics.pixels.batches import pixel_batches, pixel_lists
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop, SmartResize

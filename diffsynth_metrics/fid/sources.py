@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.fid.preprocessing import Preprocessing
+from diffsynth_metrics.folders import image_files
 from diffsynth_metrics.inputs import (
     CheckedImage,
     ImagesInput,
@@ -32,21 +32,11 @@ from diffsynth_metrics.inputs import (
 from diffsynth_metrics.pixels.batches import prepare_ahead
 
 __all__ = [
-    "IMAGE_EXTENSIONS",
     "ImageReader",
     "ImageSource",
     "OnError",
     "choose_workers",
-    "image_files",
 ]
-
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""The files of a folder that are read, in any case."""
-
-_OTHER_PICTURES = frozenset(
-    ".apng .avif .gif .heic .heif .ico .jfif .jp2 .jpe .jxl .npy .pbm .pnm .psd .svg .tga".split()
-)
-"""Files of pictures that are left out, as pytorch-fid, clean-fid and torch-fidelity leave them out."""
 
 ImageSource: TypeAlias = "ImagesInput | Iterable[Any]"
 """A folder, images, or an iterable of images or of batches of them."""
@@ -54,51 +44,6 @@ ImageSource: TypeAlias = "ImagesInput | Iterable[Any]"
 OnError = Literal["raise", "skip"]
 
 logger = logging.getLogger(__name__)
-
-
-def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the image files in a folder and below it, sorted.
-
-    Names that begin with a dot are left out. Links are followed, and every folder is read once even if
-    links lead to it again. A warning is logged of pictures in formats that FID's packages do not read.
-
-    Raises:
-        ValueError: There are no images.
-        OSError: A folder cannot be listed; the message names it.
-    """
-    files: list[Path] = []
-    others: Counter[str] = Counter()
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=_stop):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if suffix in IMAGE_EXTENSIONS:
-                files.append(Path(root, name))
-            elif suffix in _OTHER_PICTURES:
-                others[suffix] += 1
-    left_out = " and ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-    if not files:
-        raise ValueError(
-            f"there are no images in {str(folder)!r} or below it; looked for "
-            f"{', '.join(extension[1:] for extension in IMAGE_EXTENSIONS)}"
-            + (f"; left out {left_out} files" if left_out else "")
-        )
-    if left_out:
-        logger.warning("left out %s files in %s: FID's packages do not read them", left_out, folder)
-    return sorted(files)
-
-
-def _stop(error: OSError) -> None:
-    # os.walk would leave the folder out, and a part of the images would give another FID.
-    raise error
 
 
 def choose_workers(num_workers: int | None) -> int:
