@@ -9,34 +9,21 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 import torch
-from classes import DIFFERENTIABLE
+from classes import DIFFERENTIABLE, JUDGES, metric_class
 
-from diffsynth_metrics import (
-    AestheticMetric,
-    FIDMetric,
-    ImageError,
-    ModelConfig,
-    QwenImageBenchMetric,
-    UnifiedReward2Metric,
-    UnifiedRewardEditMetric,
-)
+from diffsynth_metrics import AestheticMetric, ImageError, ModelConfig
 from diffsynth_metrics.pixels.resizing import resize
 from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_dance_grpo, to_flow_grpo
-from diffsynth_metrics.testing import tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 
-JUDGES: dict[str, Any] = {
-    "qwen_image_bench": QwenImageBenchMetric,
-    "unified_reward_2": UnifiedReward2Metric,
-    "unified_reward_edit": UnifiedRewardEditMetric,
-}
 PROMPTS = ["a cat", "a photograph of an astronaut", "", "ein Bär 🐻 <|endoftext|>"]
 
 
@@ -52,18 +39,16 @@ def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("accelerator")
-    return {name: tiny_checkpoint(name, root / name) for name in (*DIFFERENTIABLE, *JUDGES, "fid")}
+# The same images, scored twice by one device, which may add up in another order.
+assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def load(folders: dict[str, Path]) -> Callable[..., Any]:
+def load(tiny: Callable[[str], Path]) -> Callable[..., Any]:
     def load(name: str, device: Any = None, **options: Any) -> Any:
-        metric_class = (DIFFERENTIABLE | JUDGES)[name]
         options = {"torch_dtype": torch.float32} | options
-        return metric_class.from_pretrained(ModelConfig(path=folders[name]), device=device, **options)
+        config = ModelConfig(path=tiny(name))
+        return metric_class(name).from_pretrained(config, device=device, **options)
 
     return load
 
@@ -157,9 +142,8 @@ def test_rewards_stay_on_the_device_with_their_gradients(both: tuple[Any, Any]) 
         grads.append(leaf.grad.cpu())
     assert grads[0].abs().max() > 0
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3 * float(grads[0].abs().max()))
-    assert all(
-        weight.grad is None and not weight.requires_grad for weight in metric._network.parameters()
-    )
+    for weight in metric.model.parameters():
+        assert weight.grad is None and not weight.requires_grad
     assert not call(metric.reward, PROMPTS, pixels.to(device)).requires_grad
 
 
@@ -178,10 +162,10 @@ def test_the_callers_modes_are_left_alone(both: tuple[Any, Any]) -> None:
     pixels = pixels_of(4, 3, 64, 64).to(device)
     expected = call(metric.reward, PROMPTS, pixels)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert torch.equal(call(metric.reward, PROMPTS, pixels), expected)
+        assert_close(call(metric.reward, PROMPTS, pixels), expected)
         assert torch.is_autocast_enabled(device.type)
     with torch.inference_mode():
-        assert torch.equal(call(metric.reward, PROMPTS, pixels), expected)
+        assert_close(call(metric.reward, PROMPTS, pixels), expected)
         assert torch.is_inference_mode_enabled()
 
 
@@ -196,17 +180,16 @@ def test_a_float_out_of_range_is_an_error(both: tuple[Any, Any]) -> None:
 def test_threads_get_the_results_of_one(both: tuple[Any, Any]) -> None:
     metric = both[1]
     batches = [pixels_of(4, 3, 64, 64, seed=seed).to(accelerator()) for seed in range(8)]
-    expected = [call(metric.reward, PROMPTS, batch).tolist() for batch in batches]
+    expected = [call(metric.reward, PROMPTS, batch) for batch in batches]
 
-    def work(index: int) -> bool:
+    def work(index: int) -> None:
         with torch.set_grad_enabled(index % 2 == 0):
-            scores = [call(metric.reward, PROMPTS, batches[index]).tolist() for _ in range(25)]
-            return all(one == expected[index] for one in scores) and torch.is_grad_enabled() == (
-                index % 2 == 0
-            )
+            for _ in range(25):
+                assert_close(call(metric.reward, PROMPTS, batches[index]), expected[index])
+                assert torch.is_grad_enabled() == (index % 2 == 0)
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
+        list(pool.map(work, range(8)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the memory of CUDA")
@@ -237,9 +220,9 @@ def test_memory_after_a_hundred_calls_is_that_after_five(both: tuple[Any, Any]) 
 # The others tokenize each time.
 @pytest.mark.parametrize("name", ["aesthetic", "clip", "hpsv2", "pickscore"])
 def test_a_reward_of_bytes_does_not_wait_for_the_device(name: str, load: Callable[..., Any]) -> None:
-    metric = load(name)
+    metric = load(name) if name == "aesthetic" else load(name, cache_text=True)
     data = (pixels_of(4, 3, 300, 170) * 255).to(torch.uint8).to(accelerator())
-    expected = call(metric.reward, PROMPTS, data).tolist()  # prompts are remembered from here on
+    expected = call(metric.reward, PROMPTS, data)  # features of prompts are kept from here on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
@@ -247,7 +230,7 @@ def test_a_reward_of_bytes_does_not_wait_for_the_device(name: str, load: Callabl
         reward = call(metric.reward, PROMPTS, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert reward.tolist() == expected
+    assert_close(reward, expected)
 
 
 def test_adapters_and_sets(both: tuple[Any, Any]) -> None:
@@ -270,29 +253,35 @@ def test_adapters_and_sets(both: tuple[Any, Any]) -> None:
 def test_a_metric_moves(name: str, both: tuple[Any, Any], load: Callable[..., Any]) -> None:
     on_cpu, moving = both[0], load(name)
     pixels = pixels_of(4, 3, 64, 64)
-    expected = call(moving.compute, PROMPTS, pixels)
-    assert call(moving.to("cpu").compute, PROMPTS, pixels) == call(on_cpu.compute, PROMPTS, pixels)
-    assert call(moving.to(accelerator()).compute, PROMPTS, pixels) == expected
+    expected = call(moving.reward, PROMPTS, pixels)
+    assert_close(call(moving.to("cpu").reward, PROMPTS, pixels), call(on_cpu.reward, PROMPTS, pixels))
+    assert_close(call(moving.to(accelerator()).reward, PROMPTS, pixels), expected)
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_a_judge_answers_as_on_the_cpu(
+def test_a_judge_answers_and_its_network_computes_as_on_the_cpu(
     name: str, load: Callable[..., Any], photographs: dict[str, PIL.Image.Image]
 ) -> None:
-    pictures: list[Any] = list(photographs.values())[:4]
-    images = [pictures[:2], pictures[2:]] if name == "unified_reward_edit" else pictures[:2]
-    rows = [
-        load(name, device, max_new_tokens=60).evaluate(PROMPTS[:2], images) for device in ("cpu", None)
-    ]
-    assert str(rows[0]) == str(rows[1])
+    """Whole answers of random networks are not compared: one rounding may choose another token."""
+    metric, pictures = load(name, max_new_tokens=20), list(photographs.values())[:4]
+    images: list[Any] = [pictures[:2], pictures[2:]] if name == "unified_reward_edit" else pictures[:2]
+    rows = metric.evaluate(PROMPTS[:2], images)
+    assert len(rows) == 2 and all(row.get("raw_text") or row.get("raw_outputs") for row in rows)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        expected = load(name, "cpu").model(input_ids=ids).logits
+        logits = metric.model(input_ids=ids.to(metric.device)).logits
+    spread = float(expected.std())
+    assert spread > 0
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-3, atol=1e-3 * spread)
 
 
 @pytest.mark.filterwarnings("ignore:FID of:UserWarning")
-def test_fid_is_that_of_the_cpu(folders: dict[str, Path]) -> None:
+def test_fid_is_that_of_the_cpu(tiny: Callable[[str], Path]) -> None:
     first, second = ((pixels_of(64, 3, 80, 80, seed=seed) * 255).to(torch.uint8) for seed in (0, 1))
     distances = []
     for device in ("cpu", None):
-        metric = FIDMetric.from_pretrained(ModelConfig(path=folders["fid"]), device=device)
+        metric = metric_class("fid").from_pretrained(ModelConfig(path=tiny("fid")), device=device)
         distances.append(metric.compute(first, second))
     assert distances[1] == pytest.approx(distances[0], rel=1e-3)
 

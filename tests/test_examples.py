@@ -17,6 +17,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from classes import JUDGES
 from hub import LocalHub
 
 ROOT = Path(__file__).parent.parent
@@ -56,11 +57,18 @@ def hub(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -
         yield hub
 
 
-def run(hub: LocalHub, *scripts: tuple[Path | str, ...]) -> list[str]:
-    """Run scripts, each in its folder and with its arguments, and return what each printed."""
+def run(hub: LocalHub, scripts: list[tuple[Path, bool, Path, list[str]]]) -> list[str]:
+    """Run scripts in one process, and return what each printed.
+
+    Args:
+        hub: Where they find weights.
+        scripts: For each its folder, whether judges give readable answers, its file and its arguments.
+    """
     result = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "run_scripts.py")],
-        input=json.dumps([list(map(str, script)) for script in scripts]),
+        input=json.dumps(
+            [(str(folder), readable, str(file), *more) for folder, readable, file, more in scripts]
+        ),
         env=os.environ | hub.environment() | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -68,21 +76,24 @@ def run(hub: LocalHub, *scripts: tuple[Path | str, ...]) -> list[str]:
     )
     assert result.returncode == 0, result.stderr
     outcomes = json.loads(result.stdout)
-    for script, (_, problem) in zip(scripts, outcomes, strict=True):
-        assert problem is None, f"{' '.join(map(str, script))}: {problem}\n{result.stderr}"
+    problems = [
+        f"{file.name}: {problem}"
+        for (_, _, file, _), (_, problem) in zip(scripts, outcomes, strict=True)
+        if problem is not None
+    ]
+    assert not problems, "\n".join(problems)
     return [printed for printed, _ in outcomes]
 
 
 def test_examples_run_as_they_stand(hub: LocalHub, tmp_path: Path) -> None:
-    for example, output in zip(
-        EXAMPLES, run(hub, *((tmp_path, example) for example in EXAMPLES)), strict=True
-    ):
+    scripts = [(tmp_path, example.stem in JUDGES, example, []) for example in EXAMPLES]
+    for example, output in zip(EXAMPLES, run(hub, scripts), strict=True):
         assert re.search(r"-?\d+\.\d\d", output), f"{example.name} prints a score"
         assert "nan" not in output.lower(), example.name
 
 
 def test_documentation_runs_as_it_stands(hub: LocalHub, tmp_path: Path) -> None:
-    scripts = []
+    scripts: list[tuple[Path, bool, Path, list[str]]] = []
     for document in DOCUMENTS:
         folder = tmp_path / document.stem
         folder.mkdir()
@@ -90,8 +101,8 @@ def test_documentation_runs_as_it_stands(hub: LocalHub, tmp_path: Path) -> None:
         for number, block in enumerate(blocks):
             script = folder / f"{document.stem}_{number}.py"
             script.write_text(block, encoding="utf-8")
-            scripts.append((folder, script))
-    run(hub, *scripts)
+            scripts.append((folder, False, script, []))
+    run(hub, scripts)
 
 
 def test_quickstart_marks_the_right_picture_for_each_prompt(hub: LocalHub, tmp_path: Path) -> None:
@@ -134,8 +145,14 @@ def test_quickstart_scores_the_users_pictures_with_a_published_metric(
         folder.mkdir()
         PIL.Image.new("RGB", (50, 40), "red").save(folder / "a.png")
         PIL.Image.new("L", (40, 50), 7).save(folder / "b.jpg")
-    pictures = ("--prompt", "a red wall", "--images", "a.png", "b.jpg")
-    outputs = run(hub, *((folder, QUICKSTART, "--metric", folder.name, *pictures) for folder in folders))
+    pictures = ["--prompt", "a red wall", "--images", "a.png", "b.jpg"]
+    outputs = run(
+        hub,
+        [
+            (folder, folder.name in JUDGES, QUICKSTART, ["--metric", folder.name, *pictures])
+            for folder in folders
+        ],
+    )
     for folder, output in zip(folders, outputs, strict=True):
         assert titles[folder.name] in output
         # In the heading, and the best picture, or both where they are equal.

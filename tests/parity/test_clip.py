@@ -11,6 +11,7 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
+from eight_bits import in_eight_bits
 from safetensors.torch import load_file, save_file
 from skimage import data
 from transformers import CLIPModel, CLIPTokenizer
@@ -18,6 +19,11 @@ from transformers import CLIPModel, CLIPTokenizer
 from diffsynth_metrics import CLIPMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.testing import randomize, tiny_checkpoint
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:.* tokens of a prompt, and :UserWarning"),  # it is cut
+]
 
 try:
     from transformers import CLIPImageProcessorPil
@@ -73,7 +79,7 @@ def transformers_scores(folder: Path, prompts: list[str]) -> torch.Tensor:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     pixels = CLIPImageProcessorPil.from_pretrained(folder)
     columns = []
-    for picture in PICTURES:
+    for picture in map(in_eight_bits, PICTURES):
         pixel_values = pixels(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
         column = []
         for prompt in prompts:
