@@ -480,5 +480,5 @@ def test_full_size_scores_equal_the_official_ones(tmp_path: Path, vocabulary_fil
     file.unlink()
 
     assert expected[:3].std() > 0.3  # the prompt matters
-    assert min(expected[offset::3].std() for offset in range(3)) > 0.3  # and so does the picture
+    assert min(expected[offset::3].std() for offset in range(3)) > 0.1  # and so does the picture
     assert (ours - expected).abs().max() < TOLERANCE
