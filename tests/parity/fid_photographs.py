@@ -17,7 +17,7 @@ _NAMES = (
 )
 _SUFFIXES = (".png", ".jpg", ".webp")
 _MODES = {
-    ".png": ("RGB", "L", "RGBA", "P", "I;16", "RGB"),
+    ".png": ("RGB", "L", "RGBA", "P", "L", "RGB"),
     ".jpg": ("RGB", "L", "RGB", "RGB"),
     ".webp": ("RGB", "RGBA"),
 }
@@ -61,8 +61,6 @@ def write_photographs(folder: Path, count: int, seed: int, *, blurred: bool = Fa
 
 
 def _in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
-    if mode == "I;16":
-        return PIL.Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 3)
     if mode == "RGBA":
         transparent = image.convert("RGBA")
         transparent.putalpha(image.convert("L"))

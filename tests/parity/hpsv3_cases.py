@@ -47,7 +47,8 @@ def picture(index: int) -> PIL.Image.Image:
     grain = generator.normal(0, 12, (height, width, 3))
     image = PIL.Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
     if mode == "I;16":
-        return PIL.Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 3)
+        # As Pillow and the official code clip it: here 16 bits are scaled, see docs/images.md.
+        return PIL.Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 3).convert("RGB")
     if mode == "RGBA":
         image.putalpha(image.convert("L"))
         return image

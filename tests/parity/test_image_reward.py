@@ -47,8 +47,6 @@ PROMPTS = [
 
 def photograph(name: str, size: tuple[int, int], mode: str) -> PIL.Image.Image:
     image = PIL.Image.fromarray(getattr(data, name)()).convert("RGB").resize(size)
-    if mode == "I;16":
-        return PIL.Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 200)
     if mode in ("RGBA", "LA", "PA"):
         opaque = image.convert(mode.rstrip("A") if mode != "PA" else "P").convert(mode)
         opaque.putalpha(image.convert("L"))
@@ -67,7 +65,7 @@ PICTURES = [
     photograph("chelsea", (37, 53), "L"),
     photograph("astronaut", (383, 512), "RGBA"),
     photograph("coffee", (401, 300), "P"),
-    photograph("rocket", (640, 427), "I;16"),
+    photograph("rocket", (640, 427), "L"),
     photograph("chelsea", (300, 401), "CMYK"),
 ]
 
