@@ -29,7 +29,6 @@ from diffsynth_metrics import (
     RewardError,
     UnifiedReward2Metric,
 )
-from diffsynth_metrics.judges.engine import Answer, Engine
 from diffsynth_metrics.pixels.transforms import normalize_
 from diffsynth_metrics.rewards import (
     Component,
@@ -49,6 +48,7 @@ from diffsynth_metrics.rewards import (
     to_verl,
     to_verl_omni,
 )
+from diffsynth_metrics.testing import ScriptedEngine
 
 PROMPTS = ["a cat", "a dog", "a red circle"]
 
@@ -345,11 +345,7 @@ class TestFlowGRPO:
                     function(picture, PROMPTS, [{}] * 3)
 
     def test_a_judge_without_a_network_needs_no_device(self, pixels: torch.Tensor) -> None:
-        class Server(Engine):
-            def ask(self, questions: Any) -> list[Answer]:
-                return [Answer("no score")] * len(questions)
-
-        judge = UnifiedReward2Metric(Server())
+        judge = UnifiedReward2Metric(ScriptedEngine("no score"))
         assert judge.to("cpu") is judge
         function = to_flow_grpo(judge, on_failure=-10.0)("cpu")
         assert function(pixels, PROMPTS, [{}] * 3)[0] == [-10] * 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -167,6 +169,19 @@ def test_moments_of_parts_are_the_moments_of_the_whole() -> None:
     assert merged.count == 1000
     assert merged.mean == pytest.approx(float(values.mean()), rel=1e-12)
     assert merged.std == pytest.approx(float(values.std(correction=0)), rel=1e-9)
+
+
+def test_threads_lose_no_statistics() -> None:
+    normalize = RunningZScore()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as often as Python can
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: normalize(scored(SCORES), GROUPS, update=True), range(2000)))
+    finally:
+        sys.setswitchinterval(before)
+    assert normalize.moments.count == 2000 * len(SCORES)
+    assert normalize.moments.mean == pytest.approx(float(SCORES.mean()))
 
 
 def test_names_are_short_forms() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -48,26 +49,29 @@ def test_a_policy_learns_to_draw_what_the_prompt_says(shapes: CLIPMetric) -> Non
     assert images.shape == (48, 96, 96, 3)
 
 
-@pytest.mark.parametrize(
-    ("script", "pictures"),
-    [
-        ("pixel_ascent.py", ["before.png", "after.png"]),
-        ("policy_gradient.py", ["curve.png", "samples.png"]),
-    ],
-)
-def test_an_example_prints_and_saves_what_it_says(
-    script: str, pictures: list[str], tmp_path: Path
-) -> None:
+def test_an_example_prints_and_saves_what_it_says(tmp_path: Path) -> None:
+    pictures = {
+        "pixel_ascent.py": ["before.png", "after.png"],
+        "policy_gradient.py": ["curve.png", "samples.png"],
+    }
+    arguments = ("--steps", "3", "--output")
     result = subprocess.run(
-        [sys.executable, str(FOLDER / script), "--steps", "3", "--output", "here"],
-        cwd=tmp_path,
+        [sys.executable, str(ROOT / "tests" / "run_scripts.py")],
+        input=json.dumps(
+            [(str(tmp_path), False, str(FOLDER / file), *arguments, file[:-3]) for file in pictures]
+        ),
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert "Saved here/" in result.stdout
-    for name in pictures:
-        with PIL.Image.open(tmp_path / "here" / name) as picture:
-            assert picture.width > 90 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 1
+    for (file, names), (printed, problem) in zip(
+        pictures.items(), json.loads(result.stdout), strict=True
+    ):
+        assert problem is None, problem
+        assert f"Saved {file[:-3]}/" in printed
+        for name in names:
+            with PIL.Image.open(tmp_path / file[:-3] / name) as picture:
+                assert picture.width > 90
+                assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 1, name
