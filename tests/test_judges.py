@@ -774,7 +774,9 @@ def test_a_special_token_of_the_caller_is_plain_text(name: str, judges: dict[str
 def asked_and_tokens(engine: Any, name: str, prompt: str) -> tuple[Question, list[int]]:
     spy = ScriptedEngine()
     ask_one(CLASSES[name](spy), prompt)
-    return spy.questions[0], engine._prompts(spy.questions[:1])[0].ids
+    question = spy.questions[0]
+    (patches,) = engine._patches([question])
+    return question, engine._tokens(question, [grid for _, grid in patches])
 
 
 @pytest.mark.parametrize("name", CLASSES)
