@@ -88,7 +88,7 @@ class LocalEngine(Engine):
             for question, patches in zip(questions, shown, strict=True)
         ]
         width = max(map(len, prompts))
-        # The repetition penalty counts padding, too: it is a token that the prompt has anyway.
+        # Padded with a token of the prompt, because transformers 5.8 penalises padding, too.
         ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts])
         inputs = {
             "input_ids": ids,
