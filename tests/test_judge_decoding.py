@@ -86,7 +86,7 @@ def mixed_questions(count: int, penalty: float = 1.0) -> list[Question]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What one question alone is answered, how many tokens of it are clear choices."""
+    """What one question alone is answered, and how many tokens of it are clear choices."""
 
     tokens: list[int]
     clear: int

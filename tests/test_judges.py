@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from diffsynth_metrics import (
     CheckpointError,
@@ -568,6 +569,15 @@ def test_a_tiny_judge_answers_noise_that_cannot_be_read(name: str, judges: dict[
     texts = row["raw_outputs"].values() if name == "qwen_image_bench" else [row["raw_text"]]
     assert any(texts) and all(isinstance(text, str) for text in texts)
     assert row["score"] is None and row["error"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_tiny_judge_has_what_a_server_reads(name: str, folders: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    settings = GenerationConfig.from_pretrained(folders[name])
+    assert settings.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    (network,) = AutoConfig.from_pretrained(folders[name]).architectures
+    assert network.endswith("ForConditionalGeneration")
 
 
 def test_every_task_can_be_tried_with_a_tiny_judge(judges: dict[str, Any]) -> None:

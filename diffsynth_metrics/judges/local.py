@@ -77,11 +77,11 @@ class LocalEngine(Engine):
         for _, group in groupby(questions, lambda question: question.repetition_penalty):
             alike = list(group)
             for start in range(0, len(alike), self.batch_size):
-                answers += map(self._answer, self._generate(alike[start : start + self.batch_size]))
+                answers += self._answer_batch(alike[start : start + self.batch_size])
         return answers
 
-    def _generate(self, questions: Sequence[Question]) -> list[list[int]]:
-        """Return the tokens of one answer per question, with the stop token of one that has ended."""
+    def _answer_batch(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer questions with the same repetition penalty together."""
         shown = self._patches(questions)
         prompts = [
             self._tokens(question, [grid for _, grid in patches])
@@ -115,22 +115,15 @@ class LocalEngine(Engine):
                 **{name: tensor.to(self.device) for name, tensor in inputs.items()},
                 generation_config=settings,
             )
-        return [self._until_stop(tokens) for tokens in written[:, width:].tolist()]
+        return [self._answer(tokens) for tokens in written[:, width:].tolist()]
 
-    def _until_stop(self, tokens: list[int]) -> list[int]:
-        """Return an answer without what pads it to the longest one of its batch."""
-        ends = (end for end, token in enumerate(tokens, start=1) if token in self._stop_ids)
-        return tokens[: next(ends, len(tokens))]
-
-    def _answer(self, ids: list[int]) -> Answer:
-        stopped = ids[-1] in self._stop_ids
-        return Answer(self._text(ids), "stop" if stopped else "length")
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self.processor.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    def _answer(self, tokens: list[int]) -> Answer:
+        """Read the tokens before the first stop token; those behind it are padding."""
+        end = next((i for i, token in enumerate(tokens) if token in self._stop_ids), None)
+        text = self.processor.tokenizer.decode(
+            tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text
+        return Answer(text, "length" if end is None else "stop")
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
