@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from diffsynth_metrics import (
     CheckpointError,
@@ -570,6 +571,15 @@ def test_a_tiny_judge_answers_noise_that_cannot_be_read(name: str, judges: dict[
     assert row["score"] is None and row["error"]
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_tiny_judge_has_what_a_server_reads(name: str, folders: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    settings = GenerationConfig.from_pretrained(folders[name])
+    assert settings.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    (network,) = AutoConfig.from_pretrained(folders[name]).architectures
+    assert network.endswith("ForConditionalGeneration")
+
+
 def test_every_task_can_be_tried_with_a_tiny_judge(judges: dict[str, Any]) -> None:
     metric = judges["unified_reward_edit"]
     row = metric.evaluate("a", [RED, GREEN, BLUE], task="edit_pairwise_rank", both_orders=True)[0]
@@ -774,7 +784,9 @@ def test_a_special_token_of_the_caller_is_plain_text(name: str, judges: dict[str
 def asked_and_tokens(engine: Any, name: str, prompt: str) -> tuple[Question, list[int]]:
     spy = ScriptedEngine()
     ask_one(CLASSES[name](spy), prompt)
-    return spy.questions[0], engine._prompts(spy.questions[:1])[0].ids
+    question = spy.questions[0]
+    (patches,) = engine._patches([question])
+    return question, engine._tokens(question, [grid for _, grid in patches])
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -6,6 +6,9 @@ of gated delta net to each layer of full attention.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +23,13 @@ from transformers import (
 
 from diffsynth_metrics.errors import CheckpointError
 
-__all__ = ["build_judge", "judge_config", "qwen3_5_config", "qwen3_vl_config"]
+__all__ = [
+    "build_judge",
+    "judge_config",
+    "qwen3_5_config",
+    "qwen3_vl_config",
+    "without_kernel_hints",
+]
 
 _CLASSES = {
     "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
@@ -37,6 +46,8 @@ _VISION = {
     "temporal_patch_size": 2,
 }
 _VISION_THETA = 10000.0
+# What says that an optional kernel of Qwen3.5 is missing: in transformers 5.24, and in 5.8.
+_HINTING = ("transformers.integrations.hub_kernels", "transformers.models.qwen3_5.modeling_qwen3_5")
 
 
 def qwen3_5_config(
@@ -148,7 +159,7 @@ def build_judge(config: PreTrainedConfig) -> nn.Module:
             "with 'default', and no other is computed here"
         )
     _, network = _CLASSES[config.model_type]
-    with torch.device("meta"):
+    with torch.device("meta"), without_kernel_hints():
         model: Any = network(config)
     _set_frequencies(model.model.language_model.rotary_emb, rope["rope_theta"])
     _set_frequencies(model.model.visual.rotary_pos_emb, _VISION_THETA)
@@ -160,3 +171,20 @@ def _set_frequencies(rotary: nn.Module, theta: float) -> None:
         count = 2 * buffer.numel()
         exponents = torch.arange(0, count, 2, dtype=torch.float32) / count
         rotary.register_buffer(name, 1 / theta**exponents, persistent=False)
+
+
+@contextmanager
+def without_kernel_hints() -> Iterator[None]:
+    """Drop transformers' hints about optional kernels, of which the engine makes one line."""
+
+    def is_no_hint(record: logging.LogRecord) -> bool:
+        return "is not installed" not in record.getMessage()
+
+    loggers = [logging.getLogger(name) for name in _HINTING]
+    for logger in loggers:
+        logger.addFilter(is_no_hint)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_no_hint)

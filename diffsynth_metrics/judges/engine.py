@@ -7,7 +7,7 @@ server, or return scripted answers in a test.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,15 +28,12 @@ class Question:
         thinking: Switch of the chat template: True or False as the authors run their model, None
             where the template has none.
         repetition_penalty: As the authors run their model; 1 is none.
-        draft: Guesses how an answer goes on from what there is of it. An engine may use it to be
-            faster and must never let it change the answer.
     """
 
     content: tuple[str | PIL.Image.Image, ...]
     system: str | None = None
     thinking: bool | None = None
     repetition_penalty: float = 1.0
-    draft: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True)

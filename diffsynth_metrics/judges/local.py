@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from itertools import groupby
 from typing import Any
 
 import PIL.Image
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from diffsynth_metrics.base import check_batch_size
-from diffsynth_metrics.judges.decoding import Prompt, decode_greedily
+from diffsynth_metrics.judges.architectures import without_kernel_hints
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.plain_text import without_added_tokens
 from diffsynth_metrics.weights.placement import execution_device
 
 __all__ = ["LocalEngine", "check_max_new_tokens"]
 
+logger = logging.getLogger(__name__)
+
 # A text of a question, while the chat template is rendered: from Unicode's private use area.
 _MARK = "\ue000"
+# Modules that Qwen3.5 runs its linear attention with, and the packages that have them.
+_KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 
 
 class LocalEngine(Engine):
@@ -61,98 +70,84 @@ class LocalEngine(Engine):
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer in batches; neither the batches nor their order change an answer in float32."""
-        answers: list[Answer | None] = [None] * len(questions)
-        for indices in self._batches(questions):
-            tokens = decode_greedily(
-                self.model,
-                self._prompts([questions[index] for index in indices]),
-                max_new_tokens=self.max_new_tokens,
-                stop_ids=self._stop_ids,
-                pad_id=self._pad_id,
-                device=self.device,
-            )
-            for index, ids in zip(indices, tokens, strict=True):
-                answers[index] = self._answer(ids)
-        return [answer for answer in answers if answer is not None]
+        if self.model.config.model_type == "qwen3_5":
+            _name_missing_kernels(self.device.type)
+        answers: list[Answer] = []
+        # generate() has one repetition penalty for a batch.
+        for _, group in groupby(questions, lambda question: question.repetition_penalty):
+            alike = list(group)
+            for start in range(0, len(alike), self.batch_size):
+                answers += self._answer_batch(alike[start : start + self.batch_size])
+        return answers
 
-    def _batches(self, questions: Sequence[Question]) -> Iterator[list[int]]:
-        """Yield positions of questions, those about the same images together."""
-        groups: dict[Any, list[int]] = {}
-        for index, question in enumerate(questions):
-            groups.setdefault(_image_key(question) or index, []).append(index)
-        batch: list[int] = []
-        for group in groups.values():
-            if batch and len(batch) + len(group) > self.batch_size:
-                yield batch
-                batch = []
-            batch = batch + group
-            while len(batch) > self.batch_size:
-                yield batch[: self.batch_size]
-                batch = batch[self.batch_size :]
-        if batch:
-            yield batch
-
-    def _answer(self, ids: list[int]) -> Answer:
-        stopped = ids[-1] in self._stop_ids
-        return Answer(self._text(ids), "stop" if stopped else "length")
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self.processor.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    def _answer_batch(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer questions with the same repetition penalty together."""
+        shown = self._patches(questions)
+        prompts = [
+            self._tokens(question, [grid for _, grid in patches])
+            for question, patches in zip(questions, shown, strict=True)
+        ]
+        width = max(map(len, prompts))
+        # Padded with a token of the prompt, because transformers 5.8 penalises padding, too.
+        ids = torch.tensor([prompt[:1] * (width - len(prompt)) + prompt for prompt in prompts])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.tensor(
+                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+            ),
+        }
+        if any(shown):
+            inputs |= {
+                "mm_token_type_ids": ids.eq(self._image_id).int(),
+                "pixel_values": torch.cat([pixels for patches in shown for pixels, _ in patches]),
+                "image_grid_thw": torch.stack([grid for patches in shown for _, grid in patches]),
+            }
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            repetition_penalty=float(questions[0].repetition_penalty),
+            eos_token_id=sorted(self._stop_ids),
+            pad_token_id=self._pad_id,
         )
-        return text
+        with without_kernel_hints():
+            written = self.model.generate(
+                **{name: tensor.to(self.device) for name, tensor in inputs.items()},
+                generation_config=settings,
+            )
+        return [self._answer(tokens) for tokens in written[:, width:].tolist()]
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        """Read the tokens before the first stop token; those behind it are padding."""
+        end = next((i for i, token in enumerate(tokens) if token in self._stop_ids), None)
+        text = self.processor.tokenizer.decode(
+            tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return Answer(text, "length" if end is None else "stop")
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _prompts(self, questions: Sequence[Question]) -> list[Prompt]:
-        """Make questions into tokens and pixels; images that several ask about are prepared once."""
-        groups = {
-            _image_key(question): [part for part in question.content if not isinstance(part, str)]
-            for question in questions
-        }
-        pixels = self._pixels({key: images for key, images in groups.items() if images})
-        return [self._prompt(question, pixels) for question in questions]
+    def _patches(self, questions: Sequence[Question]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Return the patches ``[P, D]`` and the grid ``[3]`` of each image of each question.
 
-    def _pixels(
-        self, groups: dict[tuple[int, ...], list[PIL.Image.Image]]
-    ) -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
-        """Return the patches and the grids of each group of images, all prepared in one call."""
-        if not groups:
-            return {}
-        images = [image for group in groups.values() for image in group]
+        All images are prepared in one call, and one that several questions share is prepared once.
+        """
+        shown = [[part for part in q.content if isinstance(part, PIL.Image.Image)] for q in questions]
+        images = {id(image): image for group in shown for image in group}
+        if not images:
+            return [[] for _ in questions]
         # They are RGB, of which a conversion would make a copy.
         features = self.processor.image_processor(
-            images=images, return_tensors="pt", do_convert_rgb=False
+            images=list(images.values()), return_tensors="pt", do_convert_rgb=False
         )
-        grids = features["image_grid_thw"].split([len(group) for group in groups.values()])
-        pixels = features["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
-        return dict(zip(groups, zip(pixels, grids, strict=True), strict=True))
+        grids = features["image_grid_thw"]
+        pixels = features["pixel_values"].split(grids.prod(-1).tolist())
+        prepared = dict(zip(images, zip(pixels, grids, strict=True), strict=True))
+        return [[prepared[id(image)] for image in group] for group in shown]
 
-    def _prompt(
-        self, question: Question, pixels: Mapping[tuple[int, ...], tuple[Tensor, Tensor]]
-    ) -> Prompt:
-        key = _image_key(question)
-        pixel_values, grid = pixels.get(key, (None, None))
-        ids = self._tokens(question, grid)
-        is_image = torch.tensor(ids).eq(self._image_id)
-        positions, _ = self.model.model.get_rope_index(
-            torch.tensor([ids]), mm_token_type_ids=is_image[None].int(), image_grid_thw=grid
-        )
-        draft = question.draft
-        return Prompt(
-            ids=ids,
-            positions=positions[:, 0],
-            pixel_values=pixel_values,
-            image_grid=grid,
-            images=key,
-            text_start=int(is_image.nonzero().max()) + 1 if key else 0,
-            repetition_penalty=question.repetition_penalty,
-            draft=None if draft is None else lambda answer: self._encode(draft(self._text(answer))),
-        )
-
-    def _tokens(self, question: Question, grid: Tensor | None) -> list[int]:
+    def _tokens(self, question: Question, grids: list[Tensor]) -> list[int]:
         """Tokenize a question as the official tokenizer does, except that its texts are plain text.
 
         The chat template is rendered with marks in place of the texts, so that what is a special token
@@ -166,7 +161,7 @@ class LocalEngine(Engine):
             **({} if question.thinking is None else {"enable_thinking": question.thinking}),
         )
         merge = self.processor.image_processor.merge_size**2
-        counts = iter([] if grid is None else (grid.prod(-1) // merge).tolist())
+        counts = (int(grid.prod()) // merge for grid in grids)
         remaining = iter(texts)
         ids: list[int] = []
         done = 0
@@ -193,6 +188,14 @@ def check_max_new_tokens(max_new_tokens: int) -> int:
     return max_new_tokens
 
 
+@cache
+def _name_missing_kernels(device: str) -> None:
+    """Say once, on a GPU, which optional packages make Qwen3.5 faster."""
+    missing = [name for module, name in _KERNELS.items() if find_spec(module) is None]
+    if device == "cuda" and missing:
+        logger.warning("Qwen3.5 is much faster on a GPU with: pip install %s", " ".join(missing))
+
+
 def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:
     """Write a question as messages whose texts are marks, and collect the texts in their order.
 
@@ -215,7 +218,3 @@ def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:
         for part in question.content
     ]
     return [*messages, {"role": "user", "content": content}]
-
-
-def _image_key(question: Question) -> tuple[int, ...]:
-    return tuple(id(part) for part in question.content if isinstance(part, PIL.Image.Image))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +17,13 @@ from diffsynth_metrics.judges.metric import JudgeMetric, mean, pairs
 from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
-__all__ = ["UnifiedReward2Metric", "draft_scores", "unified_reward_2_config"]
+__all__ = ["UnifiedReward2Metric", "unified_reward_2_config"]
 
 _LABELS = {
     "alignment": "Alignment Score",
     "coherence": "Coherence Score",
     "style": "Style Score",
 }
-_LINES = [f"{label} (1-5): " for label in _LABELS.values()]
 
 
 def unified_reward_2_config() -> Qwen3_5Config:
@@ -34,27 +31,6 @@ def unified_reward_2_config() -> Qwen3_5Config:
     return qwen3_5_config(
         hidden_size=4096, layers=32, heads=16, intermediate_size=12288, linear_value_heads=32
     )
-
-
-def draft_scores(answer: str) -> str:
-    """Guess how an answer goes on: its labels, and the ends of its numbers.
-
-    The model prints numbers of four decimals as their float32 neighbours, such as 2.694700002670288 for
-    2.6947, so that five decimals tell the others.
-    """
-    lines = answer.split("\n")
-    if len(lines) > len(_LINES):
-        return ""
-    line, label = lines[-1], _LINES[len(lines) - 1]
-    if label.startswith(line):
-        return label[len(line) :]
-    number = line.removeprefix(label)
-    if not re.fullmatch(r"[0-9]\.[0-9]{5,}", number):
-        return ""
-    whole = repr(struct.unpack("f", struct.pack("f", round(float(number), 4)))[0])
-    if not whole.startswith(number):
-        return ""
-    return whole[len(number) :] + ("\n" + _LINES[len(lines)] if len(lines) < len(_LINES) else "")
 
 
 class UnifiedReward2Metric(JudgeMetric):
@@ -112,7 +88,7 @@ class UnifiedReward2Metric(JudgeMetric):
 
         def questions(index: int, pictures: list[PIL.Image.Image]) -> list[Question]:
             asked = text.replace("{prompt}", prompts[index])
-            return [Question(content=(*pictures, asked), thinking=False, draft=draft_scores)]
+            return [Question(content=(*pictures, asked), thinking=False)]
 
         def row(index: int, answers: list[Answer]) -> dict[str, Any]:
             (answer,) = answers

@@ -103,7 +103,9 @@ def _tiny_judge_config(
 
 
 def _write_judge(folder: Path, model: PreTrainedModel, seed: int, tokens: dict[str, int]) -> None:
-    """Write random weights in two files, as the published ones are split."""
+    """Write random weights in two files, as the published ones are split, and what a server reads."""
+    from transformers import GenerationConfig
+
     randomize(model, seed)
     with torch.no_grad():  # so that an answer ends after some tokens of noise, and not at the limit
         model.lm_head.weight[tokens["<|im_end|>"]] *= 2
@@ -118,7 +120,10 @@ def _write_judge(folder: Path, model: PreTrainedModel, seed: int, tokens: dict[s
         places |= dict.fromkeys(chosen, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    ends = [tokens["<|im_end|>"], tokens["<|endoftext|>"]]
+    GenerationConfig(eos_token_id=ends, pad_token_id=ends[1]).save_pretrained(folder)
 
 
 _QWEN_SPECIAL = (
