@@ -37,7 +37,7 @@ _HEAD = """# Judges against diffsynth.metrics
 
 {count} pictures of 512×512 with prompts of mixed lengths, tiny random networks of the judges'
 architectures in float32 on the CPU, {tokens} new tokens per answer. Ratios of medians over {rounds}
-rounds in turns, each package in a process of its own; **above 1, ours is faster**. A turn is a call
+round(s) in turns, each package in a process of its own; **above 1, ours is faster**. A turn is a call
 that is not timed, after which caches are warm, and one that is. A pass is one sequential call of the
 network; on an accelerator, where a pass reads all weights whatever the batch, passes are what costs.
 
@@ -108,9 +108,11 @@ def measure(pythons: dict[str, str], rounds: int) -> tuple[list[dict[str, Any]],
             process.__exit__()
 
 
-def markdown(records: list[dict[str, Any]], about: dict[str, Any], command: str, seconds: float) -> str:
+def markdown(
+    records: list[dict[str, Any]], about: dict[str, Any], rounds: int, command: str, seconds: float
+) -> str:
     """Return the results file."""
-    lines = [_HEAD.format(count=COUNT, tokens=TOKENS, rounds=ROUNDS)]
+    lines = [_HEAD.format(count=COUNT, tokens=TOKENS, rounds=rounds)]
     for record in records:
         row, (low, high), passes = record["row"], record["row"].spread, record["passes"]
         cells = [
@@ -164,7 +166,7 @@ def main() -> None:
     pythons = {"ours": sys.executable, "upstream": arguments.peer_python or compare.peer_python()}
     records, about = measure(pythons, arguments.rounds)
     command = "python benchmarks/judges.py" + (" --peer-python PATH" if arguments.peer_python else "")
-    text = markdown(records, about, command, time.perf_counter() - start)
+    text = markdown(records, about, arguments.rounds, command, time.perf_counter() - start)
     print(text)
     arguments.output.write_text(text, encoding="utf-8")
 

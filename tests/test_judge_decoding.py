@@ -152,15 +152,15 @@ def batches(engine: LocalEngine) -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.05])
-def test_a_batch_answers_as_each_question_alone(engine: LocalEngine, penalty: float) -> None:
-    questions = mixed_questions(32, penalty)
-    engine.batch_size = 32
+@pytest.mark.parametrize(("count", "penalty"), [(32, 1.0), (12, 1.05)])
+def test_a_batch_answers_as_each_question_alone(engine: LocalEngine, count: int, penalty: float) -> None:
+    questions = mixed_questions(count, penalty)
+    engine.batch_size = count
     with batches(engine) as rows:
         answers = engine.ask(questions)
-    assert set(rows) == {32} and len(rows) <= NEW_TOKENS
+    assert set(rows) == {count} and len(rows) <= NEW_TOKENS
     assert_agree(engine, answers, [alone(engine, question) for question in questions])
-    assert len({answer.text for answer in answers}) > 28, "answers depend on the question"
+    assert len({answer.text for answer in answers}) > 0.8 * count, "answers depend on the question"
 
 
 def test_the_batch_size_is_kept_and_does_not_change_answers_or_their_order(engine: LocalEngine) -> None:
