@@ -25,10 +25,7 @@ __all__ = ["HPSv2Metric", "hps_v2"]
 def hps_v2(cosine: Tensor, logit_scale: Tensor, scale: Literal["official", "diffsynth"]) -> Tensor:
     """Return HPSv2: the cosine itself, or exp(logit_scale) * cosine as ``diffsynth.metrics`` does.
 
-    Args:
-        cosine: Cosines of text and image features, any shape.
-        logit_scale: Scalar, the logarithm of the scale; used with ``"diffsynth"`` only.
-        scale: Whose number to return.
+    Cosines have any shape; `logit_scale`, the logarithm of the scale, matters with ``"diffsynth"`` only.
     """
     return cosine if scale == "official" else logit_scale.to(cosine.dtype).exp() * cosine
 
@@ -38,8 +35,7 @@ class HPSv2Metric(DualEncoderMetric):
 
     Images are letterboxed, not cropped, and prompts go through open_clip's tokenizer (ftfy, HTML
     entities, lower case, 77 tokens). The network stands for v2.0 and v2.1 alike, and their scores are
-    not
-    comparable: ``version`` is what the names of file and folder say, or "unknown". See
+    not comparable: ``version`` is what the names of file and folder say, or "unknown". See
     ``HPSv2Metric.card``.
 
     Options: ``scale``, ``"official"`` (default) for the cosine or ``"diffsynth"`` for exp(logit_scale) *
@@ -64,6 +60,7 @@ class HPSv2Metric(DualEncoderMetric):
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv2/model.safetensors"
     )
+    build = staticmethod(build_open_clip)
     config_file = "open_clip_config.json"
     float32_parts = ("logit_scale", "text_projection", "visual.proj", "heads")
     version = "unknown"
@@ -81,8 +78,7 @@ class HPSv2Metric(DualEncoderMetric):
         """Wrap a loaded network; users call :meth:`from_pretrained`."""
         self.check_options(scale=scale)
         super().__init__(model, processor, **base)
-        size = model.visual.image_size
-        self.transform = Letterbox(size[0] if isinstance(size, tuple) else size, antialias=antialias)
+        self.transform = Letterbox(model.visual.image_size[0], antialias=antialias)
         self.scale = scale
         self.tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
 
@@ -91,11 +87,6 @@ class HPSv2Metric(DualEncoderMetric):
         """Check ``scale``."""
         if options.get("scale", "official") not in ("official", "diffsynth"):
             raise ValueError(f"scale must be 'official' or 'diffsynth', got {options['scale']!r}")
-
-    @classmethod
-    def build(cls, config: dict[str, Any] | None) -> open_clip.CLIP:
-        """Build open_clip's CLIP: parameters on the meta device, its causal mask in memory."""
-        return build_open_clip(config)
 
     @classmethod
     def finish(cls, model: Any, dtype: torch.dtype) -> open_clip.CLIP:
@@ -125,14 +116,14 @@ class HPSv2Metric(DualEncoderMetric):
     def embed_text(self, ids: list[list[int]]) -> Tensor:
         """Embed texts, padded with zeros to the network's context as open_clip pads them."""
         rows = padded(ids, 0, self.model.context_length)
-        head: Tensor = self.model.heads["text"]
-        pooled: Tensor = self.model.encode_text(rows.to(self.device))
-        return pooled.to(head.dtype) @ head
+        return self._projected(self.model.encode_text(rows.to(self.device)), "text")
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """Embed images with the image tower."""
-        head: Tensor = self.model.heads["visual"]
-        pooled: Tensor = self.model.encode_image(pixel_values.to(self.dtype))
+        return self._projected(self.model.encode_image(pixel_values.to(self.dtype)), "visual")
+
+    def _projected(self, pooled: Tensor, tower: str) -> Tensor:
+        head: Tensor = self.model.heads[tower]
         return pooled.to(head.dtype) @ head
 
     def score_of_cosine(self, cosine: Tensor) -> Tensor:

@@ -13,14 +13,9 @@ from transformers import BertTokenizer
 from diffsynth_metrics.base import MetricCard, PromptMetric, rows_of_pairs
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
-from diffsynth_metrics.networks.image_reward import ImageRewardNetwork, blip_config, build_image_reward
+from diffsynth_metrics.networks.image_reward import ImageRewardNetwork, build_image_reward
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
-from diffsynth_metrics.tokens import (
-    CutsPrompts,
-    TokenizedPrompts,
-    cut_prompts,
-    padded,
-)
+from diffsynth_metrics.tokens import CutsPrompts, TokenizedPrompts, cut_prompts, padded
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["ImageRewardMetric", "standardize"]
@@ -55,12 +50,12 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
         notes="Compare images of one prompt; words beyond 35 tokens are not read.",
     )
     default_model = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics",
-        origin_file_pattern="ImageReward/model.safetensors",
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="ImageReward/model.safetensors"
     )
     default_processor = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="ImageReward/*.[jt]*"
     )
+    build = staticmethod(build_image_reward)
     processor_files = ("tokenizer.json", "vocab.txt")
     float32_parts = ("mlp",)
     positional = ("max_length", "processor_kwargs", "vram_limit")
@@ -80,11 +75,6 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
         self.transform = ShortestEdgeCrop(model.image_size, crop_rounding="half_even", convert="after")
         self.tokenizer = processor
         self.max_length = min(max_length, model.blip.text_encoder.config.max_position_embeddings)
-
-    @classmethod
-    def build(cls, config: dict[str, Any] | None) -> ImageRewardNetwork:
-        """Build the network, see :meth:`BaseMetric.build`."""
-        return build_image_reward(blip_config(config))
 
     @classmethod
     def load_processor(cls, folder: Path, model: Any, **processor_kwargs: Any) -> BertTokenizer:
@@ -117,14 +107,12 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
         return rows
 
     def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
-        """Compute ``"score"``, ``"prompt_tokens"`` and ``"truncated"`` (the prompt was cut).
-
-        See :meth:`PromptMetric.components`.
-        """
+        """Compute ``"score"``, ``"prompt_tokens"`` and whether the prompt was ``"truncated"``."""
         prompts, checked, count = pair(prompt, images)
         tokens = self.tokens_of(prompts)
         ids = padded(tokens.ids, self.tokenizer.pad_token_id, self.max_length)
-        mask = torch.arange(self.max_length) < torch.tensor([[len(row)] for row in tokens.ids])
+        lengths = torch.tensor([[len(row)] for row in tokens.ids], device="cpu")
+        mask = torch.arange(self.max_length, device="cpu") < lengths
         ids, mask = (rows.to(self.device).expand(count, -1) for rows in (ids, mask.long()))
         encoded = (
             self.model.encode_image(pixel_values.to(self.dtype))

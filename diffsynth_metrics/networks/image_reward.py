@@ -13,7 +13,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from diffsynth_metrics.networks.score_head import score_head
 
-__all__ = ["ImageRewardNetwork", "blip_config", "blip_vit_l_16_config", "build_image_reward"]
+__all__ = ["ImageRewardNetwork", "blip_vit_l_16_config", "build_image_reward"]
 
 _PROJECTION_DIM = 256
 
@@ -42,14 +42,6 @@ def blip_vit_l_16_config() -> BlipConfig:
             "layer_norm_eps": 1e-12,
         },
     )
-
-
-def blip_config(config: dict[str, Any] | None) -> BlipConfig:
-    """Return the architecture of a parsed ``config.json`` of BLIP, or the published one."""
-    # A tokenizer's folder may carry BERT's config.json, which does not describe this network.
-    if config is None or config.get("model_type") != "blip":
-        return blip_vit_l_16_config()
-    return BlipConfig.from_dict(config)
 
 
 class ImageRewardNetwork(nn.Module):
@@ -106,10 +98,16 @@ class ImageRewardNetwork(nn.Module):
         return reward
 
 
-def build_image_reward(config: BlipConfig) -> ImageRewardNetwork:
-    """Build the network with its parameters on the meta device and its position ids in memory."""
+def build_image_reward(config: dict[str, Any] | None) -> ImageRewardNetwork:
+    """Build the network with its parameters on the meta device and its position ids in memory.
+
+    Args:
+        config: A parsed ``config.json`` of BLIP, or None for the published architecture.
+    """
+    # A tokenizer's folder may carry BERT's config.json, which does not describe this network.
+    is_blip = config is not None and config.get("model_type") == "blip"
     with torch.device("meta"):
-        network = ImageRewardNetwork(config)
+        network = ImageRewardNetwork(BlipConfig.from_dict(config) if is_blip else blip_vit_l_16_config())
     embeddings = network.blip.text_encoder.embeddings
     embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
     return network

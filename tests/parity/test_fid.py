@@ -19,6 +19,8 @@ from diffsynth_metrics.networks.inception import build_inception
 from diffsynth_metrics.testing import tiny_checkpoint
 from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint
 
+pytestmark = pytest.mark.parity
+
 COUNT = 60  # per side
 
 
