@@ -96,10 +96,9 @@ class HPSv2Metric(DualEncoderMetric):
 
     def describe(self) -> None:
         """Say in the card which HPSv2 it is, where the names of the files tell."""
-        for part in [part for file in self.weight_files for part in reversed(file.parts[-3:])]:
-            if found := re.search(r"hps[-_ ]?v?2[._]([01])(?!\d)", part, re.IGNORECASE):
-                self.version = f"2.{found[1]}"
-                break
+        names = "\n".join(part for file in self.weight_files for part in reversed(file.parts[-3:]))
+        if found := re.search(r"hps[-_ ]?v?2[._]([01])(?!\d)", names, re.IGNORECASE):
+            self.version = f"2.{found[1]}"
         self.card = replace(self.card, name=f"HPSv2 (version {self.version})")
 
     def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
