@@ -544,3 +544,15 @@ class TestPublishedLayouts:
             check_owner([path], AestheticMetric)
         check_owner([path], MyMetric)  # a metric of your own may be built on any published weights
         path.unlink()
+
+
+def test_weights_with_nan_are_named_at_the_first_score_that_is_no_number(tmp_path: Path) -> None:
+    folder = tiny_checkpoint("pickscore", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    broken = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    weights[broken][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    metric = PickScoreMetric.from_pretrained(ModelConfig(path=folder), device="cpu")
+    for verb in (metric.compute, metric.evaluate):
+        with pytest.raises(CheckpointError, match=rf"(?s)weights again: .* NaN or infinity in {broken}"):
+            verb("a cat", torch.rand(3, 32, 32))
