@@ -19,12 +19,12 @@ from diffsynth_metrics.rewards.scoring import (
     Scored,
     Scorer,
     Update,
+    apply_failure_policy,
     check_policy,
     learns,
-    settle,
 )
 
-__all__ = ["RewardSource", "as_bytes", "named", "refuse_groups", "scorer_of", "settled_floats"]
+__all__ = ["RewardSource", "as_bytes", "floats_by_policy", "named", "refuse_groups", "scorer_of"]
 
 RewardSource: TypeAlias = "BaseMetric | RewardSet | Callable[[list[str], Any], Any]"
 """What becomes a reward: a metric, a :class:`RewardSet`, or a callable of (prompts, images)."""
@@ -58,14 +58,14 @@ def named(function: _Function, name: str) -> _Function:
     return function
 
 
-def settled_floats(
+def floats_by_policy(
     scorer: Scorer, prompts: Sequence[str], images: Any, policy: FailurePolicy, update: Update
 ) -> tuple[list[float], Scored]:
     """Score without gradients, and give failed samples what the policy says."""
     check_policy(policy)
     with torch.no_grad():
         scored = scorer.scored(prompts, images, update=learns(update))
-        values: list[float] = settle(scored, policy, scorer.name).tolist()
+        values: list[float] = apply_failure_policy(scored, policy, scorer.name).tolist()
     return values, scored
 
 

@@ -17,7 +17,13 @@ from diffsynth_metrics.rewards.callables import (
     refuse_groups,
     scorer_of,
 )
-from diffsynth_metrics.rewards.scoring import FailurePolicy, Update, check_policy, learns, settle
+from diffsynth_metrics.rewards.scoring import (
+    FailurePolicy,
+    Update,
+    apply_failure_policy,
+    check_policy,
+    learns,
+)
 
 __all__ = ["to_dance_grpo", "to_pref_grpo"]
 
@@ -104,6 +110,6 @@ def _reward_of_paths(
         prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
         with torch.no_grad():
             scored = scorer.scored(prompts, as_bytes(images), update=learns(update))
-            return settle(scored, on_failure, scorer.name).float()
+            return apply_failure_policy(scored, on_failure, scorer.name).float()
 
     return named(reward_function, name or scorer.name)

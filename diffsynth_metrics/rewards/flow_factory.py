@@ -9,9 +9,9 @@ from diffsynth_metrics.rewards.callables import (
     RewardSource,
     ScaleInput,
     as_bytes,
+    floats_by_policy,
     refuse_groups,
     scorer_of,
-    settled_floats,
 )
 from diffsynth_metrics.rewards.scoring import FailurePolicy, Scorer, Update, check_policy
 
@@ -72,7 +72,7 @@ def to_flow_factory(
         ) -> Any:
             if image is None:
                 raise ValueError("this reward scores images, and Flow-Factory passed none")
-            rewards, scored = settled_floats(
+            rewards, scored = floats_by_policy(
                 self._scorer[0], prompt, as_bytes(image), on_failure, update
             )
             failures = {i: reason for i, reason in enumerate(scored.reasons) if reason is not None}

@@ -16,18 +16,18 @@ from diffsynth_metrics.rewards.callables import (
     RewardSource,
     ScaleInput,
     as_bytes,
+    floats_by_policy,
     named,
     scorer_of,
-    settled_floats,
 )
 from diffsynth_metrics.rewards.normalization import find_normalization
 from diffsynth_metrics.rewards.reward_set import Component, RewardSet
 from diffsynth_metrics.rewards.scoring import (
     FailurePolicy,
     Update,
+    apply_failure_policy,
     check_policy,
     learns,
-    settle,
     stand_in,
 )
 
@@ -89,7 +89,7 @@ def to_flow_grpo(
             images, learn = as_bytes(images), only_strict and learns(update)
             if isinstance(scorer, RewardSet):
                 return _details(scorer, prompts, images, on_failure, learn), {}
-            return settled_floats(scorer, prompts, images, on_failure, learn)[0], {}
+            return floats_by_policy(scorer, prompts, images, on_failure, learn)[0], {}
 
         return named(reward_function, name or scorer.name)
 
@@ -169,7 +169,7 @@ def _details(
     """Score with a set, in the form of multi_score."""
     with torch.no_grad():
         parts = rewards.parts(prompts, images, update=update)
-        total: list[float] = settle(parts.scored, policy, rewards.name).tolist()
+        total: list[float] = apply_failure_policy(parts.scored, policy, rewards.name).tolist()
     columns = {**parts.result.raw, **parts.settled}
     details = {name: stand_in(values, policy).tolist() for name, values in columns.items()}
     for name, component in rewards.components.items():

@@ -17,7 +17,7 @@ from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardiz
 from diffsynth_metrics.modes import plain_modes, wants_gradients
 from diffsynth_metrics.rewards.callables import RewardSource, ScaleInput, named, scorer_of
 from diffsynth_metrics.rewards.scales import find_scale
-from diffsynth_metrics.rewards.scoring import Update, learns, settle
+from diffsynth_metrics.rewards.scoring import Update, apply_failure_policy, learns
 
 __all__ = ["as_loss", "to_alignprop", "to_refl", "to_srpo"]
 
@@ -83,7 +83,7 @@ def as_loss(
         texts = _one_per_image(prompts, len(pixels))
         with _in_float32(pixels.device):
             scored = scorer.scored(texts, _unit_range(pixels, input_range), update=learns(update))
-            reward = settle(scored, "raise", scorer.name)
+            reward = apply_failure_policy(scored, "raise", scorer.name)
             if loss == "one_minus":
                 values = 1 - reward
             elif loss == "relu_margin":

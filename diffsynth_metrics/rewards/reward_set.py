@@ -31,9 +31,9 @@ from diffsynth_metrics.rewards.scoring import (
     FailurePolicy,
     MetricScorer,
     Scored,
+    apply_failure_policy,
     as_batch,
     check_policy,
-    settle,
 )
 
 __all__ = ["Component", "Parts", "RewardResult", "RewardSet"]
@@ -260,7 +260,7 @@ class RewardSet:
                 values, errors = scores[name].values, scores[name].errors
                 scores[name] = Scored(values, [e or RewardError(_NOTHING_LEARNED) for e in errors])
             if may_raise and self.components[name].on_failure == "raise":
-                settle(scores[name], "raise", name)
+                apply_failure_policy(scores[name], "raise", name)
         if self._held_out:
             with torch.no_grad():
                 scores.update({name: ask(scorer) for name, scorer in self._held_out.items()})
@@ -378,7 +378,7 @@ class RewardSet:
         policy = self.components[name].on_failure
         if policy == "raise" or not any(scored.errors):
             return scored.values
-        values = settle(scored, "nan" if policy == "mean" else policy, name)
+        values = apply_failure_policy(scored, "nan" if policy == "mean" else policy, name)
         return _with_group_means(values, groups) if policy == "mean" else values
 
     def _normalized(

@@ -25,10 +25,10 @@ __all__ = [
     "Scored",
     "Scorer",
     "Update",
+    "apply_failure_policy",
     "as_batch",
     "check_policy",
     "learns",
-    "settle",
     "stand_in",
     "without_frames",
 ]
@@ -261,7 +261,7 @@ def check_policy(policy: FailurePolicy) -> FailurePolicy:
     return policy
 
 
-def settle(scored: Scored, policy: FailurePolicy, name: str) -> Tensor:
+def apply_failure_policy(scored: Scored, policy: FailurePolicy, name: str) -> Tensor:
     """Give the failed samples what the policy says.
 
     Raises:

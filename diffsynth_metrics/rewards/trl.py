@@ -22,9 +22,9 @@ from diffsynth_metrics.rewards.scoring import (
     Scored,
     Scorer,
     Update,
+    apply_failure_policy,
     check_policy,
     learns,
-    settle,
     without_frames,
 )
 
@@ -76,7 +76,7 @@ def to_trl(
         images = [_image_of(image, one, row) for one, row in zip(completions, rows, strict=True)]
         with torch.no_grad():
             scored = _score_present(scorer, texts, images, learns(update))
-            values: list[float] = settle(scored, on_failure, scorer.name).tolist()
+            values: list[float] = apply_failure_policy(scored, on_failure, scorer.name).tolist()
         if log_extra := kwargs.get("log_extra"):
             log_extra(f"{reward_function.__name__}_error", [reason or "" for reason in scored.reasons])
         return [None if math.isnan(value) else value for value in values]
