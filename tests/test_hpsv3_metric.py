@@ -280,7 +280,7 @@ def test_gradient_agrees_with_finite_differences(double: HPSv3Metric, size: tupl
         direction = direction / direction.norm()
         measured = (total(images + step * direction) - total(images - step * direction)) / (2 * step)
         expected = (gradient * direction).sum()
-        assert torch.isclose(measured, expected, rtol=5e-3, atol=2e-4)
+        assert torch.isclose(measured, expected, rtol=5e-3, atol=1e-3)
 
 
 def test_tensor_path_stays_close_to_pil(metric: HPSv3Metric) -> None:
