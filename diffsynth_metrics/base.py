@@ -7,11 +7,10 @@ A metric says how its network is built (:meth:`BaseMetric.build`) and what it co
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -27,7 +26,7 @@ from diffsynth_metrics.modes import in_its_own_modes
 from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.pixels.transforms import Transform
-from diffsynth_metrics.weights.checkpoint import find_non_finite, load_weights
+from diffsynth_metrics.weights.checkpoint import find_non_finite, is_published, load_weights
 from diffsynth_metrics.weights.files import find_config, find_processor, find_weights, sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import (
@@ -92,10 +91,10 @@ class _MetricType(ABCMeta):
     def __call__(cls, *arguments: Any, **options: Any) -> Any:
         try:
             return super().__call__(*arguments, **options)
-        except TypeError as error:
+        except TypeError:
             if arguments or options:
                 raise
-            raise TypeError(f"load a metric with {cls.__name__}.from_pretrained(): {error}") from None
+            raise TypeError(f"load a metric with {cls.__name__}.from_pretrained()") from None
 
 
 class BaseMetric(DropIn, ABC, metaclass=_MetricType):
@@ -124,6 +123,8 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
     """Names of tensors that the files hold and the network does without."""
     default_batch_size: ClassVar[int] = 16
     supports_device_map: ClassVar[bool] = False
+    has_scored = False
+    """Whether a first score has been looked at, whose being no number would show broken weights."""
     positional: ClassVar[tuple[str, ...]] = ("processor_kwargs", "vram_limit")
     """Names of the arguments of :meth:`from_pretrained` behind `device`, in upstream's order."""
     neutral: ClassVar[Mapping[str, Any]] = {"vram_limit": None}
@@ -149,6 +150,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         self.processor = processor
         self._batch_size = None if batch_size is None else check_batch_size(batch_size)
         self.weight_files: tuple[Path, ...] = ()
+        self.options: dict[str, Any] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let every ``components`` set its own grad mode."""
@@ -209,8 +211,9 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         for config in (model_config, processor_config):
             if config is not None and not isinstance(config, ModelConfig):
                 raise TypeError(
-                    f"a config must be a ModelConfig, got {config!r}; write ModelConfig(path=...) or "
-                    "ModelConfig(model_id=..., origin_file_pattern=...)"
+                    f"a config must be a ModelConfig, got {config!r}; write ModelConfig(path=...), "
+                    "ModelConfig(model_id=..., origin_file_pattern=...) or ModelConfig.embedded(name), "
+                    "and device=... and torch_dtype=... by name"
                 )
         if batch_size is not None:
             check_batch_size(batch_size)
@@ -250,6 +253,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             processor = folder and cls.load_processor(folder, model, **processor_kwargs)
             metric = cls.assemble(model, processor, batch_size=batch_size, **options)
         metric.weight_files = tuple(files)
+        metric.options = options
         metric.describe()
         return metric
 
@@ -294,7 +298,9 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         return cls(model, processor, batch_size=batch_size, **options)
 
     def describe(self) -> None:
-        """Set what only the files tell, such as a version in ``self.card``; called once."""
+        """Say in ``self.card`` what only the loaded files tell; called once."""
+        if not is_published(self.weight_files):
+            self.card = replace(self.card, name=f"{self.card.name}, unpublished weights")
 
     @property
     def batch_size(self) -> int:
@@ -324,6 +330,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         self,
         device: str | int | torch.device | torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
     ) -> Self:
         """Move the network to a device, bring its towers to a dtype, and return the metric.
 
@@ -335,7 +342,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if device is not None:
-            self.model.to(torch.device(device))
+            self.model.to(torch.device(device), non_blocking=non_blocking)
         if dtype is not None and choose_dtype(dtype, dtype) != self.dtype:
             wide = torch.promote_types(dtype, torch.float32)
             with torch.no_grad():
@@ -355,29 +362,19 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         """
         return pixel_batches(images, self.transform, batch_size=self.batch_size, device=self.device)
 
-    def _floats(self, values: Tensor) -> list[float]:
-        """Return numbers as plain floats; where one is not finite, broken weights are said.
+    def check_weights(self) -> None:
+        """Look for the cause of a score that is not finite.
 
         Raises:
             CheckpointError: The weights hold NaN or infinity.
         """
-        floats = [float(value) for value in values.tolist()]
-        if not all(map(math.isfinite, floats)) and (broken := find_non_finite(self.model)):
+        if broken := find_non_finite(self.model):
             files = ", ".join(map(str, self.weight_files)) or "the network"
             raise CheckpointError(
                 f"Download the weights again: {files} holds NaN or infinity in {broken[0]}"
                 + (f" and {len(broken) - 1} more tensors" if len(broken) > 1 else "")
                 + ", so that scores are no numbers"
             )
-        return floats
-
-    def _plain_rows(self, components: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """Turn columns ``[N]`` into N dicts of plain values."""
-        columns: dict[str, list[Any]] = {
-            name: self._floats(values) if values.is_floating_point() else values.tolist()
-            for name, values in components.items()
-        }
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -394,6 +391,8 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             "version": __version__,
             "weights": sha256_of(self.weight_files) if self.weight_files else None,
             "weight_files": [os.fspath(file) for file in self.weight_files],
+            "preprocessing": repr(getattr(self, "transform", None)),
+            "options": {name: str(value) for name, value in self.options.items()},
             "dtype": str(self.dtype).removeprefix("torch."),
             "torch": torch.__version__,
         }
@@ -463,13 +462,13 @@ class PromptMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return self._floats(self.components(prompt, images)["score"])
+            return _floats(self.components(prompt, images)["score"])
 
     @_explained
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
         with torch.no_grad():
-            return self._plain_rows(self.components(prompt, images))
+            return _rows(self.components(prompt, images))
 
     @_explained
     def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
@@ -501,13 +500,13 @@ class ImageMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return self._floats(self.components(images)["score"])
+            return _floats(self.components(images)["score"])
 
     @_explained
     def evaluate(self, images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return each image's :meth:`components` as plain values."""
         with torch.no_grad():
-            return self._plain_rows(self.components(images))
+            return _rows(self.components(images))
 
     @_explained
     def reward(self, images: ImagesInput) -> Tensor:
@@ -551,13 +550,13 @@ class ReferenceMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return self._floats(self.components(reference, images)["score"])
+            return _floats(self.components(reference, images)["score"])
 
     @_explained
     def evaluate(self, reference: ImagesInput, images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
         with torch.no_grad():
-            return self._plain_rows(self.components(reference, images))
+            return _rows(self.components(reference, images))
 
     @_explained
     def reward(self, reference: ImagesInput, images: ImagesInput) -> Tensor:
@@ -647,3 +646,13 @@ def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None
             f"{metric.__name__}.from_pretrained has no argument {unknown[0]!r}; it has model_config, "
             f"processor_config, processor_kwargs, gradient_checkpointing, {', '.join(known)}"
         )
+
+
+def _floats(values: Tensor) -> list[float]:
+    return [float(value) for value in values.tolist()]
+
+
+def _rows(components: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Turn columns ``[N]`` into N dicts of plain values."""
+    columns = {name: values.tolist() for name, values in components.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

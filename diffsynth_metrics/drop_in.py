@@ -72,7 +72,7 @@ class DropIn:
         def compute(self, *inputs: Any, **options: Any) -> Any:
             """See the metric."""
 
-        def to(self, device: Any = None, dtype: Any = None) -> Self:
+        def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
             """See :class:`~diffsynth_metrics.base.BaseMetric`."""
 
     def score(self, *inputs: Any, **options: Any) -> Any:
@@ -121,3 +121,11 @@ class DropIn:
     def half(self) -> Self:
         """Bring the towers to float16, as ``.to(dtype=torch.float16)``, and return the metric."""
         return self.to(dtype=torch.float16)
+
+    def bfloat16(self) -> Self:
+        """Bring the towers to bfloat16, as ``.to(dtype=torch.bfloat16)``, and return the metric."""
+        return self.to(dtype=torch.bfloat16)
+
+    def float(self) -> Self:
+        """Bring the towers to float32, as ``.to(dtype=torch.float32)``, and return the metric."""
+        return self.to(dtype=torch.float32)

@@ -154,9 +154,11 @@ class DualEncoderMetric(CutsPrompts, PromptMetric):
         # A call that runs in another thread fills the old dict, whose features may be of an old network.
         self._text_cache = {}
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self, device: Any = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+    ) -> Self:
         """Move the network to a device or bring its towers to a dtype, see :meth:`BaseMetric.to`."""
-        super().to(device, dtype)
+        super().to(device, dtype, non_blocking)
         self.clear_text_cache()
         return self
 

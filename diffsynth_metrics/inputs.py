@@ -76,6 +76,15 @@ _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", "
 _DECODE_LOCKS = [threading.Lock() for _ in range(16)]
 
 
+def _open_decode_locks() -> None:
+    """Forget who holds them: a forked child has no other threads, and would wait for ever."""
+    _DECODE_LOCKS[:] = [threading.Lock() for _ in _DECODE_LOCKS]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open_decode_locks)
+
+
 class SharedImages(Sequence[Any]):
     """Images that several metrics score in turn: checked once, prepared once for each transform.
 
@@ -299,7 +308,10 @@ def open_image(image: PIL.Image.Image | Path | bytes, name: str) -> PIL.Image.Im
             with PIL.Image.open(_file(image)) as opened:
                 opened.load()
     except Exception as error:  # Pillow's decoders raise nearly anything, even AssertionError
-        raise ImageError(f"{name} cannot be read: {str(error) or repr(error)}") from error
+        problem = str(error) or repr(error)
+        if isinstance(image, bytes) and isinstance(error, PIL.UnidentifiedImageError):
+            problem = f"its {len(image)} bytes are no picture that Pillow knows"
+        raise ImageError(f"{name} cannot be read: {problem}") from error
     # Portable grey maps of more than 8 bits are mode I, and Pillow has brought them to 0..65535.
     if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM"):
         return _without_low_byte(opened)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -22,7 +22,13 @@ def in_its_own_modes(components: Callable[..., dict[str, Tensor]]) -> Callable[.
     def scored(self: Any, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         gradients = wants_gradients(*inputs, *named.values())
         with plain_modes(self.device.type, gradients=gradients):
-            return components(self, *inputs, **named)
+            result = components(self, *inputs, **named)
+        # Once: a device is waited for, and weights with NaN make every score NaN.
+        if "score" in result and not self.has_scored:
+            if not result["score"].isfinite().all():
+                self.check_weights()
+            self.has_scored = True
+        return result
 
     return scored
 
@@ -55,6 +61,8 @@ def _requires_gradient(images: Any) -> bool:
         images = images.checked
     if isinstance(images, Tensor):
         return images.requires_grad
-    return isinstance(images, (list, tuple)) and any(
-        isinstance(image, Tensor) and image.requires_grad for image in images
+    return (
+        isinstance(images, Sequence)
+        and not isinstance(images, (str, bytes))
+        and any(isinstance(image, Tensor) and image.requires_grad for image in images)
     )

@@ -40,9 +40,18 @@ class TokenizedPrompts:
         return {"prompt_tokens": tokens.expand(count), "truncated": cut.expand(count)}
 
 
-def cut_prompts(ids: Sequence[Sequence[int]], max_length: int) -> TokenizedPrompts:
-    """Cut the ids of prompts to `max_length`; the last id, which ends a prompt, stays."""
-    cut = [list(row) if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in ids]
+def cut_prompts(ids: Sequence[Sequence[int]], max_length: int, side: str = "right") -> TokenizedPrompts:
+    """Cut the ids of prompts to `max_length`; the first and the last one, begin and end, stay.
+
+    Args:
+        ids: The ids of each prompt.
+        max_length: The most that the network reads.
+        side: Where ids are left out: a tokenizer's ``truncation_side``.
+    """
+    if side == "left":
+        cut = [list(row) if len(row) <= max_length else [row[0], *row[1 - max_length :]] for row in ids]
+    else:
+        cut = [list(row) if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in ids]
     return TokenizedPrompts(cut, [len(row) for row in ids])
 
 
@@ -85,7 +94,11 @@ class CutsPrompts:
         return tokens
 
 
-def padded(ids: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
-    """Return ids as one int64 tensor ``[B, L]`` on the CPU, padded on the right."""
+def padded(ids: Sequence[Sequence[int]], value: int | None, length: int | None = None) -> Tensor:
+    """Return ids as one int64 tensor ``[B, L]`` on the CPU, padded on the right.
+
+    Without a `value`, the last id of a row is repeated, which ends a prompt.
+    """
     length = max(map(len, ids)) if length is None else length
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in ids], device="cpu")
+    rows = [[*row, *[row[-1] if value is None else value] * (length - len(row))] for row in ids]
+    return torch.tensor(rows, device="cpu")

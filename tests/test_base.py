@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import pickle
+from collections import UserList
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -237,6 +238,7 @@ class TestGradients:
         reward = metric.reward("a cat", [images[0], pixels, noise(1)[0]])
         reward[1].backward()
         assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+        assert metric.reward("a cat", UserList([pixels])).requires_grad
 
     def test_reward_carries_no_graph_otherwise(self, metric: PickScoreMetric, images: list[Any]) -> None:
         assert not metric.reward("a cat", noise(2)).requires_grad
@@ -426,7 +428,8 @@ class TestThreadsAndMemory:
 class TestProperties:
     def test_repr_shows_where_a_metric_runs(self, metric: PickScoreMetric) -> None:
         assert repr(metric) == (
-            "PickScoreMetric('PickScore v1', device='cpu', dtype=torch.float32, batch_size=4)"
+            "PickScoreMetric('PickScore v1, unpublished weights', device='cpu', dtype=torch.float32, "
+            "batch_size=4)"
         )
 
     def test_to_returns_the_metric_itself(self, metric: PickScoreMetric) -> None:

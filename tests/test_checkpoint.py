@@ -552,7 +552,7 @@ def test_weights_with_nan_are_named_at_the_first_score_that_is_no_number(tmp_pat
     broken = "vision_model.encoder.layers.0.mlp.fc1.weight"
     weights[broken][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    metric = PickScoreMetric.from_pretrained(ModelConfig(path=folder), device="cpu")
-    for verb in (metric.compute, metric.evaluate):
+    for verb in ("compute", "evaluate", "reward"):
+        metric = PickScoreMetric.from_pretrained(ModelConfig(path=folder), device="cpu")
         with pytest.raises(CheckpointError, match=rf"(?s)weights again: .* NaN or infinity in {broken}"):
-            verb("a cat", torch.rand(3, 32, 32))
+            getattr(metric, verb)("a cat", torch.rand(3, 32, 32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +222,6 @@ class TestMatrixAndProbabilities:
             range(5), key=scores.__getitem__
         )
 
-    def test_probabilities_of_pairs_are_the_softmax_over_them(
-        self, metric: PickScoreMetric, images: list[Any]
-    ) -> None:
-        scores = torch.tensor(metric.compute(PROMPTS, images))
-        expected = torch.softmax(scores, dim=-1).tolist()
-        assert metric.probabilities(PROMPTS, images) == pytest.approx(expected, abs=1e-4)
-
     def test_calc_probs_is_another_name_of_probabilities(
         self, metric: PickScoreMetric, images: list[Any]
     ) -> None:
@@ -272,6 +266,26 @@ class TestPromptsOfACall:
                 short, cut = metric.evaluate(prompts, images[:2])
             assert short["prompt_tokens"] <= limit < cut["prompt_tokens"]
             assert (short["truncated"], cut["truncated"]) == (False, True)
+
+    def test_the_tokenizers_side_of_cutting_is_kept(self, tiny_folder: Path, images: list[Any]) -> None:
+        prompt = "red " * 100 + "a cat"
+        for side in ("left", "right"):
+            metric = PickScoreMetric.from_pretrained(
+                ModelConfig(path=tiny_folder), device="cpu", processor_kwargs={"truncation_side": side}
+            )
+            expected = metric.tokenizer(prompt, truncation=True, max_length=77)["input_ids"]
+            assert metric.tokenize([prompt]).ids == [expected]
+
+    def test_hpsv2_does_not_follow_the_callers_default_dtype(
+        self, tiny: Callable[[str], Path], images: list[Any]
+    ) -> None:
+        metric = HPSv2Metric.from_pretrained(ModelConfig(path=tiny("hpsv2")), device="cpu")
+        expected = metric.compute("a cat", images[0])
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert metric.compute("a cat", images[0]) == pytest.approx(expected, abs=1e-5)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 class TestCacheOfTexts:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import PIL.Image
 import pytest
 from forking import is_true_in_a_child, needs_fork
 
-from diffsynth_metrics import CLIPMetric, ModelConfig
+from diffsynth_metrics import CLIPMetric, ModelConfig, inputs
 from diffsynth_metrics.rewards import Component, RewardSet
 
 
@@ -26,3 +28,12 @@ def test_a_forked_child_scores_as_its_parent_does() -> None:
         return True
 
     assert is_true_in_a_child(scores_alike)
+
+
+@needs_fork
+def test_a_child_decodes_pictures_although_threads_of_the_parent_were_decoding() -> None:
+    picture = PIL.Image.new("RGB", (8, 8))
+    with ExitStack() as held:
+        for lock in inputs._DECODE_LOCKS:
+            held.enter_context(lock)
+        assert is_true_in_a_child(lambda: inputs.open_image(picture, "image 0").size == (8, 8))

@@ -835,3 +835,15 @@ def test_threads_share_a_judge(judges: dict[str, Any]) -> None:
         thread.join()
     for index in range(4):
         torch.testing.assert_close(together[index], alone[index], rtol=1e-4, atol=1e-4)
+
+
+def test_encoded_pictures_are_judged_like_any_other(tmp_path: Path) -> None:
+    file = tmp_path / "red.png"
+    PIL.Image.new("RGB", (64, 48), "red").save(file)
+    engine = ScriptedEngine("Alignment Score (1-5): 4\nCoherence Score (1-5): 4\nStyle Score (1-5): 4")
+    metric = UnifiedReward2Metric(engine)
+    with file.open("rb") as opened:
+        assert metric.compute("a wall", [file, file.read_bytes(), opened]) == [4, 4, 4]
+    sizes = [part.size for q in engine.questions for part in q.content if not isinstance(part, str)]
+    assert sizes == [(64, 48)] * 3
+    assert metric.provenance["engine"] == "ScriptedEngine"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth_metrics import MetricCard, ModelConfig
-from diffsynth_metrics.base import ReferenceMetric, SetMetric
+from diffsynth_metrics.base import ImageMetric, ReferenceMetric, SetMetric
 from diffsynth_metrics.dual_encoder import DualEncoderMetric
 from diffsynth_metrics.embedded.drawing import draw_shape
 from diffsynth_metrics.inputs import as_images, pair_references
@@ -120,6 +120,20 @@ class DifferenceMetric(ReferenceMetric):
         return {"score": (sides[0] - sides[1]).abs().mean(dim=(1, 2, 3))}
 
 
+class BrightnessMetric(ImageMetric):
+    """The mean of the normalised pixels of an image."""
+
+    card = CARD
+    transform = ShortestEdgeCrop(8)
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(1, 1))
+
+    def components(self, images: Any) -> dict[str, Tensor]:
+        pixels = torch.cat(list(self.pixel_batches(as_images(images))))
+        return {"score": pixels.mean(dim=(1, 2, 3))}
+
+
 class BrightnessGapMetric(SetMetric):
     """How much brighter one set of images is than another."""
 
@@ -175,6 +189,11 @@ def test_folders_are_paired_by_stem(tmp_path: Path) -> None:
     gray(0).save(tmp_path / "made" / "100.png")
     with pytest.raises(ValueError, match=r"several files are called '100'"):
         metric.compute(tmp_path / "real", tmp_path / "made")
+
+
+def test_an_image_metric_scores_images_alone() -> None:
+    dark, bright = BrightnessMetric().compute([gray(0), gray(255)])
+    assert dark < 0 < bright
 
 
 def test_a_set_metric_gives_one_number() -> None:

@@ -23,6 +23,7 @@ TOWERS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
     "hpsv2": (HPSv2Metric, lambda model: model.visual),
     "aesthetic": (AestheticMetric, lambda model: model.vision_model),
     "image_reward": (ImageRewardMetric, lambda model: model.blip.text_encoder),
+    "image_reward image": (ImageRewardMetric, lambda model: model.blip.visual_encoder),
 }
 
 
@@ -30,7 +31,8 @@ TOWERS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A metric of its own for these tests, its image tower, and a call that scores."""
     metric_class, tower_of = TOWERS[request.param]
-    folder = tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+    name = request.param.split()[0]
+    folder = tiny_checkpoint(name, tmp_path_factory.mktemp(name))
     metric = metric_class.from_pretrained(ModelConfig(path=folder), device="cpu")
     images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     arguments = (images,) if request.param == "aesthetic" else ("a cat", images)

@@ -209,7 +209,7 @@ class TestNames:
         for path in (tmp_path / "text.png", tmp_path / "empty.jpg", tmp_path / "gone.png", truncated):
             with pytest.raises(ImageError, match=rf"^image 7 \({path}\) cannot be read: "):
                 open_image(path, "image 7")
-        with pytest.raises(ImageError, match=r"^image 7 cannot be read: cannot identify"):
+        with pytest.raises(ImageError, match=r"^image 7 cannot be read: its 21 bytes are no picture"):
             open_image(b"this is not a picture", "image 7")
 
     def test_a_truncated_file_opened_by_the_caller_is_named_every_time(self, truncated: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import PIL.Image
 import torch
@@ -17,16 +18,21 @@ from typing_extensions import Self
 
 from diffsynth_metrics.base import BaseMetric, check_batch_size
 from diffsynth_metrics.errors import AnswerError, ImageError
-from diffsynth_metrics.inputs import ImagesInput, as_pil, as_rgb, open_image, pair
+from diffsynth_metrics.inputs import (
+    CheckedImage,
+    ImagesInput,
+    as_pil,
+    as_rgb,
+    image_name,
+    open_image,
+    pair,
+)
 from diffsynth_metrics.judges.architectures import build_judge, judge_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.local import LocalEngine, check_max_new_tokens
 from diffsynth_metrics.modes import plain_modes
 
-__all__ = ["CheckedImage", "JudgeMetric", "mean", "pairs"]
-
-CheckedImage: TypeAlias = "PIL.Image.Image | Path | Tensor"
-"""One image after checking."""
+__all__ = ["JudgeMetric", "mean", "pairs"]
 
 _POLICIES = ("nan", "raise")
 _MAX_NEW_TOKENS = 4096
@@ -191,11 +197,24 @@ class JudgeMetric(BaseMetric):
         self,
         device: str | int | torch.device | torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
     ) -> Self:
         """Move the network and return the metric; an engine may have none to move."""
         if isinstance(getattr(self.engine, "model", None), nn.Module):
-            super().to(device, dtype)
+            super().to(device, dtype, non_blocking)
         return self
+
+    def check_weights(self) -> None:
+        """Do nothing: an answer that cannot be read is no sign of broken weights."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """See :attr:`BaseMetric.provenance`; with the engine, which may have no network."""
+        if isinstance(getattr(self.engine, "model", None), nn.Module):
+            known = super().provenance
+        else:
+            known = {"metric": type(self).__name__, "name": self.card.name, "weights": None}
+        return {**known, "engine": type(self.engine).__name__}
 
     def __repr__(self) -> str:
         """Show which metric it is and its engine."""
@@ -253,8 +272,7 @@ class JudgeMetric(BaseMetric):
 
     def _checked_pixels(self, image: CheckedImage, name: str) -> int:
         width, height = _size(image, name)
-        file = image if isinstance(image, Path) else getattr(image, "filename", "")
-        self._check_size((width, height), f"{name} ({file})" if file else name)
+        self._check_size((width, height), image_name(name, image))
         return width * height
 
     def _name(self, sample: int, image: int) -> str:
@@ -316,10 +334,10 @@ def _size(image: CheckedImage, name: str) -> tuple[int, int]:
     """Return width and height without decoding an image."""
     if isinstance(image, Tensor):
         return image.shape[-1], image.shape[-2]
-    if isinstance(image, Path):
+    if isinstance(image, (Path, bytes)):
         try:
             opened: PIL.Image.Image
-            with PIL.Image.open(image) as opened:
+            with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 return opened.size
         except Exception:
             return open_image(image, name).size  # which says why it cannot be read

@@ -91,7 +91,8 @@ class CLIPMetric(DualEncoderMetric):
 
     def tokenize(self, prompts: list[str]) -> TokenizedPrompts:
         """Tokenize as CLIP does; whole at first, so that a cut prompt is noticed."""
-        return cut_prompts(self.tokenizer(prompts, verbose=False)["input_ids"], self.max_length)
+        ids = self.tokenizer(prompts, verbose=False)["input_ids"]
+        return cut_prompts(ids, self.max_length, self.tokenizer.truncation_side)
 
     def embed_text(self, ids: list[list[int]]) -> Tensor:
         """Embed texts. Attention is causal and ends at the first end token: padding is never seen."""

@@ -89,6 +89,7 @@ class FIDMetric(SetMetric):
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="FID/model.safetensors"
     )
+    config_file = None
     dimensions = FEATURES
     """Number of features that the network makes of an image."""
     model: Inception3
@@ -177,6 +178,7 @@ class FIDMetric(SetMetric):
 
     def describe(self) -> None:
         """Note the sha256 of the weights, which statistics carry."""
+        super().describe()
         self.weights = sha256_of(self.weight_files)
 
     def compute(  # type: ignore[override]
@@ -466,7 +468,9 @@ class FIDMetric(SetMetric):
             # A view, with the channels last in memory: torch computes convolutions that way, and faster.
             pixel_values = torch.from_numpy(batch).to(self.device, self.dtype).permute(0, 3, 1, 2)
             features: np.ndarray = self.model(pixel_values).float().cpu().numpy()
-            return features
+        if not np.isfinite(features).all():
+            self.check_weights()
+        return features
 
 
 def _find_source(images: FIDSource) -> FIDSource:

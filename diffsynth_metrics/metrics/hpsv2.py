@@ -100,6 +100,7 @@ class HPSv2Metric(DualEncoderMetric):
         if found := re.search(r"hps[-_ ]?v?2[._]([01])(?!\d)", names, re.IGNORECASE):
             self.version = f"2.{found[1]}"
         self.card = replace(self.card, name=f"HPSv2 (version {self.version})")
+        super().describe()
 
     def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
         """Compute what :meth:`DualEncoderMetric.components` does, and ``"percent"``, 100 * cosine."""

@@ -24,6 +24,7 @@ from diffsynth_metrics.networks.hpsv3 import (
 )
 from diffsynth_metrics.pixels.batches import pixel_lists
 from diffsynth_metrics.pixels.transforms import SmartResize
+from diffsynth_metrics.tokens import padded
 from diffsynth_metrics.weights.checkpoint import read_layout
 from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import execution_device
@@ -62,6 +63,11 @@ class HPSv3Metric(PromptMetric):
     Open scale: models average about -0.2 to 10.6; single images reach 15. :meth:`evaluate` adds the
     model's own uncertainty, and :meth:`preference` compares two images with it. See
     ``HPSv3Metric.card``.
+
+    Options: ``max_pixels`` and ``min_pixels`` of a resized image, by default both the published 256 * 28
+    * 28; ``positions``, ``"official"`` (default) numbers all tokens in sequence, as the authors trained
+    the model, ``"diffsynth"`` gives image tokens Qwen2-VL's rows and columns, as ``diffsynth.metrics``
+    does.
     """
 
     card = MetricCard(
@@ -230,11 +236,11 @@ class HPSv3Metric(PromptMetric):
             for grid, text in zip(grids, texts, strict=True)
         ]
         length = max(map(len, rows))
-        ids = torch.tensor([row + [frame.reward_id] * (length - len(row)) for row in rows])
-        positions = torch.arange(length).expand(3, len(rows), length)
+        ids = padded(rows, frame.reward_id)
+        positions = torch.arange(length, device="cpu").expand(3, len(rows), length)
         if self.positions == "diffsynth":
             positions = torch.stack([_positions(len(frame.before), *g, length) for g in grids], dim=1)
-        last = torch.tensor([len(row) - 1 for row in rows])
+        last = torch.tensor([len(row) - 1 for row in rows], device="cpu")
         inputs = (ids, ids == frame.image_id, last, positions)
         read: Tensor = self.model(
             *(value.to(self.device) for value in inputs), torch.cat([tokens for tokens, _ in pictures])

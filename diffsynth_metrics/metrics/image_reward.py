@@ -34,7 +34,7 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
     """ImageReward v1.0: (MLP(h_CLS) - mean) / std of BLIP reading the prompt and the image.
 
     Roughly standard normal over prompts, about -2.3 to 2; a negative score is no error. Prompts are
-    cut to 35 tokens. See ``ImageRewardMetric.card``.
+    cut to 35 tokens, or to the option ``max_length``. See ``ImageRewardMetric.card``.
     """
 
     card = MetricCard(
@@ -126,4 +126,5 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
 
     def tokenize(self, prompts: list[str]) -> TokenizedPrompts:
         """Tokenize as BERT does; whole at first, so that a cut prompt is noticed."""
-        return cut_prompts(self.tokenizer(prompts, verbose=False)["input_ids"], self.max_length)
+        ids = self.tokenizer(prompts, verbose=False)["input_ids"]
+        return cut_prompts(ids, self.max_length, self.tokenizer.truncation_side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,20 +48,21 @@ class PickScoreMetric(CLIPMetric):
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="PickScore/*.[jt]*"
     )
 
-    def probabilities(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
-        """Compute how probably people pick each of several images for one prompt.
+    def probabilities(self, prompt: str | Sequence[str], images: ImagesInput) -> list[Any]:
+        """Compute how probably people pick each of several images for a prompt.
 
         Args:
-            prompt: The prompt that all images were made for. (Code written for ``diffsynth.metrics`` may
-                pass one prompt per image; the softmax is over all pairs then, as it is there.)
+            prompt: The prompt that all images were made for, or several prompts.
             images: The images to choose from, see :meth:`compute`.
 
         Returns:
-            One probability per image; they sum to 1.
+            One probability per image, which sum to 1; for a list of prompts one such list per prompt, as
+            in ``diffsynth.metrics``.
         """
-        with torch.no_grad():
-            return pick_probabilities(self.components(prompt, images)["score"]).tolist()
+        matrix = torch.tensor(self.similarity_matrix(prompt, images), dtype=torch.float64, device="cpu")
+        probabilities: list[Any] = pick_probabilities(matrix).tolist()
+        return probabilities[0] if isinstance(prompt, str) else probabilities
 
-    def calc_probs(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
+    def calc_probs(self, prompt: str | Sequence[str], images: ImagesInput) -> list[Any]:
         """Do the same as :meth:`probabilities`; the name in the authors' code."""
         return self.probabilities(prompt, images)

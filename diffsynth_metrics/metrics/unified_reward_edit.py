@@ -10,15 +10,11 @@ import PIL.Image
 
 from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.inputs import ImageInput, as_images, as_prompts
+from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, as_prompts
 from diffsynth_metrics.judges.answers import Reading, read_pair_scores, read_score_list, read_winner
 from diffsynth_metrics.judges.architectures import qwen3_vl_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
-from diffsynth_metrics.judges.metric import (
-    CheckedImage,
-    JudgeMetric,
-    mean,
-)
+from diffsynth_metrics.judges.metric import JudgeMetric, mean
 from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 

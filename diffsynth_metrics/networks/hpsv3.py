@@ -102,7 +102,8 @@ class HPSv3Network(nn.Module):
         vision = self.config.vision_config
         patch, merge = vision.patch_size, vision.spatial_merge_size
         patches = torch.cat([patches_of(image, self.config) for image in pixels])
-        grid = torch.tensor([[1, *(side // patch for side in image.shape[-2:])] for image in pixels])
+        sides = [[1, *(side // patch for side in image.shape[-2:])] for image in pixels]
+        grid = torch.tensor(sides, device="cpu")
         tokens: Any = self.visual(patches, grid_thw=grid.to(patches.device)).pooler_output
         return list(tokens.split((grid.prod(dim=-1) // merge**2).tolist()))
 

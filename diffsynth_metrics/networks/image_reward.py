@@ -69,6 +69,7 @@ class ImageRewardNetwork(nn.Module):
             mlp_ratio=vision.intermediate_size / vision.hidden_size,
             norm_layer=partial(nn.LayerNorm, eps=vision.layer_norm_eps),
             num_classes=0,
+            global_pool="",  # its forward returns all tokens
             weight_init="skip",
         )
         self.blip.text_encoder = BlipTextModel(text, add_pooling_layer=False)
@@ -80,7 +81,7 @@ class ImageRewardNetwork(nn.Module):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Map normalised pixels ``[B, 3, S, S]`` to image tokens ``[B, T, D]``."""
-        tokens: Tensor = self.blip.visual_encoder.forward_features(pixel_values)
+        tokens: Tensor = self.blip.visual_encoder(pixel_values)
         return tokens
 
     def read(self, input_ids: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:

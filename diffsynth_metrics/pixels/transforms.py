@@ -130,7 +130,7 @@ class Letterbox:
         """Resize bytes ``[B, 3, H, W]`` that come in strips of rows, to the bit as if at once."""
         new_height, new_width = self._geometry(shape[-2], shape[-1])
         # Allocated before the strips: one small result after each would leave holes in the heap.
-        rows = torch.empty(*shape[:-1], new_width, device=device)
+        rows = torch.empty(*shape[:-1], new_width, dtype=torch.float32, device=device)
         top = 0
         for part in parts:
             # With channels last, as Pillow has them, interpolation is slower; its result is the same.

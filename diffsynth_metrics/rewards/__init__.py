@@ -93,4 +93,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List the public names, including those that are not imported yet."""
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
