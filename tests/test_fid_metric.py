@@ -706,3 +706,10 @@ def test_sides_that_were_prepared_differently_are_warned_of(
     mean, covariance = reference
     with pytest.warns(UserWarning, match="the other does not say how"):
         metric.compute(FIDStatistics.from_moments(mean, covariance), pictures)
+
+
+def test_broken_weights_are_named_and_not_the_pictures(folder: Path, metric: FIDMetric) -> None:
+    with torch.no_grad():
+        metric.model.get_parameter("scale").fill_(math.nan)
+    with pytest.raises(CheckpointError, match="NaN or infinity in scale"):
+        metric.statistics(folder, progress=False)
