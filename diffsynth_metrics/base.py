@@ -334,7 +334,8 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
     ) -> Self:
         """Move the network to a device, bring its towers to a dtype, and return the metric.
 
-        What stays in float32 when the metric is loaded stays in float32 here.
+        What stays in float32 when the metric is loaded stays in float32 here. What a narrower dtype has
+        rounded away does not come back: load the metric again for that.
 
         Raises:
             TypeError: `dtype` is none of a network.
@@ -433,14 +434,12 @@ class PromptMetric(BaseMetric):
         Args:
             prompt: One prompt for all images, or as many prompts as images.
             images: One image or several, see :data:`diffsynth_metrics.inputs.ImagesInput`; one image
-            (not
-                in a list) goes with every prompt.
+                that is in no list goes with every prompt.
 
         Returns:
             Name to tensor ``[N]``; ``"score"`` is one of them: float32 (float64 where the metric runs in
             float64) on the metric's device. Floats carry a graph to the pixels exactly when an image
-            tensor requires a gradient and the caller has gradients enabled; the weights never receive
-            one.
+            tensor requires one and the caller has gradients enabled; the weights never receive one.
         """
 
     @_explained

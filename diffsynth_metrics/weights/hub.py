@@ -329,9 +329,9 @@ def _hint(causes: Sequence[BaseException], offline: bool) -> str:
     """Return what the user can do about a failed download."""
     if offline:
         return (
-            "Check the network, set MODELSCOPE_ENDPOINT or DIFFSYNTH_DOWNLOAD_SOURCE to a hub that "
-            "can be reached, or copy the files into the local folder and set "
-            "DIFFSYNTH_SKIP_DOWNLOAD=true."
+            "Check the network, set MODELSCOPE_ENDPOINT, HF_ENDPOINT or DIFFSYNTH_DOWNLOAD_SOURCE to a "
+            "hub that can be reached, or give files that you have: ModelConfig(path=...), or a copy in the "
+            "local folder and DIFFSYNTH_SKIP_DOWNLOAD=true."
         )
     codes = {getattr(cause, "errno", None) for cause in causes}
     if codes & {errno.EACCES, errno.EROFS}:
