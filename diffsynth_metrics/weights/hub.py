@@ -330,8 +330,8 @@ def _hint(causes: Sequence[BaseException], offline: bool) -> str:
     if offline:
         return (
             "Check the network, set MODELSCOPE_ENDPOINT, HF_ENDPOINT or DIFFSYNTH_DOWNLOAD_SOURCE to a "
-            "hub that can be reached, or give files that you have: ModelConfig(path=...), or a copy in the "
-            "local folder and DIFFSYNTH_SKIP_DOWNLOAD=true."
+            "hub that can be reached, or use files that you have: ModelConfig(path=...), or a copy in "
+            "the local folder and DIFFSYNTH_SKIP_DOWNLOAD=true."
         )
     codes = {getattr(cause, "errno", None) for cause in causes}
     if codes & {errno.EACCES, errno.EROFS}:
