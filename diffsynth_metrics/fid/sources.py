@@ -30,6 +30,7 @@ from diffsynth_metrics.inputs import (
     pixel_count,
 )
 from diffsynth_metrics.pixels.batches import prepare_ahead
+from diffsynth_metrics.pixels.resizing import cpu_count
 
 __all__ = [
     "ImageReader",
@@ -53,8 +54,7 @@ def choose_workers(num_workers: int | None) -> int:
         ValueError: It is not an int of at least 0.
     """
     if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return min(cores or 1, 8)
+        return min(cpu_count(), 8)
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise ValueError(f"num_workers must be an int of at least 0, got {num_workers!r}")
     return num_workers
