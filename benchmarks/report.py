@@ -97,8 +97,8 @@ RssAnon and RssFile, Pss the proportional size of `/proc/self/smaps_rollup`."""
 
 _TINY = """16 pictures of 1024x1024, two layers of width 32, batch 16, gelu in both. Each round has a new
 prompt (70 tokens; 10 to 70 tokens where there are as many prompts as images), because ours is
-loaded with `cache_text=True`; the last row shows a prompt whose features it kept. Files are opened and decoded
-within the measured call; upstream takes only PIL images, so it gets `PIL.Image.open(path)`.
+loaded with `cache_text=True`; the last row shows a prompt whose features it kept. Files are opened
+and decoded within the measured call; upstream takes only PIL images, so it gets `PIL.Image.open(path)`.
 Upstream loads only checkpoints of published size, so here its own wrapper and metric classes are put
 around a `transformers.CLIPModel` with the same weights. For as many prompts as images upstream's
 PickScore answers the matrix of all pairs; its diagonal is compared.
