@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from diffsynth_metrics.drop_in import DropIn, name_arguments, take_neutral
 from diffsynth_metrics.errors import CheckpointError
-from diffsynth_metrics.inputs import CheckedImages, ImagesInput
+from diffsynth_metrics.inputs import CheckedImages, ImageInput, ImagesInput
 from diffsynth_metrics.modes import in_its_own_modes
 from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.pixels.batches import pixel_batches
@@ -46,6 +46,7 @@ __all__ = [
     "ReferenceMetric",
     "SetMetric",
     "check_batch_size",
+    "one_source",
     "rows_of_pairs",
 ]
 
@@ -129,6 +130,8 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
     """Names of the arguments of :meth:`from_pretrained` behind `device`, in upstream's order."""
     neutral: ClassVar[Mapping[str, Any]] = {"vram_limit": None}
     """Arguments of upstream that only their default is accepted of."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What :meth:`arguments` takes besides images: ``"prompt"``, ``"source"``."""
 
     def __init__(
         self, model: nn.Module, processor: Any = None, *, batch_size: int | None = None
@@ -363,6 +366,29 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         """
         return pixel_batches(images, self.transform, batch_size=self.batch_size, device=self.device)
 
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageInput] | Tensor,
+        sources: Sequence[Sequence[ImageInput]] = (),
+    ) -> tuple[Any, ...]:
+        """Arrange N samples as this metric's verbs take them, so that code can score with any metric.
+
+        ``metric.evaluate(*metric.arguments(prompts, images, sources))``; what a metric does not need is
+        left out.
+
+        Args:
+            prompts: N prompts.
+            images: N images.
+            sources: For each sample the images that it was made from, which a metric of edits or of
+                pairs of images needs; one that does not need them is given none.
+
+        Raises:
+            TypeError: The metric does not score single samples.
+            ValueError: The metric needs exactly one source image per sample, and there is none, or more.
+        """
+        raise TypeError(f"{type(self).__name__} does not score single samples")
+
     def check_weights(self) -> None:
         """Look for the cause of a score that is not finite.
 
@@ -427,6 +453,17 @@ def _explained(verb: Callable[_Inputs, _Result]) -> Callable[_Inputs, _Result]:
 class PromptMetric(BaseMetric):
     """A metric that scores pairs of a prompt and an image; it defines :meth:`components`."""
 
+    needs = ("prompt",)
+
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageInput] | Tensor,
+        sources: Sequence[Sequence[ImageInput]] = (),
+    ) -> tuple[Any, ...]:
+        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
+        return (prompts, images)
+
     @abstractmethod
     def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
         """Compute everything that the metric knows of pairs of prompts and images.
@@ -478,6 +515,15 @@ class PromptMetric(BaseMetric):
 class ImageMetric(BaseMetric):
     """A metric that scores images alone; it defines :meth:`components`."""
 
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageInput] | Tensor,
+        sources: Sequence[Sequence[ImageInput]] = (),
+    ) -> tuple[Any, ...]:
+        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
+        return (images,)
+
     @abstractmethod
     def components(self, images: ImagesInput) -> dict[str, Tensor]:
         """Compute everything that the metric knows, as :meth:`PromptMetric.components` does."""
@@ -519,6 +565,17 @@ class ReferenceMetric(BaseMetric):
     ``reference`` and ``images`` are one image each, as many of both, one reference (not in a list) for
     several images, or two folders whose files are paired by their names without suffix.
     """
+
+    needs = ("source",)
+
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageInput] | Tensor,
+        sources: Sequence[Sequence[ImageInput]] = (),
+    ) -> tuple[Any, ...]:
+        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
+        return (one_source(self, sources, len(images)), images)
 
     @abstractmethod
     def components(self, reference: ImagesInput, images: ImagesInput) -> dict[str, Tensor]:
@@ -599,6 +656,25 @@ def rows_of_pairs(
         for start in range(done, done + pairs, batch_size):
             yield batch, slice(start, min(start + batch_size, done + pairs))
         done += pairs
+
+
+def one_source(
+    metric: BaseMetric, sources: Sequence[Sequence[ImageInput]], count: int
+) -> list[ImageInput]:
+    """Return the source image of each of `count` samples.
+
+    Raises:
+        ValueError: A sample has none, or several; the message names the sample.
+    """
+    if not sources:
+        sources = [()] * count
+    for index, of_sample in enumerate(sources):
+        if len(of_sample) != 1:
+            raise ValueError(
+                f"{type(metric).__name__} needs one source image per sample, and sample {index} has "
+                f"{len(of_sample) or 'none'}"
+            )
+    return [of_sample[0] for of_sample in sources]
 
 
 def check_batch_size(batch_size: int) -> int:

@@ -20,6 +20,7 @@ from diffsynth_metrics.base import BaseMetric, check_batch_size
 from diffsynth_metrics.errors import AnswerError, ImageError
 from diffsynth_metrics.inputs import (
     CheckedImage,
+    ImageInput,
     ImagesInput,
     as_pil,
     as_rgb,
@@ -65,6 +66,7 @@ class JudgeMetric(BaseMetric):
     official_dtype = torch.bfloat16
     default_batch_size = 20
     supports_device_map = True
+    needs: ClassVar[tuple[str, ...]] = ("prompt",)
     positional: ClassVar[tuple[str, ...]] = ("max_new_tokens", "processor_kwargs", "vram_limit")
 
     def __init__(self, engine: Engine, *, on_parse_error: str = "nan") -> None:
@@ -113,6 +115,15 @@ class JudgeMetric(BaseMetric):
         batch_size = cls.default_batch_size if batch_size is None else batch_size
         engine = LocalEngine(model, processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
         return cls(engine, **options)
+
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageInput] | Tensor,
+        sources: Sequence[Sequence[ImageInput]] = (),
+    ) -> tuple[Any, ...]:
+        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
+        return prompts, images
 
     @abstractmethod
     def evaluate(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
+from torch import Tensor
 
-from diffsynth_metrics.base import MetricCard
+from diffsynth_metrics.base import MetricCard, one_source
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, as_prompts
 from diffsynth_metrics.judges.answers import Reading, read_pair_scores, read_score_list, read_winner
@@ -96,6 +97,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
     published = staticmethod(qwen3_vl_config)
     positional = ("task", "max_new_tokens", "processor_kwargs", "vram_limit")
     image_name = "sample {sample}: image {image}"
+    needs = ("prompt", "source")
 
     def __init__(self, engine: Engine, *, task: str = _DEFAULT_TASK, **judge: Any) -> None:
         """Ask an engine; :meth:`from_pretrained` loads one.
@@ -113,6 +115,25 @@ class UnifiedRewardEditMetric(JudgeMetric):
         """Check ``task`` and what every judge takes."""
         super().check_options(**options)
         _checked_task(options.get("task", _DEFAULT_TASK))
+
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageInput] | Tensor,
+        sources: Sequence[Sequence[ImageInput]] = (),
+    ) -> tuple[Any, ...]:
+        """Return what the verbs take, see :meth:`BaseMetric.arguments`.
+
+        Raises:
+            ValueError: A sample has no source image or several, or the task compares two edits.
+        """
+        wanted = _TASKS[self.task].images
+        if wanted == _PAIR:
+            raise ValueError(f"the task {self.task} compares two edits, and a sample has one")
+        if len(wanted) == 1:
+            return prompts, images
+        edits = zip(one_source(self, sources, len(images)), images, strict=True)
+        return prompts, [[source, image] for source, image in edits]
 
     def evaluate(
         self,
