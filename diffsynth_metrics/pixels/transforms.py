@@ -30,6 +30,7 @@ __all__ = [
     "ShortestEdgeCrop",
     "SmartResize",
     "Transform",
+    "Unresized",
     "normalize_",
 ]
 
@@ -217,6 +218,23 @@ class SmartResize:
                     f"resizing; got {width}x{height}, resized to {new_width}x{new_height}"
                 )
         return new_height, new_width
+
+
+@dataclass(frozen=True)
+class Unresized:
+    """Leave the size of an image as it is."""
+
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def from_pil(self, image: PIL.Image.Image) -> Tensor:
+        """Return the bytes of an image of any mode in RGB, ``[3, H, W]``."""
+        return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
+
+    def from_tensor(self, images: Tensor) -> Tensor:
+        """Return ``[B, 3, H, W]`` (uint8, or float in 0..1) as new floats in 0..1."""
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        return images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide).clone()
 
 
 def normalize_(pixels: Tensor, transform: Transform) -> Tensor:
