@@ -107,7 +107,7 @@ def test_a_sample_without_a_score_is_nan_with_its_reason(url: str, tmp_path: Pat
 
 
 def test_sources_reach_a_metric_of_edits() -> None:
-    engine = ScriptedEngine("[18, 12]")
+    engine = ScriptedEngine("score=[18, 12]")
     with running({"edit": UnifiedRewardEditMetric(engine)}) as (url, _):
         metric = RemoteMetric(url)
         assert metric.needs == ("prompt", "source")
