@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         DownloadError,
         ImageError,
         RewardError,
+        ServerError,
     )
     from diffsynth_metrics.fid.statistics import FIDStatistics
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
@@ -61,6 +62,7 @@ _HOME = {
     "PickScoreMetric": "metrics.pickscore",
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
     "RewardError": "errors",
+    "ServerError": "errors",
     "UnifiedReward2Metric": "metrics.unified_reward_2",
     "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
 }
@@ -88,6 +90,7 @@ __all__ = [
     "PickScoreMetric",
     "QwenImageBenchMetric",
     "RewardError",
+    "ServerError",
     "UnifiedReward2Metric",
     "UnifiedRewardEditMetric",
 ]
