@@ -127,7 +127,9 @@ def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage
             raise ImageError(f"{name} cannot be read: {str(error) or repr(error)}") from error
     try:
         checked = as_images([image])[0]
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except FileNotFoundError as error:  # it names the file
+        raise FileNotFoundError(str(error).removeprefix("image 0: ")) from error
+    except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("image 0", name, 1)) from error
     if isinstance(checked, Path):
         checked = checked.read_bytes()

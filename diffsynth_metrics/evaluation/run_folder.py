@@ -257,9 +257,9 @@ class RowWriter:
         self._begun = self._closed = clock()
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Take rows, and write those that are due."""
-        self._rows += rows
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row, and write a part where one is due."""
+        self._rows.append(row)
         now = self._clock()
         wait = max(self._shortest, min(self._longest, (now - self._begun) / 10))
         if now - self._closed >= wait or len(self._rows) >= _ROWS_OF_PART:

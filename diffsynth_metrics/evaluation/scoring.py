@@ -265,6 +265,5 @@ def _score_one(run: Run, label: str, metric: BaseMetric, reference: Reference | 
 
 def _empty_cache(device: torch.device) -> None:
     """Give memory back that torch keeps for tensors to come."""
-    backend = getattr(torch, device.type, None)
-    if hasattr(backend, "empty_cache"):
-        backend.empty_cache()
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
