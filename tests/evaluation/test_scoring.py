@@ -600,10 +600,10 @@ class TestSets:
         real = SampleSet(gray_files(tmp_path / "real", 8, start=100), source="real.csv")
         fid.statistics([sample.image for sample in real]).save(tmp_path / "real.npz")
         names = {}
-        for reference in (tmp_path / "real", tmp_path / "real.npz", real):
+        for reference in (tmp_path / "real.npz", real):
             (result,) = score(samples, fid, reference=reference).sets
             names[result["reference"]] = result["score"]
-        assert [*names] == [str(tmp_path / "real"), str(tmp_path / "real.npz"), "real.csv"]
+        assert [*names] == [str(tmp_path / "real.npz"), "real.csv"]
         assert len({round(value, 4) for value in names.values()}) == 1
 
     def test_pictures_that_cannot_be_read_are_counted_or_raise(
