@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 import torch
 from classes import _CLASSES
-from counting import Brightness, Wordiness, gray, gray_files
+from counting import Brightness, Difference, Wordiness, gray, gray_files
 
 from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric
 from diffsynth_metrics.base import BaseMetric
@@ -334,6 +334,43 @@ class TestBadSamples:
         with pytest.raises(CheckpointError):
             score(samples, metric, out=tmp_path / "run")
         assert len(Results.open(tmp_path / "run")) == 0
+
+
+class TestSources:
+    @pytest.fixture
+    def edits(self, tmp_path: Path, samples: list[Sample]) -> list[Sample]:
+        sources = gray_files(tmp_path / "sources", 4, start=50)
+        return [
+            replace(sample, sources=(source.image,))
+            for sample, source in zip(samples, sources, strict=False)
+        ]
+
+    def test_a_changed_source_asks_only_itself_where_it_is_used(
+        self, tmp_path: Path, edits: list[Sample]
+    ) -> None:
+        difference, alone, out = Difference(), Brightness(), tmp_path / "run"
+        results = score(edits, [difference, alone], out=out)
+        assert scores(results, "Difference") == {f"s{index}": -50.0 for index in range(4)}
+        assert results.to_pandas()["sources"][0] == [str(edits[0].sources[0])]
+        gray(edits[2].sources[0], 100)
+        results = score(edits, [difference, alone], out=out)
+        assert scores(results, "Difference")["s2"] == -98
+        assert (difference.asked, alone.asked) == (5, 4)
+        assert scores(Results.open(out), "Difference") == scores(results, "Difference")
+
+    def test_what_is_wrong_with_a_source_is_said_of_the_source(
+        self, tmp_path: Path, edits: list[Sample]
+    ) -> None:
+        edits[0].sources[0].write_bytes(b"no picture")
+        edits[1].sources[0].unlink()
+        edits[2] = replace(edits[2], sources=())
+        frame = score(edits, [Difference, Brightness]).to_pandas()
+        errors = list(frame[frame["metric"] == "Difference"]["error"])
+        assert errors[0].startswith(f"{edits[0].sources[0]} cannot be read")
+        assert f"there is no file '{edits[1].sources[0]}'" in errors[1]
+        assert "needs one source image per sample, and sample 's2' has none" in errors[2]
+        assert errors[3] is None
+        assert frame[frame["metric"] == "Brightness"]["error"].isna().all()
 
 
 class TestMetrics:
