@@ -142,14 +142,14 @@ def memory(counts: tuple[int, ...]) -> list[str]:
     lines = [
         f"Peak memory of the process, pictures of {MEMORY_SIDE} px:",
         "",
-        "| pictures | loop that keeps the scores only, MB | score, MB | second run, MB |",
-        "|---|---|---|---|",
+        "| pictures | first run, MB | second run, MB |",
+        "|---|---|---|",
     ]
     for count in counts:
         with tempfile.TemporaryDirectory(dir=WORK) as folder:
             cells = [
                 f"{measure(mode, manifest, Path(folder), count)['megabytes']:.0f}"
-                for mode in ("loop", "score", "again")
+                for mode in ("score", "again")
             ]
         lines.append(f"| {count:,} | {' | '.join(cells)} |")
     return lines

@@ -456,8 +456,8 @@ class TestMetrics:
 
         own = Wordiness()
         before = own.batch_size
-        score(samples, [Loaded, own], batch_size=3, device="cpu")
-        assert asked == {"batch_size": 3, "device": "cpu"}
+        score(samples, [Loaded, own], batch_size=3, device="cpu", dtype=torch.bfloat16)
+        assert asked == {"batch_size": 3, "device": "cpu", "torch_dtype": torch.bfloat16}
         assert own.batch_size == before
 
     def test_limit_takes_the_first(self, samples: list[Sample]) -> None:
