@@ -53,10 +53,14 @@ class Table:
         """Return a ``<table>``; every value is escaped."""
         right = [_is_numeric([row[index] for row in self.rows]) for index in range(len(self.columns))]
         style = [' style="text-align:right"' if to_right else "" for to_right in right]
-        head = "".join(f"<th{how}>{escape(name)}</th>" for name, how in zip(self.columns, style, strict=True))
+        head = "".join(
+            f"<th{how}>{escape(name)}</th>" for name, how in zip(self.columns, style, strict=True)
+        )
         body = "".join(
             "<tr>"
-            + "".join(f"<td{how}>{escape(shown(value))}</td>" for value, how in zip(row, style, strict=True))
+            + "".join(
+                f"<td{how}>{escape(shown(value))}</td>" for value, how in zip(row, style, strict=True)
+            )
             + "</tr>"
             for row in self.rows
         )
