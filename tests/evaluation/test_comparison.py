@@ -376,7 +376,7 @@ def test_three_runs_are_compared_with_the_first_and_ranked() -> None:
     assert comparison.differences[1].better == "c"
     assert comparison.differences[1].p_holm == pytest.approx(2 * comparison.differences[1].p)
     table = comparison.strengths["pickscore"].records()
-    assert [entry["run"] for entry in table][0] == "c"
+    assert table[0]["run"] == "c"
     assert sum(entry["strength"] for entry in table) == pytest.approx(0, abs=0.01)
     assert all(entry["low"] < entry["strength"] < entry["high"] for entry in table)
     assert "; c is better than a on pickscore" in comparison.verdict
@@ -509,7 +509,7 @@ def test_what_cannot_be_compared_says_what_to_do() -> None:
 def test_equal_models_differ_in_one_of_twenty_comparisons() -> None:
     """1,000 simulations of two equal models, 200 prompts x 4 seeds; then of 0.2 standard deviations.
 
-    A prompt has a difficulty that both models share, and a bonus or malus of its own for each model, which
+    A prompt has a difficulty that both models share, and one of its own for each model, which
     all seeds share: pictures of one prompt correlate with 0.5. The standard deviation is that of the
     differences of prompt means.
     """

@@ -224,7 +224,7 @@ def test_intervals_of_strengths() -> None:
 
 
 def rates_of_claims(simulations: int, shift: float) -> tuple[float, float]:
-    """Share of simulations with a claimed difference, and that of a test that takes pictures as prompts."""
+    """Share of simulations with a claim, and with one of a test that takes pictures for prompts."""
     generator = np.random.default_rng(0)
     options = {**OPTIONS, "resamples": 499}
     claimed = naive = 0
