@@ -27,6 +27,7 @@ from diffsynth_metrics.evaluation.likeness import (
     different_settings,
     listed,
     refuse,
+    unknown_weights,
 )
 from diffsynth_metrics.evaluation.pairing import Pair, RunRows, read_runs
 from diffsynth_metrics.evaluation.statistics import (
@@ -379,10 +380,7 @@ def _compare_sets(runs: Sequence[RunRows]) -> tuple[Table, list[Differing]]:
             candidates = [entry for entry in run.results.sets if entry["metric"] == metric]
             if not candidates:
                 break
-            how = [
-                list(different_set_settings(metric, first.name, own, run.name, entry))
-                for entry in candidates
-            ]
+            how = [list(different_set_settings(first, own, run, entry)) for entry in candidates]
             nearest = min(range(len(how)), key=lambda index: len(how[index]))
             found.append(candidates[nearest])
             differing.extend(how[nearest])
@@ -390,9 +388,8 @@ def _compare_sets(runs: Sequence[RunRows]) -> tuple[Table, list[Differing]]:
             rows.append((metric, str(own.get("reference")), *(entry["score"] for entry in found)))
             rows.append(("", "pictures", *(entry.get("count") for entry in found)))
     columns = ("metric", "reference", *(run.name for run in runs))
-    return Table(
-        columns, tuple(rows), title="Numbers of whole sets: no interval, so no claim"
-    ), differing
+    title = "Numbers of whole sets: no interval, so no claim"
+    return Table(columns, tuple(rows), title=title), differing
 
 
 # What the scores say.
@@ -554,9 +551,7 @@ def _notes(
     """Yield what a reader should know before the numbers are used."""
     yield from (f"allowed to differ: {found.message}" for found in differing)
     yield from different_environments(runs)
-    for label in labels:
-        if any(run.scored(label)["weights"].isna().any() for run in runs):
-            yield f"{label}: its weights came from no file, so nothing shows that they are the same"
+    yield from unknown_weights(labels, runs)
     first, *others = [(run.name, set(run.rows["image_sha256"].dropna())) for run in runs]
     for name, pictures in others:
         if pictures and pictures == first[1]:

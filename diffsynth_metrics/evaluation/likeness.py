@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from diffsynth_metrics.evaluation.fingerprint import INERT, INERT_OPTIONS
 from diffsynth_metrics.evaluation.pairing import RunRows
 
 __all__ = [
@@ -19,13 +20,17 @@ __all__ = [
     "different_settings",
     "listed",
     "refuse",
+    "unknown_weights",
 ]
 
 _NOTED = {"metric_version": "version of this package", "torch": "version of torch", "device": "device"}
 """Columns whose difference is told and not refused: they move scores by rounding, if at all."""
 
-_SET_SETTINGS = ("reference", "preprocessing", "weights", "dtype", "options")
-"""What two numbers of whole sets of pictures, such as FID, must have in common."""
+_SET_SETTINGS = ("preprocessing", "weights", "dtype", "options", "fingerprint")
+"""What two numbers of whole sets of pictures, such as FID, must have in common besides the reference."""
+
+_DESCRIBING = ("card", "needs", "scores_sets")
+"""Fields of ``Results.metrics`` that follow from the metric and are no settings."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +80,37 @@ def _compare(
     metric: str, first: str, own: Mapping[str, Any], second: str, theirs: Mapping[str, Any]
 ) -> Iterator[Differing]:
     differ = [name for name in dict.fromkeys([*own, *theirs]) if own.get(name) != theirs.get(name)]
-    named = [name for name in differ if name not in ("fingerprint", "metric_version")]
-    # Another version makes another fingerprint, and is noted only; one that nothing explains is refused.
-    fields = named or (["fingerprint"] if differ == ["fingerprint"] else [])
+    # A difference that no field explains is still one.
+    fields = [name for name in differ if name != "fingerprint"] or differ
     yield from _spelled_out(metric, fields, first, own, second, theirs)
 
 
 def different_set_settings(
-    metric: str, first: str, own: Mapping[str, Any], second: str, theirs: Mapping[str, Any]
+    first: RunRows, own: Mapping[str, Any], second: RunRows, theirs: Mapping[str, Any]
 ) -> Iterator[Differing]:
-    """Yield what made two numbers of whole sets differently; the arguments are names and results."""
-    fields = [name for name in _SET_SETTINGS if own.get(name) != theirs.get(name)]
-    yield from _spelled_out(metric, fields, first, own, second, theirs)
+    """Yield what made two numbers of whole sets, entries of ``Results.sets``, differently."""
+    metric = own["metric"]
+    ours, others = _set_settings(first, own), _set_settings(second, theirs)
+    yield from _compare(metric, first.name, ours, second.name, others)
+    if _reference(own) != _reference(theirs):
+        # Another folder of the same name is another reference.
+        names = [" ".join(filter(None, _named_reference(entry))) for entry in (own, theirs)]
+        values = f"{names[0]} in {first.name!r}, {names[1]} in {second.name!r}"
+        yield Differing("reference", f"{metric}: reference is {values}")
+
+
+def _set_settings(run: RunRows, entry: Mapping[str, Any]) -> dict[str, Any]:
+    made = {**run.results.metrics.get(entry["metric"], {}), **entry}
+    return _flat({name: made.get(name) for name in _SET_SETTINGS})
+
+
+def _reference(entry: Mapping[str, Any]) -> Any:
+    return entry.get("reference_sha256") or entry.get("reference")
+
+
+def _named_reference(entry: Mapping[str, Any]) -> tuple[str, str]:
+    digest = entry.get("reference_sha256")
+    return str(entry.get("reference")), f"(sha256 {digest[:12]})" if digest else ""
 
 
 def _spelled_out(
@@ -105,7 +129,7 @@ def _spelled_out(
 def _settings(metric: str, run: RunRows) -> dict[str, Any]:
     """Return what made a run's scores of a metric; nothing where there is no score."""
     made = run.scored(metric).drop_duplicates("fingerprint")
-    ways = [_flat_settings(row) for row in made.to_dict("records")]
+    ways = [_row_settings(row) for row in made.to_dict("records")]
     if len(ways) > 1:
         fields = [name for name in ways[0] if len({_brief(way.get(name)) for way in ways}) > 1]
         raise ValueError(
@@ -115,17 +139,29 @@ def _settings(metric: str, run: RunRows) -> dict[str, Any]:
                 f"  {name}: {', '.join(_brief(way.get(name)) for way in ways)}" for name in fields
             )
         )
-    return ways[0] if ways else {}
+    return {**_flat(run.results.metrics[metric]), **ways[0]} if ways else {}
 
 
-def _flat_settings(row: Mapping[Any, Any]) -> dict[str, Any]:
-    settings = {name: row[name] for name in ("weights", "metric_version", "fingerprint")}
-    for name, value in json.loads(row["config"] or "{}").items():
+def _row_settings(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return _flat(
+        {name: row[name] for name in ("weights", "fingerprint")} | json.loads(row["config"] or "{}")
+    )
+
+
+def _flat(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes scores, with the options and the like as ``"options.NAME"``."""
+    settings: dict[str, Any] = {}
+    for name, value in made.items():
         if isinstance(value, dict):
             settings.update({f"{name}.{key}": inner for key, inner in value.items()})
         else:
             settings[name] = value
-    return settings
+    inert = {*INERT, *(f"options.{name}" for name in INERT_OPTIONS)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in inert and name.partition(".")[0] not in _DESCRIBING
+    }
 
 
 def different_prompts(runs: Sequence[RunRows]) -> Iterator[Differing]:
@@ -150,6 +186,18 @@ def different_environments(runs: Sequence[RunRows]) -> Iterator[str]:
                 f"{value} in {run.name!r}" for value, run in zip(values, runs, strict=True)
             )
             yield f"another {what}: {which}"
+
+
+def unknown_weights(metrics: Sequence[str], runs: Sequence[RunRows]) -> Iterator[str]:
+    """Yield notes on metrics of which nothing tells the weights, such as judges behind a server."""
+    for metric in metrics:
+        for run in runs:
+            rows = run.scored(metric)
+            # Without a file, the fingerprint tells the weights of a network that is in memory here.
+            elsewhere = "engine" in run.results.metrics[metric] or rows["fingerprint"].isna().any()
+            if elsewhere and rows["weights"].isna().any():
+                yield f"{metric}: its weights are not known, so nothing shows that they are the same"
+                break
 
 
 def listed(texts: Iterable[str]) -> str:

@@ -275,7 +275,8 @@ def bradley_terry_intervals(
     tail = (1 - confidence) / 2
     if len(strengths) - len(solved) > tail * len(strengths):
         return np.full((runs, 2), np.nan)
-    return np.quantile(solved, [tail, 1 - tail], axis=0).T
+    intervals: Floats = np.quantile(solved, [tail, 1 - tail], axis=0).T
+    return intervals
 
 
 def _counts_of_resamples(prompts: int, resamples: int, seed: int) -> Iterator[Floats]:
@@ -293,8 +294,7 @@ def _is_strongly_connected(wins: Floats) -> npt.NDArray[np.bool_]:
     reached = ((wins > 0) | np.eye(runs, dtype=bool)).astype(np.float64)
     for _ in range(runs.bit_length()):
         reached = np.minimum(reached @ reached, 1)
-    connected: npt.NDArray[np.bool_] = (reached > 0).all(axis=(-1, -2))
-    return connected
+    return np.asarray((reached > 0).all(axis=(-1, -2)))
 
 
 def _batch(values: int) -> int:

@@ -11,47 +11,44 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diffsynth_metrics.evaluation.comparison import Comparison, compare
+from diffsynth_metrics.evaluation import Comparison, Results, compare
 
 QUICK: dict[str, Any] = {"resamples": 999}
 CONFIG = {"dtype": "float32", "preprocessing": "square 224", "options": {"prompt": "upstream"}}
 
 
-class Run:
-    """Rows in memory that look like Results."""
-
-    def __init__(
-        self,
-        rows: list[dict[str, Any]],
-        name: str = "a",
-        path: Path | None = None,
-        lower_is_better: tuple[str, ...] = (),
-        sets: list[dict[str, Any]] | None = None,
-    ) -> None:
-        self.name, self.path, self.sets = name, path, sets or []
-        self._frame = pd.DataFrame(rows)
-        self.metrics = {
-            label: {"card": {"name": label, "higher_is_better": label not in lower_is_better}}
-            for label in dict.fromkeys(row["metric"] for row in rows)
-        }
-
-    def to_pandas(self) -> pd.DataFrame:
-        return self._frame.copy()
+def make(
+    rows: list[dict[str, Any]],
+    name: str = "a",
+    path: Path | None = None,
+    lower_is_better: tuple[str, ...] = (),
+    sets: list[dict[str, Any]] | None = None,
+    **provenance: Any,
+) -> Results:
+    """Results in memory, with what run.json says of metrics."""
+    labels = dict.fromkeys(row["metric"] for row in rows)
+    made = {
+        label: {**provenance, "card": {"higher_is_better": label not in lower_is_better}}
+        for label in labels
+    }
+    results = Results.from_rows(rows, name, metrics=made)
+    results.path, results.sets = path, sets or []
+    return results
 
 
-def row(prompt: str, score: float, *, seed: str | None = None, **more: Any) -> dict[str, Any]:
+def row(prompt_id: str, score: float, *, seed: str | None = None, **more: Any) -> dict[str, Any]:
     """A row of Results.to_pandas(); `more` replaces columns, and settings of the config."""
     settings = {name: more.pop(name) for name in ("dtype", "preprocessing", "options") if name in more}
     config = json.dumps({**CONFIG, **settings})
     made = {"weights": "w" * 64, "metric_version": "0.1.0", "config": config, **more}
-    given = f"{prompt}-{seed or 0}"
+    given = f"{prompt_id}-{seed or 0}"
     return {
         "id": given,
-        "prompt_id": prompt,
+        "prompt_id": prompt_id,
         "seed": seed,
         "category": None,
-        "prompt": f"a picture of {prompt}",
-        "image": f"{more.get('run', 'a')}/{given}.png",
+        "prompt": f"a picture of {prompt_id}",
+        "image": f"{given}.png",
         "image_sha256": None,
         "metric": "pickscore",
         "score": score,
@@ -64,13 +61,13 @@ def row(prompt: str, score: float, *, seed: str | None = None, **more: Any) -> d
     }
 
 
-def run(scores: Mapping[str, Any], name: str = "a", **more: Any) -> Run:
+def run(scores: Mapping[str, Any], name: str = "a", **more: Any) -> Results:
     """A run with a score, or a list of scores of seeds "0", "1", ..., for each prompt."""
     rows = []
     for prompt, values in scores.items():
         for seed, score in enumerate(values if isinstance(values, list) else [values]):
             rows.append(row(prompt, score, seed=str(seed), **more))
-    return Run(rows, name)
+    return make(rows, name)
 
 
 def many(loc: float = 0.0, prompts: int = 60, seed: int = 0, spread: float = 1.0) -> dict[str, float]:
@@ -145,7 +142,7 @@ def test_the_direction_of_the_metric_decides_who_wins() -> None:
         for loc, seed in ((0, 0), (-0.8, 2))
     ]
     first, second = (
-        Run(own, name, lower_is_better=("distance",)) for own, name in zip(rows, "ab", strict=True)
+        make(own, name, lower_is_better=("distance",)) for own, name in zip(rows, "ab", strict=True)
     )
     comparison = compare(first, second, **QUICK)
     found = overall(comparison)
@@ -153,7 +150,7 @@ def test_the_direction_of_the_metric_decides_who_wins() -> None:
     assert found.better == "b"
     assert found.win_rate.value > 0.5
     assert comparison.pairs("distance")["gain"].iloc[0] > 0
-    contrary = Run(rows[1], "b")
+    contrary = make(rows[1], "b")
     with pytest.raises(ValueError, match="higher_is_better of distance"):
         compare(first, contrary, **QUICK)
 
@@ -162,7 +159,7 @@ def test_a_mean_that_outliers_make_is_no_claim() -> None:
     # The mean rises, most prompts fall: two tests that disagree about who is better.
     first = run({f"p{index:03d}": 0.0 for index in range(100)})
     second = run(
-        {f"p{index:03d}": -1.0 - index / 1e3 if index < 70 else 9.0 for index in range(100)}, "b"
+        {f"p{index:03d}": -1.0 - index / 1e3 if index < 80 else 20.0 for index in range(100)}, "b"
     )
     found = overall(compare(first, second, **QUICK))
     assert found.difference.low > 0 and found.p_holm < 0.05 and found.win_rate.value < 0.5
@@ -206,8 +203,8 @@ def test_seeds_that_only_one_run_has_do_not_count() -> None:
 
 
 def test_prompts_without_seeds_pair_as_they_are() -> None:
-    first = Run([row("p1", 1.0), row("p1", 3.0, id="x"), row("p2", 5.0, seed="7")])
-    second = Run([row("p1", 4.0, seed="0"), row("p2", 7.0, seed="7"), row("p2", 99.0, seed="8")], "b")
+    first = make([row("p1", 1.0), row("p1", 3.0, id="x"), row("p2", 5.0, seed="7")])
+    second = make([row("p1", 4.0, seed="0"), row("p2", 7.0, seed="7"), row("p2", 99.0, seed="8")], "b")
     found = overall(compare(first, second, **QUICK))
     assert (found.mean_first, found.mean_second) == pytest.approx(((2 + 5) / 2, (4 + 7) / 2))
 
@@ -236,7 +233,7 @@ def test_a_metric_without_any_pair_is_not_a_zero() -> None:
         [row("p1", 1.0), row("p1", score, metric="clip", error_type="ImageError")]
         for score in (1.0, float("nan"))
     ]
-    comparison = compare(Run(rows[0]), Run(rows[1], "b"), **QUICK)
+    comparison = compare(make(rows[0]), make(rows[1], "b"), **QUICK)
     clip = next(each for each in comparison.differences if each.metric == "clip")
     assert (clip.difference.value, clip.mean_first, clip.p, clip.better) == (None, None, None, None)
     assert "clip (no scores of the same prompts)" in comparison.verdict
@@ -276,13 +273,44 @@ def test_every_field_that_changes_a_score_is_compared() -> None:
         with pytest.raises(ValueError, match=field):
             compare(run(scores), run(scores, "b", **{field: value}), **QUICK)
     # Nothing is known of what made these.
-    bare = [Run([{"id": "1", "prompt_id": "p", "metric": "clip", "score": 1.0}], name) for name in "ab"]
-    assert any("its weights came from no file" in note for note in compare(*bare, **QUICK).notes)
+    bare = [make([{"id": "1", "prompt_id": "p", "metric": "clip", "score": 1.0}], name) for name in "ab"]
+    assert any("its weights are not known" in note for note in compare(*bare, **QUICK).notes)
+
+
+def test_what_only_the_provenance_tells_is_compared() -> None:
+    judges = [
+        make(
+            [row("p1", 1.0, weights=None, fingerprint=name)],
+            name,
+            engine="Server",
+            identity={"model": name},
+        )
+        for name in "ab"
+    ]
+    with pytest.raises(ValueError, match=r"pickscore: identity\.model is a in 'a', b in 'b'"):
+        compare(*judges, **QUICK)
+    assert any("weights are not known" in note for note in compare(judges[0], judges[0], **QUICK).notes)
+    # A network in memory has no file, and its fingerprint tells its weights.
+    networks = [make([row("p1", 1.0, weights=None)], name) for name in "ab"]
+    assert not any("weights are not known" in note for note in compare(*networks, **QUICK).notes)
+
+
+def test_what_does_not_change_a_score_may_differ() -> None:
+    first, second = (
+        make(
+            [row("p1", 1.0, options={"prompt": "upstream", "num_workers": count}, fingerprint="same")],
+            name,
+            version=f"0.{count}",
+            weight_files=[f"/{name}/model.safetensors"],
+        )
+        for name, count in (("a", "1"), ("b", "2"))
+    )
+    assert compare(first, second, **QUICK).notes == ()
 
 
 def test_another_version_or_machine_is_a_note() -> None:
     scores = {"p1": 1.0, "p2": 2.0}
-    made = {"metric_version": "0.2.0", "fingerprint": "of 0.2.0", "torch": "3.0", "device": "cuda:0"}
+    made = {"metric_version": "0.2.0", "torch": "3.0", "device": "cuda:0"}
     comparison = compare(run(scores), run(scores, "b", **made), **QUICK)
     assert "another version of this package: 0.1.0 in 'a'; 0.2.0 in 'b'" in comparison.notes
     assert "another version of torch: 2.9 in 'a'; 3.0 in 'b'" in comparison.notes
@@ -291,7 +319,7 @@ def test_another_version_or_machine_is_a_note() -> None:
 
 
 def test_a_run_that_was_made_in_two_ways_is_refused() -> None:
-    mixed = Run([row("p1", 1.0), row("p2", 1.0, dtype="float16")], "mixed")
+    mixed = make([row("p1", 1.0), row("p2", 1.0, dtype="float16")], "mixed")
     for allow in ((), ("dtype",)):
         with pytest.raises(
             ValueError, match=r"(?s)Score 'mixed' anew.*made in 2 ways.*dtype: float32, float16"
@@ -308,7 +336,7 @@ def test_one_prompt_id_with_two_texts_is_refused() -> None:
         compare(run(scores), other, **QUICK)
     assert "2 more" in str(error.value) and "p4" not in str(error.value)
     assert "with different prompt" in compare(run(scores), other, allow="prompt", **QUICK).verdict
-    within = Run([row("p1", 1.0, prompt="a dog"), row("p1", 1.0, id="x", prompt="a cat")])
+    within = make([row("p1", 1.0, prompt="a dog"), row("p1", 1.0, id="x", prompt="a cat")])
     with pytest.raises(ValueError, match="'a cat' in 'a'"):
         compare(within, within, **QUICK)
 
@@ -321,7 +349,7 @@ def test_holm_counts_metrics_and_categories_apart() -> None:
             for prompt, score in many(shift, seed=seed + len(metric)).items()
         ]
 
-    comparison = compare(Run(rows(0, 0), "before"), Run(rows(0.5, 50), "after"), **QUICK)
+    comparison = compare(make(rows(0, 0), "before"), make(rows(0.5, 50), "after"), **QUICK)
     whole = [each for each in comparison.differences if each.category is None]
     parts = [each for each in comparison.differences if each.category is not None]
     assert [each.metric for each in whole] == ["pickscore", "clip", "hpsv2"]
@@ -343,13 +371,13 @@ def test_a_claim_needs_the_corrected_p() -> None:
     generator = np.random.default_rng(3)
     scores = {f"p{index:02d}": float(value) for index, value in enumerate(generator.normal(0.3, 1, 50))}
 
-    def of(labels: list[str], change: bool) -> Run:
+    def of(labels: list[str], change: bool) -> Results:
         rows = [
             row(prompt, score if change and label == "pickscore" else 0.0, metric=label)
             for label in labels
             for prompt, score in scores.items()
         ]
-        return Run(rows, "b" if change else "a")
+        return make(rows, "b" if change else "a")
 
     alone = overall(compare(of(["pickscore"], False), of(["pickscore"], True), **QUICK))
     assert 0.05 / 7 < alone.p < 0.05 and alone.better == "b"
@@ -394,10 +422,12 @@ def test_a_run_that_loses_every_prompt_has_no_strength() -> None:
 
 
 def test_pairs_for_a_gallery() -> None:
-    first = Run(
+    first = make(
         [row("p1", 1.0, seed="1"), row("p1", 5.0, seed="2"), row("p2", 1.0), row("p2", 1.0, id="z")]
     )
-    second = Run([row("p1", 4.0, seed="2"), row("p1", 3.0, seed="1"), row("p2", 2.0, run="b")], "b")
+    second = make(
+        [row("p1", 4.0, seed="2"), row("p1", 3.0, seed="1"), row("p2", 2.0, image="b.png")], "b"
+    )
     table = compare(first, second, **QUICK).pairs("pickscore")
     assert list(table.columns) == [
         *("prompt_id", "seed", "prompt", "category", "id_first", "image_first", "score_first"),
@@ -406,7 +436,7 @@ def test_pairs_for_a_gallery() -> None:
     assert table["gain"].tolist() == [2, 1, -1]
     assert table["seed"].tolist()[::2] == ["1", "2"]
     assert table["prompt_id"].tolist() == ["p1", "p2", "p1"]
-    assert table.loc[1, "image_second"] == "b/p2-0.png"
+    assert table.loc[1, "image_second"] == "b.png"
     comparison = compare(first, second, **QUICK)
     for arguments in (("clip",), ("pickscore", "c")):
         with pytest.raises(ValueError, match="choose a metric of 'pickscore' and a run of 'b'"):
@@ -415,8 +445,9 @@ def test_pairs_for_a_gallery() -> None:
 
 def test_numbers_of_whole_sets_are_listed_and_not_tested() -> None:
     fid = {"metric": "fid", "score": 14.5, "reference": "coco", "preprocessing": "clean", "count": 3000}
+    fid["dtype"] = "float32"
 
-    def of(name: str, *sets: dict[str, Any]) -> Run:
+    def of(name: str, *sets: dict[str, Any]) -> Results:
         found = run(many(prompts=8), name)
         found.sets = list(sets)
         return found
@@ -424,15 +455,23 @@ def test_numbers_of_whole_sets_are_listed_and_not_tested() -> None:
     comparison = compare(of("a", fid), of("b", {**fid, "score": 12.3, "count": 2999}), **QUICK)
     assert comparison.sets.rows == (("fid", "coco", 14.5, 12.3), ("", "pictures", 3000, 2999))
     assert "14.5" in str(comparison) and "fid" not in comparison.verdict
-    for field, value in (("reference", "mine"), ("preprocessing", "pytorch-fid")):
+    for field, value in (("reference", "mine"), ("preprocessing", "pytorch-fid"), ("dtype", "float16")):
         with pytest.raises(ValueError, match=f"fid: {field} is {fid[field]} in 'a', {value} in 'b'"):
             compare(of("a", fid), of("b", {**fid, field: value}), **QUICK)
+    # The content of a reference counts, not its name.
+    named = [{**fid, "reference": name, "reference_sha256": "c" * 64} for name in ("coco", "data/coco")]
+    assert len(compare(of("a", named[0]), of("b", named[1]), **QUICK).sets.rows) == 2
+    changed = {**named[0], "reference_sha256": "d" * 64}
+    with pytest.raises(
+        ValueError, match=r"reference is coco \(sha256 cccccccccccc\) in 'a', coco \(sha256 dddd"
+    ):
+        compare(of("a", named[0]), of("b", changed), **QUICK)
     # Of several references, the same ones go together.
     other = {**fid, "reference": "mine", "score": 99.0}
     both = compare(of("a", fid, other), of("b", other, fid), **QUICK)
     assert [entry[2:] for entry in both.sets.rows[::2]] == [(14.5, 14.5), (99.0, 99.0)]
     assert compare(of("a", fid), of("b"), **QUICK).sets.rows == ()
-    alone = [Run([], name, sets=[fid]) for name in "ab"]
+    alone = [make([], name, sets=[fid]) for name in "ab"]
     assert (
         compare(*alone, **QUICK).verdict
         == "nothing can be claimed: numbers of whole sets have no interval."
@@ -440,8 +479,8 @@ def test_numbers_of_whole_sets_are_listed_and_not_tested() -> None:
 
 
 def test_the_tables_are_readable_in_a_terminal() -> None:
-    def of(name: str, loc: float, seed: int) -> Run:
-        return Run(
+    def of(name: str, loc: float, seed: int) -> Results:
+        return make(
             [
                 row(prompt, score / 100, metric=metric, category="anime" if prompt < "p030" else "photo")
                 for metric in ("unified_reward_2", "image_reward")
@@ -468,14 +507,14 @@ def test_the_tables_are_readable_in_a_terminal() -> None:
 
 def test_names_are_told_apart(tmp_path: Path) -> None:
     rows = [row("p", 1.0)]
-    inside = [Run(rows, "eval", tmp_path / parent / "eval") for parent in ("x", "y")]
+    inside = [make(rows, "eval", tmp_path / parent / "eval") for parent in ("x", "y")]
     assert compare(*inside, **QUICK).names == ("x/eval", "y/eval")
-    assert compare(Run(rows), Run(rows), Run(rows), **QUICK).names == ("a", "a (2)", "a (3)")
+    assert compare(make(rows), make(rows), make(rows), **QUICK).names == ("a", "a (2)", "a (3)")
 
 
 def test_the_same_pictures_twice_are_told() -> None:
     first, second = (
-        Run([row("p", 1.0, image_sha256=sha)], name) for sha, name in (("f" * 64, "a"),) * 2
+        make([row("p", 1.0, image_sha256=sha)], name) for sha, name in (("f" * 64, "a"),) * 2
     )
     assert any("the very same pictures" in note for note in compare(first, second, **QUICK).notes)
 
@@ -501,7 +540,7 @@ def test_what_cannot_be_compared_says_what_to_do() -> None:
             compare(first, second, **{**QUICK, **options})
     with pytest.raises(TypeError, match="folder; got DataFrame"):
         compare(run(scores), pd.DataFrame())
-    only_one = Run([row("p1", 1.0), row("p1", 1.0, metric="clip")])
+    only_one = make([row("p1", 1.0), row("p1", 1.0, metric="clip")])
     assert "not compared, but scored in a: clip" in compare(only_one, run(scores, "b"), **QUICK).notes
 
 
@@ -526,7 +565,7 @@ def test_equal_models_differ_in_one_of_twenty_comparisons() -> None:
                 own = (
                     difficulty + generator.normal(size=shape) + generator.normal(size=(200, 4)) + better
                 )
-                runs.append(Run([row("p000", 0.0)], name))
+                runs.append(make([row("p000", 0.0)], name))
                 runs[-1]._frame = frame.assign(score=own.ravel())
             found = overall(compare(*runs, resamples=499))
             claimed += found.better is not None
