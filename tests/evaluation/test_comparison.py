@@ -544,6 +544,18 @@ def test_what_cannot_be_compared_says_what_to_do() -> None:
     assert "not compared, but scored in a: clip" in compare(only_one, run(scores, "b"), **QUICK).notes
 
 
+class Simulated:
+    """What compare() reads of Results, made quickly."""
+
+    def __init__(self, frame: pd.DataFrame, name: str) -> None:
+        self.name, self.frame = name, frame
+        self.metrics = {"pickscore": {"card": {"higher_is_better": True}}}
+        self.path, self.sets = None, ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.frame
+
+
 @pytest.mark.slow
 def test_equal_models_differ_in_one_of_twenty_comparisons() -> None:
     """1,000 simulations of two equal models, 200 prompts x 4 seeds; then of 0.2 standard deviations.
@@ -565,8 +577,7 @@ def test_equal_models_differ_in_one_of_twenty_comparisons() -> None:
                 own = (
                     difficulty + generator.normal(size=shape) + generator.normal(size=(200, 4)) + better
                 )
-                runs.append(make([row("p000", 0.0)], name))
-                runs[-1]._frame = frame.assign(score=own.ravel())
+                runs.append(Simulated(frame.assign(score=own.ravel()), name))
             found = overall(compare(*runs, resamples=499))
             claimed += found.better is not None
         return claimed / simulations
