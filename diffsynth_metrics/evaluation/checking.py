@@ -1,4 +1,4 @@
-"""Looks through a data set before hours of scoring: what is missing, broken or double, without a model."""
+"""Looks through a data set before it is scored for hours: what is missing, broken or double."""
 
 from __future__ import annotations
 
@@ -213,7 +213,11 @@ def _find_needs(
     """Report what metrics need besides pictures and prompts."""
     without = [sample for sample in samples if not sample.sources]
     return [
-        Problem("no source", f"sample {without[0].id!r}", f"{len(without)} samples have none for {_name(one)}")
+        Problem(
+            "no source",
+            f"sample {without[0].id!r}",
+            f"{len(without)} samples have none for {_name(one)}",
+        )
         for one in metrics
         if without and "source" in _class_of(one).needs
     ]

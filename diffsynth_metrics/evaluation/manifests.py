@@ -294,7 +294,8 @@ def _empty_cells(opened: Any, name: str) -> set[int]:
         group = opened.metadata.row_group(index)
         chunks = [group.column(number) for number in range(group.num_columns)]
         chunk = next(one for one in chunks if one.path_in_schema in (name, f"{name}.bytes"))
-        nulls = chunk.statistics.null_count if chunk.is_stats_set else None
+        known = chunk.is_stats_set and chunk.statistics.has_null_count
+        nulls = chunk.statistics.null_count if known else None
         if nulls != 0:
             column = opened.read_row_group(index, columns=[chunk.path_in_schema]).column(name)
             cells = column.combine_chunks()

@@ -257,7 +257,7 @@ def _texts_behind(nodes: dict[str, Any], link: list[Any], seen: frozenset[str]) 
 def _texts_of_encoder(nodes: dict[str, Any], inputs: dict[str, Any], kind: str) -> set[str]:
     texts: set[str] = set()
     for key in ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl", "prompt"):
-        value = inputs.get(key)
+        value: Any = inputs.get(key)
         if _is_link(value):
             # A node that has one text and nothing else holds it; others choose, join or change texts.
             source = list(nodes.get(str(value[0]), {"inputs": {}})["inputs"].values())
