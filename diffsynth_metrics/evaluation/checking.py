@@ -128,6 +128,7 @@ def check(
     problems = (
         *samples.problems,
         *_find_same_ids(samples),
+        *_find_same_seeds(samples),
         *_look_at_pictures(samples, progress),
         *cut,
         *_find_needs(samples, [] if metrics is None else chosen),
@@ -158,6 +159,19 @@ def _find_same_ids(samples: SampleSet) -> list[Problem]:
         for name, count in counts.items()
         if count > 1
     ]
+
+
+def _find_same_seeds(samples: SampleSet) -> list[Problem]:
+    """Report samples that a comparison, which pairs by prompt and seed, cannot tell apart."""
+    first: dict[tuple[str | None, str], str] = {}
+    problems = []
+    for sample in samples:
+        if sample.seed is not None:
+            key = sample.prompt_id or sample.prompt, sample.seed
+            if (other := first.setdefault(key, sample.id)) != sample.id:
+                message = f"it has the prompt and the seed of sample {other!r}"
+                problems.append(Problem("same seed", f"sample {sample.id!r}", message))
+    return problems
 
 
 def _look_at_pictures(samples: SampleSet, progress: bool) -> list[Problem]:
