@@ -46,8 +46,8 @@ class Interval:
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return shown(self.value)
-        return f"{shown(self.value)} [{shown(self.low)}, {shown(self.high)}]"
+            return _short(self.value)
+        return f"{_short(self.value)} [{_short(self.low)}, {_short(self.high)}]"
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -149,7 +149,7 @@ def interval_chart(
         for label, marks in rows
     )
     zero = position(0.0) if with_zero else None
-    return IntervalChart(title, note, drawn, zero, (shown(low), shown(high)))
+    return IntervalChart(title, note, drawn, zero, (_short(low), _short(high)))
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,11 @@ def _shares(values: Sequence[float], edges: Sequence[float]) -> list[float]:
     for value in values:
         counts[min(len(counts) - 1, max(0, int((value - edges[0]) / width)))] += 1
     return [count / len(values) for count in counts]
+
+
+def _short(value: float) -> str:
+    """Return a number with three digits: its interval says how sure the third is."""
+    return f"{value:.3g}" if abs(value) < 1_000 else shown(value)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -284,8 +284,9 @@ def _facts(
     pictures = sum(name is not None for item in items for name in item.ids)
     prompts = len({item.prompt_id for item in items})
     complete = sum(None not in item.ids for item in items)
+    together = "pair" if len(runs) == 2 else "complete group"
     return (
-        *([_count(len(runs), "run"), _count(complete, "complete group")] if len(runs) > 1 else []),
+        *([_count(len(runs), "run"), _count(complete, together)] if len(runs) > 1 else []),
         _count(pictures, "picture"),
         _count(prompts, "prompt"),
         _count(len(metrics), "metric"),
@@ -331,8 +332,10 @@ def _joined(tables: Sequence[Table], names: Sequence[str]) -> Grid:
         for _, _, name, record in rows
     )
     columns = tables[0].columns
-    notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
-    return Grid(tables[0].title, (columns[0], "run", *columns[1:]), cells, notes)
+    notes = tuple(
+        f"{name}: {note}" for name, table in zip(names, tables, strict=True) for note in table.notes
+    )
+    return Grid("", (columns[0], "run", *columns[1:]), cells, notes)
 
 
 def _summary(runs: Sequence[Results], names: Sequence[str]) -> Grid:
@@ -513,19 +516,12 @@ def _provenance(runs: Sequence[Results], names: Sequence[str]) -> tuple[Grid, ..
     for metric in dict.fromkeys(label for run in runs for label in run.metrics):
         facts = [_flat(run.metrics.get(metric, {})) for run in runs]
         fields = list(dict.fromkeys(field for column in facts for field in column))
-        rows = tuple(
-            (_cell(field), *(_cell(column.get(field)) for column in facts), *_differs(field, facts))
-            for field in fields
-        )
-        columns = ("", *names, "differs") if len(runs) > 1 else ("", *names)
-        grids.append(Grid(metric, columns, rows))
+        rows = [[field, *(column.get(field) for column in facts)] for field in fields]
+        for row in rows:
+            row.append("differs" if len(set(row[1:])) > 1 else "")
+        cells = tuple(tuple(map(_cell, row)) for row in rows)
+        grids.append(Grid(metric, ("", *names, ""), cells))
     return tuple(grids)
-
-
-def _differs(field: str, facts: Sequence[Mapping[str, str]]) -> tuple[Cell, ...]:
-    if len(facts) < 2:
-        return ()
-    return (_cell("differs" if len({column.get(field) for column in facts}) > 1 else ""),)
 
 
 def _flat(provenance: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

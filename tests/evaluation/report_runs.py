@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,7 +63,7 @@ def row(
         "prompt": prompt,
         "image": str(image),
         "sources": [],
-        "image_sha256": f"{number:064x}",
+        "image_sha256": hashlib.sha256(str(image).encode()).hexdigest(),
         "metric": metric,
         "score": float("nan") if failed else score,
         "components": "{}",

@@ -3,7 +3,7 @@
 // become text nodes and never markup.
 
 const PER_PAGE = 60;
-const EXTREMES = 4;
+const EXTREMES = 6;
 const data = JSON.parse(document.getElementById("data").textContent);
 const several = data.runs.length > 1;
 const order = new Intl.Collator(undefined, { numeric: true });
@@ -241,7 +241,7 @@ function render() {
   state.page = Math.min(state.page, pages - 1);
   const from = state.page * PER_PAGE;
   fillCards(find("cards"), entries, from, from + PER_PAGE);
-  const what = state.single || !several ? "pictures" : "groups of pictures";
+  const what = state.single || !several ? "pictures" : data.runs.length === 2 ? "pairs" : "groups";
   find("count").textContent = `${entries.length} of ${everything.length} ${what}`;
   find("selection").replaceChildren(...(data.metrics.length && entries.length ? [selectionTable(entries)] : []));
   find("nothing").hidden = entries.length > 0;
@@ -276,8 +276,7 @@ function fillSelect(id, options, chosen) {
 }
 
 /** The values that can be sorted and filtered by: they depend on the view. */
-function fillValues() {
-  const chosen = find("value").value;
+function fillValues(chosen = "") {
   const { first, second } = state;
   const gains = several ? [["gain", `gain of ${data.runs[second]} over ${data.runs[first]}`]] : [];
   const scores = state.single ? [["own", "score"]] : data.runs.map((run, number) => [String(number), `score of ${run}`]);
@@ -330,7 +329,7 @@ function setUpGallery() {
     fillSelect(id, data.runs.map((run, number) => [String(number), run]), String(state[id]));
     find(id).addEventListener("input", () => {
       state[id] = Number(find(id).value);
-      fillValues();
+      fillValues(find("value").value);
       renderExtremes();
     });
   }
