@@ -298,6 +298,6 @@ def test_intervals_of_a_chart_have_one_scale() -> None:
     assert chart.ends == ("-2", "2")
     assert chart.zero == pytest.approx(100)
     assert everything.marks[0].x == pytest.approx((100 + everything.marks[0].right) / 2)
-    assert everything.marks[0].text == "1 [0, 2]"
+    assert everything.marks[0].text == "1.00 [0.00, 2.00]"
     assert cats.marks[0].left == cats.marks[0].right, "no interval is known"
     assert nothing.marks == ()
