@@ -88,6 +88,7 @@ class ReportData:
         failures: Samples without a score, with the reason.
         unpaired: What the comparison left out.
         provenance: What made the numbers, a table per metric.
+        pictures: Which pictures are inside the page.
         gallery: Runs, metrics, items and pictures, for the page's script.
     """
 
@@ -106,6 +107,7 @@ class ReportData:
     failures: Grid | None
     unpaired: Grid | None
     provenance: tuple[Grid, ...]
+    pictures: str
     gallery: dict[str, Any]
 
 
@@ -159,6 +161,7 @@ def report_data(
     metrics = _metrics_of(runs)
     frames = [run.to_pandas().to_dict("records") for run in runs]
     items = gather_items(frames, list(metrics))
+    gallery = _gallery(items, names, metrics, folder, thumbnail, size_limit)
     return ReportData(
         title=title or " and ".join(names),
         verdict=comparison.verdict if comparison else _coverage(runs, metrics),
@@ -175,7 +178,8 @@ def report_data(
         failures=_failures(runs, names),
         unpaired=_unpaired(comparison) if comparison else None,
         provenance=_provenance(runs, names),
-        gallery=_gallery(items, names, metrics, folder, thumbnail, size_limit),
+        pictures=_about_pictures(gallery["pictures"]),
+        gallery=gallery,
     )
 
 
@@ -508,7 +512,11 @@ def _provenance(runs: Sequence[Results], names: Sequence[str]) -> tuple[Grid, ..
         for row in rows:
             row.append("differs" if len(set(row[1:])) > 1 else "")
         cells = tuple(tuple(map(_cell, row)) for row in rows)
-        grids.append(Grid(metric, ("", *names, ""), cells))
+        if any(row[-1] for row in rows):
+            grids.append(Grid(metric, ("", *names, ""), cells))
+        else:
+            column = "all runs" if len(runs) > 1 else names[0]
+            grids.append(Grid(metric, ("", column), tuple(row[:2] for row in cells)))
     return tuple(grids)
 
 
@@ -564,5 +572,19 @@ def _gallery(
         ],
         "items": [entry(item) for item in items],
         "pictures": [asdict(picture) for picture in pictures.values()],
-        "inline": sum(picture.source.startswith("data:") for picture in pictures.values()),
     }
+
+
+def _about_pictures(pictures: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many pictures are inside the page, and where the others are."""
+    inline = sum(picture["source"].startswith("data:") for picture in pictures)
+    unseen = sum(not picture["source"] for picture in pictures)
+    linked = len(pictures) - inline - unseen
+    text = f"{inline:,} of {len(pictures):,} pictures are inside this file as small copies."
+    if linked:
+        text += (
+            f" {linked:,} are linked: they are seen while this file stays where it is relative to them."
+        )
+    if unseen:
+        text += f" {unseen:,} cannot be shown, for the reasons in their places."
+    return text
