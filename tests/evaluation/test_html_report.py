@@ -198,16 +198,16 @@ def test_a_picture_in_a_shard_is_not_linked(tmp_path: Path) -> None:
 
 def test_the_pictures_of_one_prompt_and_seed_stand_side_by_side() -> None:
     first = [row(n, id=f"a{n}", seed=str(n % 2), prompt_id=f"p{n // 2}", score=n) for n in range(4)]
-    second = [
-        row(n, id=f"b{n}", seed=str(n % 2), prompt_id=f"p{n // 2}", score=10 + n) for n in (3, 2, 9)
+    second = [  # ids in another order than seeds
+        row(n, id=f"b{9 - n}", seed=str(n % 2), prompt_id=f"p{n // 2}", score=10 + n) for n in (3, 2, 9)
     ]
     items = gather_items([first, second], ["shapes"])
     assert [item.ids for item in items] == [
         ["a0", None],
         ["a1", None],
-        ["a2", "b2"],
-        ["a3", "b3"],
-        [None, "b9"],
+        ["a2", "b7"],
+        ["a3", "b6"],
+        [None, "b0"],
     ]
     assert items[2].scores == [[2.0, 12.0]]
 
