@@ -128,6 +128,7 @@ def check(
     problems = (
         *samples.problems,
         *_find_same_ids(samples),
+        *_find_same_seeds(samples),
         *_look_at_pictures(samples, progress),
         *cut,
         *_find_needs(samples, [] if metrics is None else chosen),
@@ -158,6 +159,19 @@ def _find_same_ids(samples: SampleSet) -> list[Problem]:
         for name, count in counts.items()
         if count > 1
     ]
+
+
+def _find_same_seeds(samples: SampleSet) -> list[Problem]:
+    """Report samples that a comparison, which pairs by prompt and seed, cannot tell apart."""
+    first: dict[tuple[str | None, str], str] = {}
+    problems = []
+    for sample in samples:
+        if sample.seed is not None:
+            key = sample.prompt_id or sample.prompt, sample.seed
+            if (other := first.setdefault(key, sample.id)) != sample.id:
+                message = f"it has the prompt and the seed of sample {other!r}"
+                problems.append(Problem("same seed", f"sample {sample.id!r}", message))
+    return problems
 
 
 def _look_at_pictures(samples: SampleSet, progress: bool) -> list[Problem]:
@@ -266,11 +280,13 @@ def _token_limit(metric: str | type[BaseMetric] | BaseMetric) -> tuple[str, _Len
         return "", lambda prompts: [], 0
     if isinstance(metric, CutsPrompts):
         return _limit_of_loaded(metric)
+    if issubclass(cls, HPSv2Metric):
+        return _published_clip()
     name, _, path = metric.partition("=") if isinstance(metric, str) else ("", "", "")
     if path or name == "shapes":
         config = ModelConfig(path=os.path.expanduser(path)) if path else ModelConfig.embedded("shapes")
         return _limit_of_folder(cls, config)
-    if issubclass(cls, (CLIPMetric, HPSv2Metric)):
+    if issubclass(cls, CLIPMetric):
         return _published_clip()
     if issubclass(cls, ImageRewardMetric) and cls.default_processor is not None:
         return _limit_of_folder(cls, cls.default_processor)
@@ -302,7 +318,9 @@ def _limit_of_folder(cls: type[BaseMetric], config: ModelConfig) -> tuple[str, _
     folder = next((Path(file).parent for file in files if Path(file).name in cls.processor_files), None)
     if folder is None:
         raise LookupError("there is no tokenizer beside its weights")
-    limit = inspect.signature(cls.__init__).parameters["max_length"].default
+    if (option := inspect.signature(cls.__init__).parameters.get("max_length")) is None:
+        raise LookupError("it is not known how much it reads")
+    limit = option.default
     if (folder / "config.json").is_file() and issubclass(cls, CLIPMetric):
         text = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("text_config", {})
         limit = min(limit, text.get("max_position_embeddings", limit))

@@ -72,7 +72,9 @@ def _holds_pictures(file: Path) -> bool:
 
 
 def _names_pictures(file: Path, given: Mapping[str, str]) -> bool:
-    """Tell whether a table has a column of file names."""
+    """Tell whether a table has a column of file names; a log that is still empty has none."""
+    if file.stat().st_size == 0:
+        return False
     try:
         manifest = open_manifest(file)
     except ValueError:
@@ -270,4 +272,4 @@ def _report_neighbours(reading: Reading, manifest: Path) -> None:
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
             if suffix_of(name) in PICTURES and not name.startswith(".") and path not in used:
-                reading.problem("unused", path, f"{manifest.name} does not name it")
+                reading.problem("unused", Path(path), f"{manifest.name} does not name it")

@@ -134,6 +134,17 @@ def test_samples_of_ones_own_are_checked_for_files_and_ids(tmp_path: Path) -> No
     assert check([Sample("1", "x", PIL.Image.new("RGB", (4, 4)))]).ok
 
 
+def test_samples_that_a_comparison_cannot_tell_apart(tmp_path: Path) -> None:
+    picture = draw(tmp_path / "1.png")
+    samples = [
+        Sample(name, "x", picture, seed=seed) for name, seed in (("a", "1"), ("b", "2"), ("c", "1"))
+    ]
+    result = check(samples)
+    [problem] = found(result, "same seed")
+    assert (problem.file, "sample 'a'" in problem.message) == ("sample 'c'", True)
+    assert result.ok
+
+
 def test_cut_prompts_by_the_tokenizer_that_the_metric_has(
     tmp_path: Path, metrics: Callable[[str], Any], tiny: Callable[[str], Path]
 ) -> None:

@@ -99,9 +99,10 @@ def test_a_folder_with_one_manifest_is_read_by_it(tmp_path: Path) -> None:
     draw(tmp_path / "images/1.png")
     write(tmp_path / "data.csv", "image,prompt\nimages/1.png,a cat\n")
     write(tmp_path / "loss.csv", "step,loss\n1,0.5\n")
+    (tmp_path / "log.csv").touch()
     samples = read_samples(tmp_path)
     assert (samples.layout, samples[0].prompt) == ("manifest", "a cat")
-    assert [(p.kind, Path(p.file).name) for p in samples.problems] == [("unused", "loss.csv")]
+    assert [Path(p.file).name for p in samples.problems] == ["log.csv", "loss.csv"]
     write(tmp_path / "more.csv", "image,prompt\nimages/1.png,a cat\n")
     with pytest.raises(ValueError, match=r"pass one manifest .*data.csv and more.csv"):
         read_samples(tmp_path)
@@ -216,6 +217,15 @@ def test_a_parquet_file_with_a_column_of_bytes_and_sources(tmp_path: Path) -> No
     assert isinstance(source, PackedImage) and source.read() == encoded("blue")
 
 
+def test_the_only_column_of_pictures_may_have_any_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [encoded()], "text": ["a cat"]}), tmp_path / "a.parquet")
+    [sample] = read_samples(tmp_path / "a.parquet")
+    assert sample.image == PackedImage(tmp_path / "a.parquet", "jpg[0]")
+    pq.write_table(pa.table({"a": [encoded()], "b": [encoded()]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"say which column of .* names the pictures"):
+        read_samples(tmp_path / "b.parquet")
+
+
 # --- shards ---
 
 
@@ -250,6 +260,13 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     assert samples[1].image.read() == encoded("green")  # type: ignore[union-attr]
     # 001.v2.png belongs to the sample 001 and is no picture of its own.
     assert kinds(samples) == ["unused", "unused"]
+
+
+def test_a_text_goes_before_another_prompt_in_the_labels(tmp_path: Path) -> None:
+    labels = json.dumps({"caption": "a dog"}).encode()
+    shard(tmp_path / "a.tar", [("0.png", encoded()), ("0.txt", b"a cat"), ("0.json", labels)])
+    samples = read_samples(tmp_path / "a.tar")
+    assert (samples[0].prompt, kinds(samples)) == ("a cat", ["ambiguous"])
 
 
 def test_keys_that_occur_in_several_shards_get_the_name_of_the_shard(tmp_path: Path) -> None:
@@ -645,6 +662,23 @@ def test_prompts_by_index_are_counted_from_0(tmp_path: Path) -> None:
     assert fields(samples, "prompt") == [("a cat",), ("b",)]
 
 
+def test_indexes_behind_a_word(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "a cat\n\na dog")
+    for name in ("image_00000.png", "image_00001.png", "image_00002_7.png", "v2_1.png"):
+        draw(tmp_path / "images" / name)
+    samples = read_samples(tmp_path / "images", prompts=file)
+    assert fields(samples, "prompt", "prompt_id", "seed") == [
+        ("a cat", "0", None),
+        (None, "1", None),
+        ("a dog", "2", "7"),
+        (None, None, None),
+    ]
+    assert kinds(samples) == ["no prompt", "no prompt"]
+    draw(tmp_path / "images/grid-0001.png")
+    with pytest.raises(ValueError, match="begin with 'grid-' and 'image_'"):
+        read_samples(tmp_path / "images", prompts=file)
+
+
 def test_prompts_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for name in ("cat.png", "sub/dog_3.png", "stray.png"):
@@ -682,6 +716,7 @@ def test_files_of_prompts_that_cannot_be_read(tmp_path: Path) -> None:
         "a.json": ('{"a": 3}', "'a': a prompt must be a text, and is a number"),
         "b.json": ('"text"', "must hold a list of prompts"),
         "c.json": ("", "is empty"),
+        "e.json": ('{"0": "a cat", "0": "a dog"}', "'0' occurs twice"),
         "d.json": (
             '[{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]',
             "item 2: '1' has another prompt",
