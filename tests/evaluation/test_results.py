@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from counting import Brightness, Wordiness, gray_files
 
 from diffsynth_metrics.evaluation import Results, Sample, score
+from diffsynth_metrics.evaluation.reading import SampleReader
 from diffsynth_metrics.evaluation.run_folder import RowWriter, RunFolder
 
 
@@ -83,7 +85,7 @@ class TestForms:
         html = Results.from_rows(rows, name="<i>")._repr_html_()
         assert "<script>" not in html and "&lt;script&gt;" in html and "<i>" not in html
         assert "2 scores are missing" in html
-        assert "missing" not in Results.from_rows(SEEDS[:1])._repr_html_().replace("<th>missing", "")
+        assert "<details>" in html and "<details>" not in Results.from_rows(SEEDS[:1])._repr_html_()
 
     def test_a_column_that_does_not_exist_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="no column 'scores'"):
@@ -110,6 +112,14 @@ class TestFolders:
         assert len(score(first, metric, out=tmp_path / "run")) == 4
         assert metric.asked == 7
 
+    def test_after_a_kill_the_rows_of_what_was_not_read_again_count(self, tmp_path: Path) -> None:
+        samples, folder = gray_files(tmp_path / "pictures", 4), RunFolder(tmp_path / "run")
+        score(samples, Wordiness, out=folder.path)
+        samples[1] = replace(samples[1], prompt="another prompt")
+        # What a call has written that was killed before it read the first picture.
+        folder.write_samples(SampleReader(samples).table())
+        assert list(Results.open(folder.path).to_pandas()["id"]) == ["s0", "s2", "s3"]
+
     def test_a_foreign_folder_is_said(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="there is no run folder"):
             Results.open(tmp_path / "gone")
@@ -120,7 +130,7 @@ class TestFolders:
             Results.open(tmp_path)
         for text in ("", "[]", "{}"):
             (tmp_path / "run.json").write_text(text)
-            with pytest.raises(ValueError, match="delete .*run.json"):
+            with pytest.raises(ValueError, match=r"delete .*run\.json"):
                 Results.open(tmp_path)
 
     def test_damaged_samples_are_said(self, tmp_path: Path) -> None:
