@@ -53,6 +53,8 @@ __all__ = ["Comparison", "Difference", "compare"]
 
 Run: TypeAlias = "Results | str | os.PathLike[str]"
 
+_FEW_PROMPTS = 20
+"""Of fewer, an interval of 95 % covers the true difference in fewer than 9 of 10 experiments."""
 _SHORT_NAME = 10
 """Names up to this length head columns, and a table still fits into 100 characters."""
 
@@ -180,9 +182,10 @@ class Comparison:
             for row in rows
         )
         name = self.names[1] if two else "each run"
+        tests = sum(row.p is not None for row in rows)
         note = (
             f"change: {second} - {first}; low to high: its {_percent(self.confidence)} interval; "
-            f"p: corrected for {len(rows)} tests;\nwins: share of prompts on which {second} is better"
+            f"p: corrected for {tests} tests;\nwins: share of prompts on which {second} is better"
         )
         title = "By category" if by_category else f"{name} (second) against {self.names[0]} (first)"
         return Table(columns, cells, title=title, notes=(note,))
@@ -562,6 +565,8 @@ def _notes(
             yield f"not compared, but scored in {run.name}: {', '.join(more)}"
     for row in rows:
         change = row.difference
+        if 1 < change.prompts < _FEW_PROMPTS:
+            yield f"{row.metric}: intervals of fewer than {_FEW_PROMPTS} prompts are too narrow"
         if change.prompts > 1 and change.value is not None and change.low == change.high:
             amount = f"differ by the same {shown(change.value)}" if change.value else "are equal"
             yield f"{row.metric}: all {change.prompts} prompts {amount}, so the interval has no width"
