@@ -13,11 +13,13 @@ __all__ = ["NAMES", "find_class", "load_metric", "name_of"]
 
 _CLASSES = {
     "aesthetic": "AestheticMetric",
+    "bioclip": "BioCLIPMetric",
     "clip": "CLIPMetric",
     "fid": "FIDMetric",
     "hpsv2": "HPSv2Metric",
     "hpsv3": "HPSv3Metric",
     "image_reward": "ImageRewardMetric",
+    "lpips": "LPIPSMetric",
     "pickscore": "PickScoreMetric",
     "qwen_image_bench": "QwenImageBenchMetric",
     "shapes": "CLIPMetric",
