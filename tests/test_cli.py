@@ -1,0 +1,351 @@
+"""The command: what it prints where, its exit codes, its errors, and its page in docs/."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import diffsynth_metrics
+from diffsynth_metrics import cli, doctor, evaluation
+from diffsynth_metrics.catalog import NAMES
+from diffsynth_metrics.cli import main, make_parser
+from diffsynth_metrics.errors import DownloadError
+from diffsynth_metrics.evaluation.samples import Problem, Sample, SampleSet
+from diffsynth_metrics.evaluation.tables import Table
+from diffsynth_metrics.weights import published
+from diffsynth_metrics.weights.published import Check
+
+PAGE = Path(__file__).parents[1] / "docs" / "command.md"
+COMMANDS = tuple(make_parser().commands)  # type: ignore[attr-defined]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def command_page() -> str:
+    """Return docs/command.md: ``python tests/test_cli.py`` writes it."""
+    parser = make_parser()
+    introduction = (
+        "# The command\n\n"
+        "`diffsynth-metrics` and `python -m diffsynth_metrics` are the same. The result goes to stdout,\n"
+        "as text or with `--json`; progress, the log and errors go to stderr.\n\n"
+        "This page is what `--help` prints; `python tests/test_cli.py` writes it again.\n\n"
+    )
+    helps = [("diffsynth-metrics", parser.format_help())]
+    helps += [(name, one.format_help()) for name, one in parser.commands.items()]  # type: ignore[attr-defined]
+    return introduction + "\n".join(f"## {name}\n\n```text\n{text}```\n" for name, text in helps)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line; returns its exit code and what it wrote to stdout and stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def python(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    root = str(PAGE.parents[1])
+    return subprocess.run(
+        [sys.executable, *argv],
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=120,
+        **{"capture_output": True, **options},
+    )
+
+
+# Help
+
+
+def test_the_page_about_the_command_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == command_page(), "run python tests/test_cli.py"
+
+
+def test_every_command_has_help_with_an_example_that_is_right(run: Run) -> None:
+    assert COMMANDS == (
+        *("score", "check", "compare", "report", "fid"),
+        *("metrics", "download", "verify", "doctor"),
+    )
+    for name in COMMANDS:
+        code, out, err = run(name, "--help")
+        assert (code, err) == (0, ""), name
+        _, example = out.split("example:\n")
+        (line,) = re.findall(r"^  diffsynth-metrics (.*)$", example, re.MULTILINE)
+        assert make_parser().parse_args(shlex.split(line)).command == name
+        assert max(map(len, out.splitlines())) <= 100, name
+
+
+def test_help_version_and_usage_errors_import_nothing_heavy() -> None:
+    for argv, code in (
+        (["--help"], 0),
+        (["--version"], 0),
+        (["score", "--help"], 0),
+        (["score", "data", "--metrics", "pikscore", "--out", "a"], 2),
+    ):
+        done = python(
+            "-c",
+            "import sys\nfrom diffsynth_metrics.cli import main\ncode = main(sys.argv[1:])\n"
+            "heavy = {'torch', 'numpy', 'PIL', 'pandas', 'pyarrow', 'transformers'} & set(sys.modules)\n"
+            "sys.exit(f'imported {heavy}' if heavy else code)",
+            *argv,
+        )
+        assert done.returncode == code, done.stderr
+
+
+def test_the_module_is_the_command() -> None:
+    done = python("-m", "diffsynth_metrics", "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"diffsynth-metrics {diffsynth_metrics.__version__}\n"
+
+
+# Wrong usage
+
+
+def test_wrong_usage_says_what_may_be_meant_and_exits_with_2(run: Run, tmp_path: Path) -> None:
+    for argv, wanted in (
+        ((), "the following arguments are required: COMMAND"),
+        (("scor",), "there is no command scor; did you mean score?"),
+        (("frobnicate",), "There are score, check"),
+        (("--vresion",), "did you mean --version?"),
+        (
+            ("score", "d", "--metrcs", "shapes", "--out", "a"),
+            "no option --metrcs; did you mean --metrics?",
+        ),
+        (("score", "d", "--metrics", "shapes"), "required: --out"),
+        (("score", "d", "--metrics", "pikscore", "--out", "a"), "did you mean 'pickscore'?"),
+        (("score", "--metrics", "shapes", tmp_path, "--out", "a"), "name the data before --metrics"),
+        (
+            ("score", "d", "--metrics", "shapes", "--out", "a", "--limit", "0"),
+            "must be a positive number",
+        ),
+        (("score", "d", "--metrics", "shapes", "--out", "a", "--column", "image"), "write NAME=COLUMN"),
+        (("compare", "a"), "two runs or more are compared"),
+        (("metrics", "hpsv4"), "did you mean 'hpsv"),
+        (("download", "nothing"), "there is no metric 'nothing'"),
+        (("fid", "a", "b", "--preprocessing", "none"), "clean"),
+    ):
+        code, out, err = run(*argv)
+        assert (code, out) == (2, ""), argv
+        assert wanted in err, err
+        assert err.splitlines()[-1].startswith("See diffsynth-metrics"), argv
+
+
+# Errors
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+SCORE = ("score", "data", "--metrics", "shapes", "--out", "runs/a")
+
+
+def test_an_error_is_one_line_that_begins_with_what_to_do(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = "choose a file or folder that you may read and write: Permission denied: a"
+    full = "make room on the disk and start the same command again, it goes on: No space left"
+    for error, line in (
+        (DownloadError("Check the network.\n  could not\n  x"), "Check the network. could not x"),
+        (ValueError("unknown layout 'a'"), "unknown layout 'a'"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "data"), "No such file: data"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), refused),
+        (OSError(errno.ENOSPC, "No space left"), full),
+        (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
+    ):
+        monkeypatch.setattr(evaluation, "read_samples", failing(error), raising=False)
+        assert run(*SCORE) == (1, "", f"error: {line}\n")
+    code, out, err = run(*SCORE, "--debug")
+    assert (code, out) == (1, "")
+    assert err.startswith("Traceback") and err.endswith("error: KeyError: 'x' (--debug shows where)\n")
+
+
+def test_an_interruption_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "read_samples", failing(KeyboardInterrupt()), raising=False)
+    code, out, err = run(*SCORE)
+    assert (code, out) == (130, "")
+    assert err == "interrupted; what was done is kept, and the same command goes on from there\n"
+    monkeypatch.setattr(doctor, "diagnose", failing(KeyboardInterrupt()))
+    assert run("doctor") == (130, "", "interrupted; the same command starts again\n")
+
+
+def test_a_reader_who_has_gone_is_not_worth_a_word() -> None:
+    for argv in (["--help"], ["metrics"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = python(
+            "-m",
+            "diffsynth_metrics",
+            *argv,
+            capture_output=False,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+        )
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, ""), argv
+
+
+def test_what_libraries_print_and_warn_goes_to_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy() -> list[doctor.Finding]:
+        print("a library's line")
+        cli.logging.getLogger("diffsynth_metrics.weights").warning("a line of the log")
+        cli.warnings.showwarning("a warning", UserWarning, "file", 1)
+        return []
+
+    monkeypatch.setattr(doctor, "diagnose", noisy)
+    code, out, err = run("doctor", "--json")
+    assert (code, json.loads(out)) == (0, [])
+    assert err == "a library's line\na line of the log\nwarning: a warning\n"
+
+
+# Scoring, checking, comparing, reporting: one public call each
+
+
+class Results:
+    """What `score` returns, as far as the command looks at it."""
+
+    sets = ({"metric": "fid", "score": 12.25, "count": 40},)
+
+    def __init__(self, failures: int) -> None:
+        self._failures = failures
+
+    def summary(self) -> Table:
+        return Table(("metric", "mean"), (("shapes", 9.5), ("clip", float("nan"))))
+
+    def failures(self) -> Table:
+        rows = tuple((f"id{index}", "shapes", "cannot be read") for index in range(self._failures))
+        return Table(("id", "metric", "reason"), rows)
+
+
+def test_score_prints_the_summary_and_says_by_its_code_whether_all_were_scored(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    failures = 0
+
+    def score(samples: object, metrics: object, **options: Any) -> Results:
+        asked.update(options, metrics=metrics)
+        return Results(failures)
+
+    def read_samples(source: str, **options: Any) -> SampleSet:
+        asked.update(options, source=source)
+        return SampleSet([])
+
+    monkeypatch.setattr(evaluation, "read_samples", read_samples, raising=False)
+    monkeypatch.setattr(evaluation, "score", score, raising=False)
+    code, out, err = run(*SCORE, "clip=models/tiny", "--limit", 5, "--no-resume", "--column", "image=p",
+                         "--column", "prompt=c", "--reference", "real")  # fmt: skip
+    assert code == 2  # what stands behind --out is no metric
+    code, out, err = run(
+        *("score", "data", "--metrics", "shapes", "Pick-Score=models/tiny", "--out", "runs/a"),
+        *("--limit", 5, "--no-resume", "--column", "image=p", "--column", "prompt=c", "seed=s"),
+        *("--reference", "real", "--batch-size", 2, "--on-error", "raise", "--device", "cpu"),
+    )
+    assert (code, err) == (0, "kept in runs/a\n")
+    assert out.splitlines()[-1] == "fid: 12.2500 (count 40)"
+    assert asked["metrics"] == ["shapes", "pickscore=models/tiny"]
+    assert asked["columns"] == {"image": "p", "prompt": "c", "seed": "s"}
+    assert (asked["limit"], asked["batch_size"], asked["resume"]) == (5, 2, False)
+    assert (asked["reference"], asked["device"], asked["on_error"]) == ("real", "cpu", "raise")
+
+    failures = 25
+    code, out, err = run(*SCORE)
+    assert code == 3
+    assert "id19" in out and "id20" not in out and "and 5 more" in out
+    code, out, err = run(*SCORE, "--json")
+    answer = json.loads(out)
+    assert (code, len(answer["failures"]), answer["run"]) == (3, 25, "runs/a")
+    assert answer["summary"] == [{"metric": "shapes", "mean": 9.5}, {"metric": "clip", "mean": None}]
+
+
+def test_check_says_by_its_code_whether_something_is_wrong(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem("missing", "b.png", "is not there")
+    samples = SampleSet([Sample("a", "red", "a.png")], source="data", layout="sidecar", reason="txt")
+    found = SimpleNamespace(ok=False, problems=(problem,), table=lambda: Table(("file",), (("b.png",),)))
+    monkeypatch.setattr(evaluation, "read_samples", lambda source, **_: samples, raising=False)
+    monkeypatch.setattr(evaluation, "check", lambda samples, metrics: found, raising=False)
+    code, out, err = run("check", "data")
+    assert (code, out, err) == (3, "file\n-----\nb.png\n", "")
+    answer = json.loads(run("check", "data", "--json")[1])
+    assert (answer["layout"], answer["samples"], answer["ok"]) == ("sidecar", 1, False)
+    assert answer["problems"] == [{"kind": "missing", "file": "b.png", "message": "is not there"}]
+    found.ok = True
+    assert run("check", "data")[0] == 0
+
+
+# Metrics and weights
+
+
+def test_the_metrics_are_listed_and_shown_whole(run: Run) -> None:
+    code, out, err = run("metrics")
+    assert (code, err) == (0, "")
+    for name in NAMES:
+        assert re.search(rf"^{name} ", out, re.MULTILINE), name
+    assert max(map(len, out.splitlines())) <= 150
+    cards = json.loads(run("metrics", "--json")[1])
+    assert [card["metric"] for card in cards] == list(NAMES)
+    for card in cards:
+        for field in ("good_for", "inputs", "range", "download", "memory", "weights_license"):
+            assert card[field], (card["metric"], field)
+    code, out, err = run("metrics", "HPSv3")
+    assert "16.6 GB" in out and "https://arxiv.org/abs/2508.03789" in out
+    assert "inside" not in out and "none" in run("metrics", "shapes")[1]
+
+
+def test_a_card_is_a_table_in_a_notebook_and_escaped() -> None:
+    card = diffsynth_metrics.HPSv3Metric.card
+    html = card._repr_html_()
+    assert html.startswith("<table>") and "h_&lt;|Reward|&gt;" in html and "<|Reward|>" not in html
+    assert html.count("<tr>") == 13 and "16.6 GB" in html
+
+
+def test_the_embedded_model_needs_no_download_and_is_verified(run: Run) -> None:
+    code, out, err = run("download", "shapes")
+    assert (code, err) == (0, "") and "inside the package" in out
+    code, out, err = run("verify", "shapes", "--json")
+    assert (code, err) == (0, "")
+    assert {"what": "values", "result": "ok", "detail": "no NaN and no infinity"} in json.loads(out)
+
+
+def test_a_check_that_fails_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [Check("files", "ok", "one"), Check("layout", "failed", "another\n  line")]
+    monkeypatch.setattr(published, "verify", lambda *_, **__: checks)
+    code, out, err = run("verify", "pickscore")
+    assert (code, err) == (1, "") and "another line" in out
+    monkeypatch.setattr(published, "verify", lambda *_, **__: checks[:1])
+    assert run("verify", "pickscore")[0] == 0
+
+
+def test_the_doctor_fails_with_a_problem_and_not_with_a_hint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = [doctor.Finding("threads", "hint", "busy", "set it")]
+    monkeypatch.setattr(doctor, "diagnose", lambda: findings)
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "") and "threads: set it" in out
+    findings.append(doctor.Finding("disk", "problem", "full", "make room"))
+    assert run("doctor")[0] == 1
+    assert json.loads(run("doctor", "--json")[1])[1]["state"] == "problem"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(command_page(), encoding="utf-8")
