@@ -141,26 +141,26 @@ def _all_to_stderr() -> Iterator[None]:
 
 def _in_one_line(error: Exception) -> str:
     """Return an error's message in one line that begins with what to do, where the error says it."""
-    from diffsynth_metrics.errors import DiffSynthMetricsError
-
     message = " ".join(str(error).split())
-    if isinstance(error, DiffSynthMetricsError):
-        return message
     if isinstance(error, OSError) and error.strerror:
-        return _hint_for(error) + error.strerror + (f": {error.filename}" if error.filename else "")
-    if (
-        isinstance(error, (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError))
-        and message
-    ):
-        return message
-    return f"{type(error).__name__}: {message or 'no message'} (--debug shows where)"
+        message = error.strerror + (f": {error.filename}" if error.filename else "")
+    expected = (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError)
+    if not isinstance(error, expected):
+        return f"{type(error).__name__}: {message or 'no message'} (--debug shows where)"
+    return _hint_for(error) + (message or type(error).__name__)
 
 
-def _hint_for(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
+def _hint_for(error: Exception) -> str:
+    """Return what to do about an error of Python or a library, whose message does not say it."""
+    code = error.errno if isinstance(error, OSError) and error.strerror else None
+    if code == errno.ENOSPC:
         return "make room on the disk and start the same command again, it goes on: "
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose a file or folder that you may read and write: "
+    if isinstance(error, ImportError) and error.name in ("jinja2", "pandas", "pyarrow"):
+        return 'pip install "diffsynth-metrics[eval]": '
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "choose a smaller --batch-size, or another --device: "
     return ""
 
 
@@ -429,7 +429,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         self.option_names: list[str] = []
-        self.commands: Mapping[str, argparse.ArgumentParser] = {}
+        self.commands: Mapping[str, _Parser] = {}
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
@@ -466,7 +466,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=_HELP_WIDTH, max_help_position=30)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> _Parser:
     """Return the parser of the whole command line; its ``commands`` maps each command to its parser."""
     parser = _Parser(
         prog="diffsynth-metrics",
@@ -499,9 +499,9 @@ def _add(
     more: str = "",
     example: str,
     interrupted: str = "interrupted; the same command starts again",
-) -> argparse.ArgumentParser:
+) -> _Parser:
     """Add a command with what all have: one summary, one example, ``--json`` and ``--debug``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: _Parser = commands.add_parser(
         name,
         help=summary,
         usage=f"diffsynth-metrics {name} {usage}",

@@ -21,7 +21,12 @@ import torch
 from diffsynth_metrics.catalog import NAMES, find_card
 from diffsynth_metrics.pixels.resizing import cpu_count
 from diffsynth_metrics.weights.placement import choose_device
-from diffsynth_metrics.weights.published import models_folder, on_disk, size_text
+from diffsynth_metrics.weights.published import (
+    downloads_are_off,
+    models_folder,
+    on_disk,
+    size_text,
+)
 
 __all__ = ["Finding", "diagnose"]
 
@@ -188,7 +193,7 @@ def _look_at_variable(name: str, value: str) -> Finding:
 
 
 def _look_at_hubs() -> Iterator[Finding]:
-    if os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in ("true", "1"):
+    if downloads_are_off():
         yield Finding("hubs", "ok", "not asked: downloads are off (DIFFSYNTH_SKIP_DOWNLOAD)")
         return
     from huggingface_hub.constants import ENDPOINT

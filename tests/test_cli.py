@@ -27,7 +27,7 @@ from diffsynth_metrics.weights import published
 from diffsynth_metrics.weights.published import Check
 
 PAGE = Path(__file__).parents[1] / "docs" / "command.md"
-COMMANDS = tuple(make_parser().commands)  # type: ignore[attr-defined]
+COMMANDS = tuple(make_parser().commands)
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -42,7 +42,7 @@ def command_page() -> str:
         "This page is what `--help` prints; `python tests/test_cli.py` writes it again.\n\n"
     )
     helps = [("diffsynth-metrics", parser.format_help())]
-    helps += [(name, one.format_help()) for name, one in parser.commands.items()]  # type: ignore[attr-defined]
+    helps += [(name, one.format_help()) for name, one in parser.commands.items()]
     return introduction + "\n".join(f"## {name}\n\n```text\n{text}```\n" for name, text in helps)
 
 
@@ -168,9 +168,12 @@ def test_an_error_is_one_line_that_begins_with_what_to_do(
         (FileNotFoundError(errno.ENOENT, "No such file", "data"), "No such file: data"),
         (PermissionError(errno.EACCES, "Permission denied", "a"), refused),
         (OSError(errno.ENOSPC, "No space left"), full),
+        (MemoryError(), "choose a smaller --batch-size, or another --device: MemoryError"),
+        (ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"), 'pip install '
+         '"diffsynth-metrics[eval]": No module named \'pyarrow\''),
         (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
     ):
-        monkeypatch.setattr(evaluation, "read_samples", failing(error), raising=False)
+        monkeypatch.setitem(vars(evaluation), "read_samples", failing(error))
         assert run(*SCORE) == (1, "", f"error: {line}\n")
     code, out, err = run(*SCORE, "--debug")
     assert (code, out) == (1, "")
@@ -178,7 +181,7 @@ def test_an_error_is_one_line_that_begins_with_what_to_do(
 
 
 def test_an_interruption_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "read_samples", failing(KeyboardInterrupt()), raising=False)
+    monkeypatch.setitem(vars(evaluation), "read_samples", failing(KeyboardInterrupt()))
     code, out, err = run(*SCORE)
     assert (code, out) == (130, "")
     assert err == "interrupted; what was done is kept, and the same command goes on from there\n"
@@ -248,8 +251,8 @@ def test_score_prints_the_summary_and_says_by_its_code_whether_all_were_scored(
         asked.update(options, source=source)
         return SampleSet([])
 
-    monkeypatch.setattr(evaluation, "read_samples", read_samples, raising=False)
-    monkeypatch.setattr(evaluation, "score", score, raising=False)
+    monkeypatch.setitem(vars(evaluation), "read_samples", read_samples)
+    monkeypatch.setitem(vars(evaluation), "score", score)
     code, out, err = run(*SCORE, "clip=models/tiny", "--limit", 5, "--no-resume", "--column", "image=p",
                          "--column", "prompt=c", "--reference", "real")  # fmt: skip
     assert code == 2  # what stands behind --out is no metric
@@ -281,8 +284,8 @@ def test_check_says_by_its_code_whether_something_is_wrong(
     problem = Problem("missing", "b.png", "is not there")
     samples = SampleSet([Sample("a", "red", "a.png")], source="data", layout="sidecar", reason="txt")
     found = SimpleNamespace(ok=False, problems=(problem,), table=lambda: Table(("file",), (("b.png",),)))
-    monkeypatch.setattr(evaluation, "read_samples", lambda source, **_: samples, raising=False)
-    monkeypatch.setattr(evaluation, "check", lambda samples, metrics: found, raising=False)
+    monkeypatch.setitem(vars(evaluation), "read_samples", lambda source, **_: samples)
+    monkeypatch.setitem(vars(evaluation), "check", lambda samples, metrics: found)
     code, out, err = run("check", "data")
     assert (code, out, err) == (3, "file\n-----\nb.png\n", "")
     answer = json.loads(run("check", "data", "--json")[1])

@@ -34,6 +34,7 @@ __all__ = [
     "Part",
     "PublishedScore",
     "download",
+    "downloads_are_off",
     "find_parts",
     "list_on_hub",
     "models_folder",
@@ -166,7 +167,7 @@ PUBLISHED_SCORES = {
 }
 """Metric to what its authors published; the others' authors published no picture with its score."""
 
-_SHAPES_SCORES = {("circle", "red"): 0.0, ("square", "blue"): 0.0}
+_SHAPES_SCORES = {("circle", "red"): 19.187, ("square", "blue"): 0.246}
 """Drawn shape to the score of ``"a red circle"`` with it, as the embedded model was trained."""
 
 
@@ -182,6 +183,11 @@ def models_folder() -> Path:
     return Path(
         os.path.abspath(os.path.expanduser(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "./models"))
     )
+
+
+def downloads_are_off() -> bool:
+    """Tell whether the environment forbids to ask a hub."""
+    return os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in ("true", "1")
 
 
 def find_parts(name: str, source: str | None = None) -> tuple[Part, ...]:
@@ -256,9 +262,12 @@ def list_on_hub(part: Part) -> list[HubFile]:
     """Ask the hub which files a part has.
 
     Raises:
-        DownloadError: The hub did not answer, or has no such file.
+        DownloadError: The hub did not answer, has no such file, or may not be asked.
     """
     repository = part.repository
+    if downloads_are_off():
+        hint = "Allow downloads, which are off (DIFFSYNTH_SKIP_DOWNLOAD)."
+        raise repository.error(hint, f"the hub was not asked about {part.files}")
     take, leave = part.files.client_patterns()
     try:
         listed = _HUBS[repository.source](repository)
@@ -458,7 +467,7 @@ def _check_shapes(metric: BaseMetric) -> Check:
     drawn = [draw_shape(*words) for words in _SHAPES_SCORES]
     scores = metric.compute("a red circle", drawn)  # type: ignore[attr-defined]
     source = f"drawn shapes with the embedded model, {metric.device}"
-    return _compare_scores(scores, tuple(_SHAPES_SCORES.values()), 1e-2, source)
+    return _compare_scores(scores, tuple(_SHAPES_SCORES.values()), 5e-2, source)
 
 
 def _compare_scores(
