@@ -79,7 +79,7 @@ def find_card(name: str) -> MetricCard:
     return replace(
         card,
         name="CLIP of drawn shapes (embedded)",
-        range="about 19 where prompt and picture fit, -16 to 10 where not",
+        range="about 19 where prompt and picture fit, below 15 where not",
         weights_license="Apache-2.0",
         notes="It knows drawn shapes, their colours, sizes and backgrounds, and nothing else.",
         good_for="trying the package without a download; it does not judge real pictures",

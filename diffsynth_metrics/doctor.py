@@ -208,14 +208,15 @@ def _look_at_hubs() -> Iterator[Finding]:
         problem = _reach(address)
         used = " (used by default)" if name == source else ""
         if not problem:
-            yield Finding(name, "ok", f"{address} answers{used}")
+            yield Finding(f"hub {name}", "ok", f"{address} answers{used}")
             continue
         other = next(hub for hub in hubs if hub != name)
         fix = (
             f"check the network, or set DIFFSYNTH_DOWNLOAD_SOURCE={other}; files that are on disk are "
             "used without a hub"
         )
-        yield Finding(name, "hint", f"{address} does not answer{used}: {problem}", fix if used else "")
+        detail = f"{address} does not answer{used}: {problem}"
+        yield Finding(f"hub {name}", "hint", detail, fix if used else "")
 
 
 def _reach(address: str) -> str:
@@ -225,8 +226,9 @@ def _reach(address: str) -> str:
     try:
         with urlopen(Request(address, method="HEAD"), timeout=_SECONDS_TO_ANSWER):
             return ""
-    except HTTPError:
-        return ""  # whatever the status is, there is a hub that says it
+    except HTTPError as error:
+        # A hub may refuse this page and give files all the same; a proxy that reaches none says 5xx.
+        return f"status {error.code}" if error.code >= 500 or error.code == 407 else ""
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -83,12 +85,24 @@ def test_a_setting_that_means_nothing_is_a_problem(monkeypatch: pytest.MonkeyPat
 
 def test_a_hub_that_does_not_answer_is_a_hint_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "false")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    finding = find("modelscope")
+    finding = find("hub modelscope")
     assert finding.state == "hint" and "used by default" in finding.detail
     assert "DIFFSYNTH_DOWNLOAD_SOURCE=huggingface" in finding.fix
-    assert find("huggingface").state == "hint"
+    assert find("hub huggingface").state == "hint"
+
+
+def test_a_proxy_that_reaches_no_hub_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "false")
+    for status, state in ((502, "hint"), (407, "hint"), (403, "ok")):
+
+        def answer(*_: object, status: int = status, **__: object) -> None:
+            raise HTTPError("http://hub", status, "no", Message(), None)
+
+        monkeypatch.setattr(doctor, "urlopen", answer)
+        assert find("hub modelscope").state == state, status
 
 
 def test_no_hub_is_asked_where_downloads_are_off(monkeypatch: pytest.MonkeyPatch) -> None:

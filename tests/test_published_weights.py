@@ -93,11 +93,11 @@ def test_the_download_size_of_a_card_is_that_of_the_published_layout() -> None:
 def test_the_memory_of_a_card_is_that_of_the_network_in_its_official_dtype() -> None:
     for name in PUBLISHED:
         metric = metric_class(name)
-        wide = torch.promote_types(metric.official_dtype, torch.float32)
+        narrow = metric.official_dtype
+        wide = torch.promote_types(narrow, torch.float32)
         size = sum(
-            weight.numel()
-            * (wide if key.startswith(metric.float32_parts) else metric.official_dtype).itemsize
-            for key, weight in metric.build(None).named_parameters()
+            tensor.numel() * (wide if key.startswith(metric.float32_parts) else narrow).itemsize
+            for key, tensor in metric.finish(metric.build(None), narrow).state_dict().items()
         )
         assert find_card(name).memory == size_text(size), name
 
@@ -169,7 +169,7 @@ def test_a_hub_that_is_gone_or_has_other_files_is_an_error_that_says_what_to_do(
         list_on_hub(find_parts("hpsv2")[0])
     hub.stop()
     with pytest.raises(DownloadError, match=r"^Check the network, or choose the other hub"):
-        list_on_hub(find_parts("pickscore")[0])
+        list_on_hub(find_parts("pickscore", "huggingface")[0])
 
 
 def test_a_download_is_compared_with_the_hashes_of_the_hub(hub: LocalHub, models: Path) -> None:
@@ -198,7 +198,7 @@ def test_what_is_whole_needs_no_hub_and_says_that_its_hash_was_not_checked(
     hub: LocalHub, pickscore: Path
 ) -> None:
     hub.stop()
-    assert set(results(download("pickscore")).values()) == {"not checked"}
+    assert set(results(download("pickscore", "huggingface")).values()) == {"not checked"}
     assert download("shapes") == []
 
 
@@ -298,8 +298,8 @@ def test_the_command_lists_files_and_sizes_and_asks_in_a_terminal_only(
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert main(["download", "pickscore"]) == 0
     said = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"to download +\d+ kB  PickScore/model\.safetensors", said)
-    assert re.search(r"\d files, \d+ kB\n", said) and "[Y/n]" not in said
+    assert re.search(r"to download +\d+ MB  PickScore/model\.safetensors", said)
+    assert re.search(r"\d files, \d+ MB\n", said) and "[Y/n]" not in said
     assert "sha256 of the weights" in capsys.readouterr().out
     assert on_disk("pickscore").state == "whole"
     assert main(["download", "pickscore", "--source", "huggingface"]) == 0

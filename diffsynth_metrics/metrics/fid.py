@@ -87,7 +87,7 @@ class FIDMetric(SetMetric):
         ),
         good_for="how close a set of pictures is to a reference set",
         download="96 MB",
-        memory="96 MB",
+        memory="87 MB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="FID/model.safetensors"

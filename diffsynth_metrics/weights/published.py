@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -45,6 +45,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_SECONDS_TO_ANSWER = 10
 PICTURES_VARIABLE = "DIFFSYNTH_METRICS_PUBLISHED_IMAGES"
 """Environment variable with the folder in which :func:`verify` looks for the authors' pictures."""
 
@@ -296,7 +297,9 @@ def _list_huggingface(repository: Repository) -> list[HubFile]:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    tree = api.list_repo_tree(repository.model_id, revision=repository.revision, recursive=True)
+    # Where the hub cannot be reached, this one raises at once, and the listing after half a minute.
+    info = api.model_info(repository.model_id, revision=repository.revision, timeout=_SECONDS_TO_ANSWER)
+    tree = api.list_repo_tree(repository.model_id, revision=info.sha, recursive=True)
     return [
         HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else None)
         for file in tree
@@ -326,29 +329,38 @@ def download(name: str, source: str | None = None) -> list[Check]:
     parts = find_parts(name, source)
     for part in parts:
         part.config.resolve(sufficient=part.sufficient)
-    return [_compare_with_hub(part) for part in parts]
+    return _compare_with_hub(parts)
 
 
-def _compare_with_hub(part: Part) -> Check:
+def _compare_with_hub(parts: Sequence[Part]) -> list[Check]:
     """Compare local files with what the hub lists: sha256, or the size where it lists no sha256."""
-    what = f"sha256 of the {part.role}"
-    try:
-        listed = {file.name: file for file in list_on_hub(part)}
-    except DownloadError as error:
-        return Check(what, "not checked", " ".join(str(error).split()))
-    local = part.files.names()
+    checks: list[Check] = []
+    unanswered = ""  # a hub that does not answer is asked once, because it takes seconds to find out
+    for part in parts:
+        what = f"sha256 of the {part.role}"
+        try:
+            listed = {} if unanswered else {file.name: file for file in list_on_hub(part)}
+        except DownloadError as error:
+            unanswered = " ".join(str(error).split())
+        if unanswered:
+            checks.append(Check(what, "not checked", unanswered))
+        else:
+            checks.append(_compare_with_listing(what, part, listed))
+    return checks
+
+
+def _compare_with_listing(what: str, part: Part, listed: Mapping[str, HubFile]) -> Check:
+    folder, source, local = part.repository.folder, part.repository.source, part.files.names()
     if absent := sorted(listed.keys() - set(local)):
         return Check(what, "failed", f"missing here: {', '.join(absent)}")
     known = [name for name in local if name in listed]
-    wrong = [name for name in known if not _is_as_listed(part.repository.folder / name, listed[name])]
-    if wrong:
-        hint = f"Delete {part.repository.folder / wrong[0]} and download again"
-        return Check(what, "failed", f"{hint}: other content than on {part.repository.source}")
+    if wrong := [name for name in known if not _is_as_listed(folder / name, listed[name])]:
+        hint = f"Delete {folder / wrong[0]} and download again"
+        return Check(what, "failed", f"{hint}: other content than on {source}")
     hashed = [name for name in known if listed[name].sha256]
-    detail = f"{len(hashed)} of {len(local)} files equal to those on {part.repository.source}"
-    return Check(
-        what, "ok", f"{detail}; of the others the size is" if len(hashed) < len(known) else detail
-    )
+    detail = f"{len(hashed)} of {len(local)} files equal to those on {source}"
+    rest = f"; of {len(known) - len(hashed)} more the size is" if len(hashed) < len(known) else ""
+    return Check(what, "ok", detail + rest)
 
 
 def _is_as_listed(file: Path, listed: HubFile) -> bool:
@@ -409,7 +421,7 @@ def _checks(
     yield Check("files", "ok", f"{len(files)} of weights, {size_text(size)}, in {files[0].parent}")
     owners = KNOWN_LAYOUTS.get(fingerprint(layout), ())
     yield _check_layout(name, len(layout), owners)
-    yield from (_compare_with_hub(part) for part in parts)
+    yield from _compare_with_hub(parts)
     if not parts:
         digest = f"it is {sha256_of(files)}"
         yield Check("sha256", "not checked", f"no hub lists the hash of these files; {digest}")
