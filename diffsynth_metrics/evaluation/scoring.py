@@ -42,6 +42,7 @@ def score(
     limit: int | None = None,
     reference: Reference | None = None,
     device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Results:
     """Score samples with metrics, one metric after the other.
 
@@ -68,6 +69,7 @@ def score(
         reference: The real pictures of FID and other metrics of sets: a folder, samples, or an ``.npz``
             file of statistics.
         device: For metrics that are loaded here, see ``from_pretrained``.
+        dtype: For metrics that are loaded here, ``torch_dtype`` of ``from_pretrained``.
 
     Returns:
         The rows of these samples by the metrics of the run folder, those of earlier calls included.
@@ -100,7 +102,9 @@ def score(
                 progress=progress,
                 keeps=out is not None,
             )
-            _score_all(run, wanted, reference, batch_size=batch_size, device=device)
+            _score_all(
+                run, wanted, reference, batch_size=batch_size, device=device, torch_dtype=dtype
+            )
         return Results.open(folder)
 
     if out is not None:
