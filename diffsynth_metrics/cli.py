@@ -28,6 +28,8 @@ from diffsynth_metrics.catalog import NAMES, find_name
 from diffsynth_metrics.evaluation.tables import Table
 
 if TYPE_CHECKING:
+    import torch
+
     from diffsynth_metrics.base import MetricCard
     from diffsynth_metrics.weights.published import HubFile
 
@@ -187,7 +189,7 @@ def _score(arguments: argparse.Namespace) -> _Output:
         limit=arguments.limit,
         reference=arguments.reference,
         device=arguments.device,
-        dtype=arguments.dtype,
+        dtype=_dtype(arguments.dtype),
     )
     summary, failures = results.summary(), results.failures()
     _say(f"kept in {arguments.out}")
@@ -207,6 +209,12 @@ def _score(arguments: argparse.Namespace) -> _Output:
         },
         FAILURES_RECORDED if failures.rows else DONE,
     )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return name and getattr(torch, name)
 
 
 def _first_rows(table: Table) -> Table:
@@ -432,7 +440,7 @@ class _Parser(argparse.ArgumentParser):
         self.commands: Mapping[str, _Parser] = {}
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
 
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         self.option_names += [name for name in names if name.startswith("--")]
         return super().add_argument(*names, **options)
 
@@ -481,9 +489,7 @@ def make_parser() -> _Parser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, prog="diffsynth-metrics"
     )
-    adders = (_add_score, _add_check, _add_compare, _add_report, _add_fid)
-    adders += (_add_metrics, _add_download, _add_verify, _add_doctor)
-    for add in adders:
+    for add in _ADDERS:
         add(commands)
     parser.commands = commands.choices
     return parser
@@ -684,6 +690,12 @@ def _add_doctor(commands: Any) -> None:
         more="Exit code 1 says that something does not work; hints do not change it.",
         example="doctor",
     )
+
+
+_ADDERS = (
+    *(_add_score, _add_check, _add_compare, _add_report, _add_fid),
+    *(_add_metrics, _add_download, _add_verify, _add_doctor),
+)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

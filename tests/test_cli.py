@@ -37,8 +37,8 @@ def command_page() -> str:
     parser = make_parser()
     introduction = (
         "# The command\n\n"
-        "`diffsynth-metrics` and `python -m diffsynth_metrics` are the same. The result goes to stdout,\n"
-        "as text or with `--json`; progress, the log and errors go to stderr.\n\n"
+        "`diffsynth-metrics` and `python -m diffsynth_metrics` are the same. The result goes to\n"
+        "stdout, as text or with `--json`; progress, the log and errors go to stderr.\n\n"
         "This page is what `--help` prints; `python tests/test_cli.py` writes it again.\n\n"
     )
     helps = [("diffsynth-metrics", parser.format_help())]

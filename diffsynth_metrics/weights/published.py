@@ -477,7 +477,7 @@ def _check_shapes(metric: BaseMetric) -> Check:
     from diffsynth_metrics.embedded.drawing import draw_shape
 
     drawn = [draw_shape(*words) for words in _SHAPES_SCORES]
-    scores = metric.compute("a red circle", drawn)  # type: ignore[attr-defined]
+    scores = metric.compute("a red circle", drawn)
     source = f"drawn shapes with the embedded model, {metric.device}"
     return _compare_scores(scores, tuple(_SHAPES_SCORES.values()), 5e-2, source)
 
