@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
     except SystemExit as end:  # argparse ends so after --help, --version and a wrong usage
-        return _flush(int(end.code or DONE))
+        return _write("", int(end.code or DONE))
     try:
         with _all_to_stderr():
             output: _Output = arguments.run(arguments)
@@ -89,16 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print(output: _Output, *, as_json: bool) -> int:
     text = json.dumps(_plain(output.data), indent=1, ensure_ascii=False) if as_json else output.text
-    try:
-        print(text)
-    except BrokenPipeError:
-        pass  # the flush says it too
-    return _flush(output.code)
+    return _write(f"{text}\n", output.code)
 
 
-def _flush(code: int) -> int:
-    """Return an exit code after everything is written; a reader who has gone is not worth a word."""
+def _write(text: str, code: int) -> int:
+    """Write to stdout, and return the exit code; a reader who has gone is not worth a word."""
     try:
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it ends, which would fail again.
@@ -266,6 +263,7 @@ def _compare(arguments: argparse.Namespace) -> _Output:
         "differences": comparison.differences,
         "strengths": {name: table.records() for name, table in comparison.strengths.items()},
         "table": comparison.table().records(),
+        "left_out": comparison.unpaired.records(),
     }
     return _Output(str(comparison), data)
 

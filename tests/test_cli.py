@@ -14,13 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import diffsynth_metrics
 from diffsynth_metrics import cli, doctor, evaluation
 from diffsynth_metrics.catalog import NAMES
 from diffsynth_metrics.cli import main, make_parser
+from diffsynth_metrics.embedded.drawing import COLORS, SHAPES, draw_shape
 from diffsynth_metrics.errors import DownloadError
+from diffsynth_metrics.evaluation.results import Results
+from diffsynth_metrics.evaluation.run_folder import RunFolder
 from diffsynth_metrics.evaluation.samples import Problem, Sample, SampleSet
 from diffsynth_metrics.evaluation.tables import Table
 from diffsynth_metrics.weights import published
@@ -30,6 +34,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "command.md"
 COMMANDS = tuple(make_parser().commands)
 
 Run = Callable[..., tuple[int, str, str]]
+Done = subprocess.CompletedProcess[str]
 
 
 def command_page() -> str:
@@ -57,14 +62,16 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def python(*argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    root = str(PAGE.parents[1])
+def python(*argv: str, stdout: int = subprocess.PIPE, **variables: str) -> Done:
+    """Run a new Python with some environment variables."""
+    environment = {**os.environ, "PYTHONPATH": str(PAGE.parents[1]), **variables}
     return subprocess.run(
         [sys.executable, *argv],
         text=True,
-        env={**os.environ, "PYTHONPATH": root},
-        timeout=120,
-        **{"capture_output": True, **options},
+        env=environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        timeout=300,
     )
 
 
@@ -194,17 +201,11 @@ def test_an_interruption_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_reader_who_has_gone_is_not_worth_a_word() -> None:
-    for argv, codes in ((["--help"], (0, 141)), (["metrics"], (141,))):
+    # Some versions of argparse leave it unsaid that help could not be written.
+    for argv, codes in ((["--help"], (0, 141)), (["download", "shapes", "--json"], (141,))):
         reading, writing = os.pipe()
         os.close(reading)
-        done = python(
-            "-m",
-            "diffsynth_metrics",
-            *argv,
-            capture_output=False,
-            stdout=writing,
-            stderr=subprocess.PIPE,
-        )
+        done = python("-m", "diffsynth_metrics", *argv, stdout=writing)
         os.close(writing)
         assert done.returncode in codes and done.stderr == "", argv
 
@@ -225,7 +226,7 @@ def test_what_libraries_print_and_warn_goes_to_stderr(run: Run, monkeypatch: pyt
 # Scoring, checking, comparing, reporting: one public call each
 
 
-class Results:
+class Scored:
     """What `score` returns, as far as the command looks at it."""
 
     sets = ({"metric": "fid", "score": 12.25, "count": 40},)
@@ -247,9 +248,9 @@ def test_score_prints_the_summary_and_says_by_its_code_whether_all_were_scored(
     asked: dict[str, Any] = {}
     failures = 0
 
-    def score(samples: object, metrics: object, **options: Any) -> Results:
+    def score(samples: object, metrics: object, **options: Any) -> Scored:
         asked.update(options, metrics=metrics)
-        return Results(failures)
+        return Scored(failures)
 
     def read_samples(source: str, **options: Any) -> SampleSet:
         asked.update(options, source=source)
@@ -352,6 +353,159 @@ def test_the_doctor_fails_with_a_problem_and_not_with_a_hint(
     findings.append(doctor.Finding("disk", "problem", "full", "make room"))
     assert run("doctor")[0] == 1
     assert json.loads(run("doctor", "--json")[1])[1]["state"] == "problem"
+
+
+# The whole way, with the embedded model
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A manifest of eight drawn shapes, one of them corrupt and one missing."""
+    return write_pictures(tmp_path / "data", 8)
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    lines = ["image,prompt,seed"]
+    for index in range(count):
+        color, shape = list(COLORS)[index % 6], SHAPES[index % len(SHAPES)]
+        draw_shape(shape, color, image_size=64).save(folder / f"{index:03}.png")
+        lines.append(f"{index:03}.png,a {color} {shape},{index // 6}")
+    (folder / "001.png").write_bytes(b"no picture")
+    (folder / "002.png").unlink()
+    (folder / "data.csv").write_text("\n".join(lines))
+    return folder / "data.csv"
+
+
+def test_a_folder_becomes_a_verdict_and_a_report(run: Run, pictures: Path, tmp_path: Path) -> None:
+    assert run("check", pictures)[0] == 3
+    for name in ("a", "b"):
+        code, out, err = run("score", pictures, "--metrics", "shapes", "--out", tmp_path / name)
+        assert code == 3
+        assert "there is no file" in out and "001.png cannot be read" in out
+        assert err.count("001.png") == 1 and err.endswith(f"kept in {tmp_path / name}\n")
+    code, out, err = run("score", pictures, "--metrics", "shapes", "--out", tmp_path / "a", "--json")
+    answer = json.loads(out)
+    assert (code, answer["summary"][0]["scored"], answer["summary"][0]["failed"]) == (3, 6, 2)
+    assert {failure["id"] for failure in answer["failures"]} == {"001", "002"}
+
+    report = tmp_path / "report.html"
+    code, out, err = run("compare", tmp_path / "a", tmp_path / "b", "--report", report)
+    assert code == 0 and report.stat().st_size > 10_000
+    answer = json.loads(run("compare", tmp_path / "a", tmp_path / "b", "--json")[1])
+    assert answer["verdict"] in out
+    assert answer["differences"][0]["difference"]["value"] == 0
+    assert run("report", tmp_path / "a", "--out", tmp_path / "one.html")[:2] == (
+        0,
+        f"{tmp_path / 'one.html'}\n",
+    )
+
+
+def test_what_is_wrong_with_the_input_is_said_in_one_line(
+    run: Run, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    shapes = ("--metrics", "shapes", "--out", tmp_path / "run")
+    for argv, wanted in (
+        (("score", tmp_path / "empty", *shapes), str(tmp_path / "empty")),
+        (("score", tmp_path / "nothing", *shapes), str(tmp_path / "nothing")),
+        (("score", pictures, "--layout", "manifst", *shapes), "manifest"),
+        (("score", pictures, "--metrics", "fid", "--out", tmp_path / "run"), "reference"),
+        (("score", pictures, "--metrics", "shapes", "--out", tmp_path / "file" / "a"), "choose another"),
+        (("score", pictures, "--metrics", "shapes=nowhere", "--out", tmp_path / "run"), "nowhere"),
+        (("score", pictures, "--on-error", "raise", *shapes), "001.png"),
+        (("compare", tmp_path / "nothing", tmp_path / "file"), "nothing"),
+        (("report", tmp_path / "empty", "--out", tmp_path / "r.html"), "no run folder"),
+        (("fid", tmp_path / "nothing", tmp_path / "empty", "--weights", "nowhere"), "nowhere"),
+    ):
+        code, out, err = run(*argv)
+        *_, line = err.splitlines()
+        assert (code, out) == (1, ""), argv
+        assert line.startswith("error: ") and wanted in line, line
+        assert "Traceback" not in err
+
+
+def test_a_full_disk_loses_no_row_and_the_same_command_goes_on(
+    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("score", pictures, "--metrics", "shapes", "--out", tmp_path / "run")
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        code, out, err = run(*command)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: make space, or choose another out=")
+    assert run(*command)[0] == 3
+    assert len(Results.open(tmp_path / "run").to_pandas()) == 8
+
+
+def test_a_damaged_part_is_scored_again(run: Run, pictures: Path, tmp_path: Path) -> None:
+    command = ("score", pictures, "--metrics", "shapes", "--out", tmp_path / "run")
+    assert run(*command)[0] == 3
+    (part,) = (tmp_path / "run" / "parts").glob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-20])
+    code, _, err = run(*command)
+    assert code == 3 and str(part) in err
+    assert len(Results.open(tmp_path / "run").to_pandas()) == 8
+
+
+def test_a_second_process_on_one_run_is_refused(run: Run, pictures: Path, tmp_path: Path) -> None:
+    command = ("score", pictures, "--metrics", "shapes", "--out", tmp_path / "run")
+    with RunFolder(tmp_path / "run").locked():
+        code, out, err = run(*command)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: another process is writing to {tmp_path / 'run'}")
+
+
+# Stops itself by a signal in the n-th call of a network, with parts of few rows, so that some are written.
+STOPPING = """
+import os, signal, sys
+from diffsynth_metrics import CLIPMetric
+from diffsynth_metrics.cli import main
+from diffsynth_metrics.evaluation import run_folder
+
+run_folder._ROWS_OF_PART = 25
+evaluate, calls = CLIPMetric.evaluate, 0
+
+def stop(*arguments):
+    global calls
+    calls += 1
+    if calls == int(os.environ["STOP_AT"]):
+        signal.raise_signal(getattr(signal, os.environ["STOP_BY"]))
+    return evaluate(*arguments)
+
+CLIPMetric.evaluate = stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_300_pictures_and_three_interruptions_give_900_rows(
+    tmp_path: Path, tiny: Callable[[str], Path]
+) -> None:
+    data, folder = write_pictures(tmp_path / "data", 300), tmp_path / "run"
+    metrics = ("shapes", f"clip={tiny('clip')}", f"pickscore={tiny('pickscore')}")
+    command = ("score", str(data), "--metrics", *metrics, "--out", str(folder), "--json")
+    rows = [0]
+    for stop_by, code in (("SIGINT", 130), ("SIGKILL", -9), ("SIGKILL", -9)):
+        done = python("-c", STOPPING, *command, STOP_BY=stop_by, STOP_AT="20")
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ""
+        if stop_by == "SIGINT":
+            assert "the same command goes on" in done.stderr.splitlines()[-1]
+        rows.append(sum(pq.read_metadata(part).num_rows for part in folder.glob("parts/*.parquet")))
+        assert rows[-1] > rows[-2]
+    assert rows[-1] < 900
+    done = python("-m", "diffsynth_metrics", *command)
+    assert done.returncode == 3, done.stderr
+    failures = json.loads(done.stdout)["failures"]
+    assert {failure["id"] for failure in failures} == {"001", "002"} and len(failures) == 6
+    assert all(failure["image"].split("/")[-1] in failure["reason"] for failure in failures)
+    frame = Results.open(folder).to_pandas()
+    assert len(frame) == 900 and not frame.duplicated(["id", "metric"]).any()
+    assert frame["score"].isna().sum() == 6
+    written = sum(pq.read_metadata(part).num_rows for part in folder.glob("parts/*.parquet"))
+    assert written == 900, "a row was scored twice"
 
 
 if __name__ == "__main__":
