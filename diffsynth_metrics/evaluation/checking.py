@@ -1,4 +1,4 @@
-"""Looks through a data set before hours of scoring: what is missing, broken or double, without a model."""
+"""Looks through a data set before it is scored for hours: what is missing, broken or double."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ def check(
     problems = (
         *samples.problems,
         *_find_same_ids(samples),
+        *_find_same_seeds(samples),
         *_look_at_pictures(samples, progress),
         *cut,
         *_find_needs(samples, [] if metrics is None else chosen),
@@ -158,6 +159,19 @@ def _find_same_ids(samples: SampleSet) -> list[Problem]:
         for name, count in counts.items()
         if count > 1
     ]
+
+
+def _find_same_seeds(samples: SampleSet) -> list[Problem]:
+    """Report samples that a comparison, which pairs by prompt and seed, cannot tell apart."""
+    first: dict[tuple[str | None, str], str] = {}
+    problems = []
+    for sample in samples:
+        if sample.seed is not None:
+            key = sample.prompt_id or sample.prompt, sample.seed
+            if (other := first.setdefault(key, sample.id)) != sample.id:
+                message = f"it has the prompt and the seed of sample {other!r}"
+                problems.append(Problem("same seed", f"sample {sample.id!r}", message))
+    return problems
 
 
 def _look_at_pictures(samples: SampleSet, progress: bool) -> list[Problem]:
@@ -213,7 +227,11 @@ def _find_needs(
     """Report what metrics need besides pictures and prompts."""
     without = [sample for sample in samples if not sample.sources]
     return [
-        Problem("no source", f"sample {without[0].id!r}", f"{len(without)} samples have none for {_name(one)}")
+        Problem(
+            "no source",
+            f"sample {without[0].id!r}",
+            f"{len(without)} samples have none for {_name(one)}",
+        )
         for one in metrics
         if without and "source" in _class_of(one).needs
     ]

@@ -240,6 +240,13 @@ def read_with_prompts(source: Source) -> Reading:
             f"prompts are counted from 0, and the names in {source.path} begin with 1: rename the "
             "pictures, or pass prompts by name, {'1': 'the first prompt'}"
         )
+    names = (_INDEXED.fullmatch(PurePosixPath(name).stem) for name in source.pictures)
+    words = sorted({repr(match[1] or "") for match in names if match})
+    if prompts.by_index and len(words) > 1:
+        raise ValueError(
+            f"names in {source.path} begin with {' and '.join(words)}, so it is not known what their "
+            "numbers count: pass prompts by name"
+        )
     for key in prompts.by_name or map(str, range(len(prompts.by_index))):
         if key not in met:
             reading.problem("missing", prompts.file, f"there is no picture for the prompt {key!r}")
@@ -247,19 +254,22 @@ def read_with_prompts(source: Source) -> Reading:
     return reading
 
 
+_INDEXED = re.compile(r"(\D*[_ -])?(\d+)(?:[_-](\d+))?")
+
+
 def _key_of(name: str, prompts: Prompts) -> tuple[str, str | None, FoundPrompt] | None:
     """Return which prompt a picture belongs to: its key, a number behind it, and the prompt.
 
     By name, a picture is called as the key, with or without folder and suffix, or ``KEY_3``. By index,
-    its name is the index, or ``INDEX_3``.
+    its name is the index, or ``INDEX_3``, perhaps behind a word, as ``image_00012``.
     """
     stem = PurePosixPath(name).stem
     key, number = _numbered(stem)
     if prompts.by_index:
-        for index, seed in ((stem, None), (key, number)):
-            if index.isdecimal() and int(index) < len(prompts.by_index):
-                return str(int(index)), seed, prompts.by_index[int(index)]
-        return None
+        indexed = _INDEXED.fullmatch(stem)
+        if indexed is None or int(indexed[2]) >= len(prompts.by_index):
+            return None
+        return _plain_number(indexed[2]), indexed[3], prompts.by_index[int(indexed[2])]
     for whole in (name, stem_of(name), PurePosixPath(name).name, stem, _plain_number(stem)):
         if whole in prompts.by_name:
             return whole, None, prompts.by_name[whole]

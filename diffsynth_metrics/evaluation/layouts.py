@@ -146,6 +146,7 @@ def _nothing_found(source: Source) -> str:
         return f"{source.path} has no column of pictures"
     endings = Counter(suffix_of(name) or "no suffix" for name in source.files).most_common(5)
     there = ", ".join(f"{count} {ending}" for ending, count in endings) or "nothing"
-    tables = [name for name in source.files if "/" not in name and suffix_of(name) in MANIFESTS]
+    top = [name for name in source.files if "/" not in name]
+    tables = [name for name in top if suffix_of(name) in MANIFESTS and suffix_of(name) != ".json"]
     hint = f"; pass the manifest itself, such as {source.path / tables[0]}" if tables else ""
     return f"there are no pictures in {source.path} or below it; there is {there}{hint}"

@@ -270,4 +270,4 @@ def _report_neighbours(reading: Reading, manifest: Path) -> None:
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
             if suffix_of(name) in PICTURES and not name.startswith(".") and path not in used:
-                reading.problem("unused", path, f"{manifest.name} does not name it")
+                reading.problem("unused", Path(path), f"{manifest.name} does not name it")

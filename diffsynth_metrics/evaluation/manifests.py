@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ def _jsonl_rows(file: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_unique)
         except ValueError as error:
             raise ValueError(f"{where}: it is no JSON: {error}") from error
         rows.append(_json_row(where, values))
@@ -222,10 +223,19 @@ def read_json(file: Path) -> Any:
     if not text.strip():
         raise ValueError(f"{file} is empty")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:
         lines = "; if each line is one object, call it .jsonl" if "Extra data" in str(error) else ""
         raise ValueError(f"{file} is no JSON: {error}{lines}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object; json.loads itself would keep the last of two values with one name."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice!r} occurs twice in one object")
+    return values
 
 
 def _json_row(where: str, values: Any) -> Row:
@@ -294,7 +304,8 @@ def _empty_cells(opened: Any, name: str) -> set[int]:
         group = opened.metadata.row_group(index)
         chunks = [group.column(number) for number in range(group.num_columns)]
         chunk = next(one for one in chunks if one.path_in_schema in (name, f"{name}.bytes"))
-        nulls = chunk.statistics.null_count if chunk.is_stats_set else None
+        known = chunk.is_stats_set and chunk.statistics.has_null_count
+        nulls = chunk.statistics.null_count if known else None
         if nulls != 0:
             column = opened.read_row_group(index, columns=[chunk.path_in_schema]).column(name)
             cells = column.combine_chunks()
@@ -327,6 +338,8 @@ def find_columns(manifest: Manifest, given: Mapping[str, str]) -> Columns:
         present = [lower[name] for name in usual if name in lower and lower[name] not in given.values()]
         if role == "image" and (embedded := [name for name in present if name in manifest.embedded]):
             present = embedded
+        if role == "image" and not present and len(manifest.embedded) == 1:
+            present = list(manifest.embedded)
         found[role] = given.get(role) or (present[0] if present else None)
         if role not in given and role != "category" and len(present) > 1:
             raise ValueError(

@@ -78,13 +78,16 @@ def read_prompts(file: Path) -> Prompts:
         ValueError: It holds no prompts, or one name with two prompts; the message names the row.
     """
     if file.is_dir():
-        names = {text.stem: FoundPrompt(read_text(text).strip()) for text in sorted(file.glob("*.txt"))}
-        prompts = Prompts(file, by_name=names)
+        texts = {text.stem: read_text(text).strip() for text in sorted(file.glob("*.txt"))}
+        prompts = Prompts(
+            file, by_name={name: FoundPrompt(text or None) for name, text in texts.items()}
+        )
     elif not file.is_file():
         raise FileNotFoundError(f"there is no file of prompts {str(file)!r}")
     elif file.suffix.lower() == ".txt":
         lines = [line.removesuffix("\r") for line in read_text(file).rstrip("\r\n").split("\n")]
-        prompts = Prompts(file, by_index=[FoundPrompt(line) for line in lines if any(lines)])
+        found = [FoundPrompt(as_prompt(line, str(file))) for line in lines]
+        prompts = Prompts(file, by_index=found if any(lines) else [])
     elif file.suffix.lower() == ".json":
         prompts = _json_prompts(file)
     elif file.suffix.lower() in (".jsonl", ".csv", ".tsv"):
@@ -257,7 +260,7 @@ def _texts_behind(nodes: dict[str, Any], link: list[Any], seen: frozenset[str]) 
 def _texts_of_encoder(nodes: dict[str, Any], inputs: dict[str, Any], kind: str) -> set[str]:
     texts: set[str] = set()
     for key in ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl", "prompt"):
-        value = inputs.get(key)
+        value: Any = inputs.get(key)
         if _is_link(value):
             # A node that has one text and nothing else holds it; others choose, join or change texts.
             source = list(nodes.get(str(value[0]), {"inputs": {}})["inputs"].values())

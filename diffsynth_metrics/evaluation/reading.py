@@ -123,6 +123,8 @@ def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage
     if isinstance(image, PackedImage):
         try:
             image = image.read()
+        except FileNotFoundError:
+            raise
         except Exception as error:  # a damaged archive raises nearly anything
             raise ImageError(f"{name} cannot be read: {str(error) or repr(error)}") from error
     try:

@@ -250,7 +250,7 @@ def _with_file_name(error: Exception, item: Item) -> Exception:
                 open_image(image, name)
             except ImageError as found:
                 return found
-    text = str(error)
+    text = str(error).replace("sample 0", f"sample {item.sample.id!r}", 1)
     alone = len(item.images) == 1 and text.startswith("image 0")
     message = text.replace("image 0", names[0], 1) if alone else f"{names[0]}: {text}"
     kind = type(error) if type(error) in (ImageError, OSError, TypeError) else ValueError

@@ -102,9 +102,7 @@ def score(
                 progress=progress,
                 keeps=out is not None,
             )
-            _score_all(
-                run, wanted, reference, batch_size=batch_size, device=device, torch_dtype=dtype
-            )
+            _score_all(run, wanted, reference, batch_size=batch_size, device=device, torch_dtype=dtype)
         return Results.open(folder)
 
     if out is not None:

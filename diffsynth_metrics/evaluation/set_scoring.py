@@ -15,7 +15,7 @@ from diffsynth_metrics.base import SetMetric
 from diffsynth_metrics.evaluation.reading import SampleReader
 from diffsynth_metrics.evaluation.results import digest_of_images
 from diffsynth_metrics.evaluation.sample_scoring import Run, plain
-from diffsynth_metrics.evaluation.samples import PackedImage, Sample
+from diffsynth_metrics.evaluation.samples import Sample
 from diffsynth_metrics.fid.statistics import FIDStatistics
 from diffsynth_metrics.folders import image_files
 from diffsynth_metrics.weights.files import sha256_of
@@ -118,10 +118,10 @@ def _side_of_samples(reader: SampleReader, name: str = "") -> _Side:
 
 
 def _images_of(reader: SampleReader) -> Iterator[Any]:
-    """Yield what can be read: files by their path, which errors name."""
+    """Yield what can be read, not as bytes: a file has a name that errors can say."""
     for sample, known in zip(reader.samples, reader.images_sha256, strict=True):
         if known:
-            yield sample.image.read() if isinstance(sample.image, PackedImage) else sample.image
+            yield sample.image
 
 
 def _reference_side(run: Run, reference: Reference) -> _Side:

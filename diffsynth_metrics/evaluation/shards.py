@@ -16,6 +16,16 @@ __all__ = ["import_parquet", "open_parquet", "read_packed", "tar_members"]
 _PARQUET_LOCK = threading.Lock()
 
 
+def _open_parquet_lock() -> None:
+    """Forget who holds it: a forked child has no other threads, and would wait for ever."""
+    global _PARQUET_LOCK
+    _PARQUET_LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open_parquet_lock)
+
+
 def read_packed(file: Path, member: str) -> bytes:
     """Return a picture of a shard, see :meth:`PackedImage.read`."""
     if file.suffix.lower() == ".parquet":

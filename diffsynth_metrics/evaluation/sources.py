@@ -166,10 +166,8 @@ def stem_of(name: str | Path) -> str:
 
 def relative_name(path: Path, root: Path) -> str:
     """Return a path with / and relative to the root, where it lies below it."""
-    try:
-        return path.relative_to(root).as_posix()
-    except ValueError:
-        return path.as_posix()
+    name, above = str(path), os.path.join(root, "")
+    return name.removeprefix(above).replace(os.sep, "/")
 
 
 def _stop(error: OSError) -> None:

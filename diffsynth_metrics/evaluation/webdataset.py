@@ -55,8 +55,11 @@ def _read_shard(reading: Reading, shard: Path) -> None:
     for member in tar_members(shard):
         folder, _, name = member.rpartition("/")
         stem, _, ending = name.partition(".")
-        if stem:
-            groups[f"{folder}/{stem}".removeprefix("./").removeprefix("/")][ending.lower()] = member
+        group = groups[f"{folder}/{stem}".removeprefix("./").removeprefix("/")]
+        if not stem:
+            reading.problem("unused", f"{shard}::{member}", "its name begins with a dot")
+        elif (other := group.setdefault(ending.lower(), member)) != member:
+            raise ValueError(f"{shard} holds {other!r} and {member!r}, which are one name to WebDataset")
     for key, members in groups.items():
         images = [member for ending, member in members.items() if f".{ending}" in PICTURES]
         if len(images) > 1:

@@ -12,9 +12,9 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from diffsynth_metrics.base import ImageMetric, MetricCard, PromptMetric
+from diffsynth_metrics.base import ImageMetric, MetricCard, PromptMetric, ReferenceMetric
 from diffsynth_metrics.evaluation import Sample
-from diffsynth_metrics.inputs import as_images, open_image, pair
+from diffsynth_metrics.inputs import as_images, open_image, pair, pair_references
 
 
 def card(name: str) -> MetricCard:
@@ -89,6 +89,18 @@ class Wordiness(Counting, PromptMetric):
         self.count(prompts)
         lengths = [math.nan if text == "nothing" else len(text) for text in prompts]
         return {"score": brightness(checked) + torch.tensor(lengths), "length": torch.tensor(lengths)}
+
+
+class Difference(Counting, ReferenceMetric):
+    """How much brighter a picture is than its source."""
+
+    card = card("difference")
+    transform = None
+
+    def components(self, reference: Any, images: Any) -> dict[str, Tensor]:
+        references, checked = pair_references(reference, images)
+        self.count(checked)
+        return {"score": brightness(checked) - brightness(references)}
 
 
 def gray_files(folder: Path, count: int, *, start: int = 0) -> list[Sample]:

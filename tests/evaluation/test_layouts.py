@@ -216,6 +216,15 @@ def test_a_parquet_file_with_a_column_of_bytes_and_sources(tmp_path: Path) -> No
     assert isinstance(source, PackedImage) and source.read() == encoded("blue")
 
 
+def test_the_only_column_of_pictures_may_have_any_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [encoded()], "text": ["a cat"]}), tmp_path / "a.parquet")
+    [sample] = read_samples(tmp_path / "a.parquet")
+    assert sample.image == PackedImage(tmp_path / "a.parquet", "jpg[0]")
+    pq.write_table(pa.table({"a": [encoded()], "b": [encoded()]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"say which column of .* names the pictures"):
+        read_samples(tmp_path / "b.parquet")
+
+
 # --- shards ---
 
 
@@ -645,6 +654,23 @@ def test_prompts_by_index_are_counted_from_0(tmp_path: Path) -> None:
     assert fields(samples, "prompt") == [("a cat",), ("b",)]
 
 
+def test_indexes_behind_a_word(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "a cat\n\na dog")
+    for name in ("image_00000.png", "image_00001.png", "image_00002_7.png", "v2_1.png"):
+        draw(tmp_path / "images" / name)
+    samples = read_samples(tmp_path / "images", prompts=file)
+    assert fields(samples, "prompt", "prompt_id", "seed") == [
+        ("a cat", "0", None),
+        (None, "1", None),
+        ("a dog", "2", "7"),
+        (None, None, None),
+    ]
+    assert kinds(samples) == ["no prompt", "no prompt"]
+    draw(tmp_path / "images/grid-0001.png")
+    with pytest.raises(ValueError, match="begin with 'grid-' and 'image_'"):
+        read_samples(tmp_path / "images", prompts=file)
+
+
 def test_prompts_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for name in ("cat.png", "sub/dog_3.png", "stray.png"):
@@ -682,6 +708,7 @@ def test_files_of_prompts_that_cannot_be_read(tmp_path: Path) -> None:
         "a.json": ('{"a": 3}', "'a': a prompt must be a text, and is a number"),
         "b.json": ('"text"', "must hold a list of prompts"),
         "c.json": ("", "is empty"),
+        "e.json": ('{"0": "a cat", "0": "a dog"}', "'0' occurs twice"),
         "d.json": (
             '[{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}]',
             "item 2: '1' has another prompt",

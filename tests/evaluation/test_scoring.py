@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import logging
 import math
@@ -21,14 +20,13 @@ import PIL.Image
 import pytest
 import torch
 from classes import _CLASSES
-from counting import Brightness, Wordiness, gray, gray_files
+from counting import Brightness, Difference, Wordiness, gray, gray_files
 
 from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric
-from diffsynth_metrics.base import BaseMetric, ImageMetric
-from diffsynth_metrics.evaluation import Results, Sample, SampleSet, score
-from diffsynth_metrics.evaluation import sample_scoring
+from diffsynth_metrics.base import BaseMetric
+from diffsynth_metrics.evaluation import Results, Sample, SampleSet, sample_scoring, score
 from diffsynth_metrics.evaluation.fingerprint import CHANGES_SCORES, INERT, fingerprint_of
-from diffsynth_metrics.evaluation.run_folder import ROWS, RunFolder
+from diffsynth_metrics.evaluation.run_folder import RunFolder
 from diffsynth_metrics.testing import ScriptedEngine
 
 COLUMNS = [
@@ -338,6 +336,43 @@ class TestBadSamples:
         assert len(Results.open(tmp_path / "run")) == 0
 
 
+class TestSources:
+    @pytest.fixture
+    def edits(self, tmp_path: Path, samples: list[Sample]) -> list[Sample]:
+        sources = gray_files(tmp_path / "sources", 4, start=50)
+        return [
+            replace(sample, sources=(source.image,))
+            for sample, source in zip(samples, sources, strict=False)
+        ]
+
+    def test_a_changed_source_asks_only_itself_where_it_is_used(
+        self, tmp_path: Path, edits: list[Sample]
+    ) -> None:
+        difference, alone, out = Difference(), Brightness(), tmp_path / "run"
+        results = score(edits, [difference, alone], out=out)
+        assert scores(results, "Difference") == {f"s{index}": -50.0 for index in range(4)}
+        assert results.to_pandas()["sources"][0] == [str(edits[0].sources[0])]
+        gray(edits[2].sources[0], 100)
+        results = score(edits, [difference, alone], out=out)
+        assert scores(results, "Difference")["s2"] == -98
+        assert (difference.asked, alone.asked) == (5, 4)
+        assert scores(Results.open(out), "Difference") == scores(results, "Difference")
+
+    def test_what_is_wrong_with_a_source_is_said_of_the_source(
+        self, tmp_path: Path, edits: list[Sample]
+    ) -> None:
+        edits[0].sources[0].write_bytes(b"no picture")
+        edits[1].sources[0].unlink()
+        edits[2] = replace(edits[2], sources=())
+        frame = score(edits, [Difference, Brightness]).to_pandas()
+        errors = list(frame[frame["metric"] == "Difference"]["error"])
+        assert errors[0].startswith(f"{edits[0].sources[0]} cannot be read")
+        assert f"there is no file '{edits[1].sources[0]}'" in errors[1]
+        assert "needs one source image per sample, and sample 's2' has none" in errors[2]
+        assert errors[3] is None
+        assert frame[frame["metric"] == "Brightness"]["error"].isna().all()
+
+
 class TestMetrics:
     def test_names_classes_objects_and_mappings_are_metrics(
         self, tiny: Any, samples: list[Sample]
@@ -421,8 +456,8 @@ class TestMetrics:
 
         own = Wordiness()
         before = own.batch_size
-        score(samples, [Loaded, own], batch_size=3, device="cpu")
-        assert asked == {"batch_size": 3, "device": "cpu"}
+        score(samples, [Loaded, own], batch_size=3, device="cpu", dtype=torch.bfloat16)
+        assert asked == {"batch_size": 3, "device": "cpu", "torch_dtype": torch.bfloat16}
         assert own.batch_size == before
 
     def test_limit_takes_the_first(self, samples: list[Sample]) -> None:
@@ -445,6 +480,16 @@ class TestMetrics:
         metric = Brightness()
         score(samples, metric)
         assert max(metric.chunks) == 3
+
+
+class Crop:
+    """A transform with the repr that Python gives to objects."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"<Crop object at {hex(id(self))}, size {self.size}>"
 
 
 class TestFingerprint:
@@ -475,9 +520,11 @@ class TestFingerprint:
 
     def test_addresses_do_not_change_it(self) -> None:
         metric = Brightness()
-        made = [{**metric.provenance, "preprocessing": repr(lambda: index)} for index in range(2)]
+        crops = (Crop(8), Crop(8), Crop(9))
+        made = [{**metric.provenance, "preprocessing": repr(crop)} for crop in crops]
         assert made[0] != made[1]
         assert fingerprint_of(metric, made[0]) == fingerprint_of(metric, made[1])
+        assert fingerprint_of(metric, made[0]) != fingerprint_of(metric, made[2])
 
     def test_classes_of_one_name_are_told_apart(self) -> None:
         class Other(Brightness):
@@ -534,11 +581,93 @@ class TestJudges:
         out = tmp_path / "run"
         down = UnifiedReward2Metric(ScriptedEngine(Answer("", error="the server is gone")))
         frame = score(samples, down, out=out).to_pandas()
-        assert frame["score"].isna().all() and "the server is gone" in frame["error"][0]
+        assert frame["score"].isna().all()
         up = ScriptedEngine(self.ANSWER)
         results = score(samples, UnifiedReward2Metric(up), out=out)
         assert len(up.questions) == 10
         assert set(scores(results, "unified_reward_2").values()) == {3.0}
+
+
+class TestSets:
+    @pytest.fixture
+    def fid(self, metrics: Any) -> Any:
+        return metrics("fid")
+
+    @pytest.fixture
+    def counted(self, fid: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """How many pictures went through the network, call by call."""
+        counts: list[int] = []
+        features = type(fid)._features
+
+        def count(metric: Any, batch: np.ndarray) -> np.ndarray:
+            counts.append(len(batch))
+            return features(metric, batch)
+
+        monkeypatch.setattr(type(fid), "_features", count)
+        return counts
+
+    def test_fid_takes_the_same_samples_and_keeps_what_it_made(
+        self, tmp_path: Path, samples: list[Sample], fid: Any, counted: list[int]
+    ) -> None:
+        gray_files(tmp_path / "real", 8, start=100)
+        out = tmp_path / "run"
+        first = score(samples, [Brightness, fid], out=out, reference=tmp_path / "real")
+        (result,) = first.sets
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = fid.compute(tmp_path / "real", [sample.image for sample in samples])
+        assert result["score"] == pytest.approx(expected, rel=1e-6)
+        assert (result["metric"], result["reference"]) == ("fid", str(tmp_path / "real"))
+        assert (result["count"], result["reference_count"], result["skipped"]) == (10, 8, 0)
+        assert "strongly biased" in result["warnings"][0]
+        assert "fid: " in str(first)
+        assert [row["metric"] for row in first.summary().records()] == ["Brightness"]
+        counted.clear()
+        assert score(samples, fid, out=out, reference=tmp_path / "real").sets == first.sets
+        assert sum(counted) == 0
+        gray(samples[0].image, 250)
+        (changed,) = score(samples, fid, out=out, reference=tmp_path / "real").sets
+        assert sum(counted) == 10  # and not the reference's
+        assert changed["score"] != result["score"]
+        assert Results.open(out).sets == [changed]
+
+    def test_statistics_and_samples_are_references_too(
+        self, tmp_path: Path, samples: list[Sample], fid: Any
+    ) -> None:
+        real = SampleSet(gray_files(tmp_path / "real", 8, start=100), source="real.csv")
+        fid.statistics([sample.image for sample in real]).save(tmp_path / "real.npz")
+        names = {}
+        for reference in (tmp_path / "real.npz", real):
+            (result,) = score(samples, fid, reference=reference).sets
+            names[result["reference"]] = result["score"]
+        assert [*names] == [str(tmp_path / "real.npz"), "real.csv"]
+        assert len({round(value, 4) for value in names.values()}) == 1
+
+    def test_pictures_that_cannot_be_read_are_counted_or_raise(
+        self, tmp_path: Path, samples: list[Sample], fid: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gray_files(tmp_path / "real", 8, start=100)
+        samples[3].image.write_bytes(b"no picture")
+        samples[4].image.unlink()
+        (result,) = score(samples, fid, reference=tmp_path / "real").sets
+        assert (result["count"], result["skipped"]) == (8, 2)
+        assert str(samples[3].image) in caplog.text and str(samples[4].image) in caplog.text
+        for index in (4, 3):
+            with pytest.raises((ValueError, FileNotFoundError), match=str(samples[index].image)):
+                score(samples[3 : index + 1], fid, reference=tmp_path / "real", on_error="raise")
+
+    def test_a_reference_is_checked_before_anything_is_loaded(
+        self, tmp_path: Path, samples: list[Sample]
+    ) -> None:
+        (tmp_path / "x.txt").write_text("")
+        for reference, error, message in (
+            (None, ValueError, "pass reference="),
+            (tmp_path / "gone", FileNotFoundError, "there is no reference"),
+            (tmp_path / "x.txt", ValueError, r"a folder, samples, or an \.npz file"),
+            ([1, 2], TypeError, "a folder, samples"),
+        ):
+            with pytest.raises(error, match=message):
+                score(samples, "fid", reference=reference)
 
 
 class TestFolders:
@@ -578,7 +707,7 @@ class TestFolders:
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(OSError, match="make space.*No space left on device") as raised:
+            with pytest.raises(OSError, match=r"make space.*No space left on device") as raised:
                 score(samples, metric, out=out)
             assert raised.value.errno == errno.ENOSPC
         assert list(scores(Results.open(out))) == ["s0", "s1", "s2", "s3", "s4"]
