@@ -53,6 +53,8 @@ __all__ = ["Comparison", "Difference", "compare"]
 
 Run: TypeAlias = "Results | str | os.PathLike[str]"
 
+_FEW_PROMPTS = 20
+"""Of fewer, an interval of 95 % covers the true difference in fewer than 9 of 10 experiments."""
 _SHORT_NAME = 10
 """Names up to this length head columns, and a table still fits into 100 characters."""
 
@@ -562,6 +564,8 @@ def _notes(
             yield f"not compared, but scored in {run.name}: {', '.join(more)}"
     for row in rows:
         change = row.difference
+        if 1 < change.prompts < _FEW_PROMPTS:
+            yield f"{row.metric}: intervals of fewer than {_FEW_PROMPTS} prompts are too narrow"
         if change.prompts > 1 and change.value is not None and change.low == change.high:
             amount = f"differ by the same {shown(change.value)}" if change.value else "are equal"
             yield f"{row.metric}: all {change.prompts} prompts {amount}, so the interval has no width"

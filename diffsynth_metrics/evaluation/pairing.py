@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,29 +102,36 @@ class Pair:
     rows_first: pd.DataFrame
     rows_second: pd.DataFrame
 
+    @cached_property
+    def reasons(self) -> tuple[pd.Series[Any], pd.Series[Any]]:
+        """Why each row of the first and of the second run does not count, or None where it does."""
+        return self._reasons_among(self.rows_first, self.rows_second)
+
     def counting(self, category: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the rows of both runs that count, of all prompts or of a category.
 
         Both have the same prompts and, where all pictures of a prompt name their seeds, the same seeds.
         """
-        first, second = self.rows_first, self.rows_second
+        first, second, reasons = self.rows_first, self.rows_second, self.reasons
         if category is not None:
             first, second = first[first["category"] == category], second[second["category"] == category]
-        return (
-            first[_reasons(first, second, self.second).isna()],
-            second[_reasons(second, first, self.first).isna()],
-        )
+            reasons = self._reasons_among(first, second)
+        return first[reasons[0].isna()], second[reasons[1].isna()]
+
+    def _reasons_among(
+        self, first: pd.DataFrame, second: pd.DataFrame
+    ) -> tuple[pd.Series[Any], pd.Series[Any]]:
+        return _reasons(first, second, self.second), _reasons(second, first, self.first)
 
     def left_out(self) -> list[tuple[str, str, str, int, int, str]]:
         """Return what does not count: metric, run, reason, number of images, of prompts, an id."""
         found = []
-        first, second = (self.first, self.rows_first), (self.second, self.rows_second)
-        for (name, own), (other_name, other) in ((first, second), (second, first)):
-            for reason, rows in own.groupby(_reasons(own, other, other_name), sort=True):
-                prompts = rows["prompt_id"].nunique()
-                found.append(
-                    (self.metric, name, str(reason), len(rows), prompts, str(rows["id"].iloc[0]))
-                )
+        for name, rows, reasons in zip(
+            (self.first, self.second), (self.rows_first, self.rows_second), self.reasons, strict=True
+        ):
+            for reason, left_out in rows.groupby(reasons, sort=True):
+                prompts, example = left_out["prompt_id"].nunique(), str(left_out["id"].iloc[0])
+                found.append((self.metric, name, str(reason), len(left_out), prompts, example))
         return found
 
     def side_by_side(self) -> pd.DataFrame:
@@ -153,11 +161,14 @@ def _reasons(rows: pd.DataFrame, other: pd.DataFrame, name: str) -> pd.Series[An
         other: Rows of it in the other run.
         name: Name of the other run.
     """
-    scored = other[np.isfinite(other["score"])]
+    keys, other_keys = _keys(rows), _keys(other)
+    other_is_scored = np.isfinite(other["score"].to_numpy())
     by_seed = _names_seeds(rows, other)
-    has_seed = ~by_seed | _keys(rows).isin(_keys(other))
+    has_seed = ~by_seed | keys.isin(other_keys)
     has_score = np.where(
-        by_seed, _keys(rows).isin(_keys(scored)), rows["prompt_id"].isin(scored["prompt_id"])
+        by_seed,
+        keys.isin(other_keys[other_is_scored]),
+        rows["prompt_id"].isin(other.loc[other_is_scored, "prompt_id"]),
     )
     unscored = ~np.isfinite(rows["score"])
     reasons = pd.Series(None, index=rows.index, dtype=object)

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diffsynth_metrics.evaluation import Comparison, Results, compare
+from diffsynth_metrics import CLIPMetric, ModelConfig
+from diffsynth_metrics.embedded.drawing import draw_shape
+from diffsynth_metrics.evaluation import Comparison, Results, Sample, compare, score
 
 QUICK: dict[str, Any] = {"resamples": 999}
 CONFIG = {"dtype": "float32", "preprocessing": "square 224", "options": {"prompt": "upstream"}}
@@ -65,8 +67,8 @@ def run(scores: Mapping[str, Any], name: str = "a", **more: Any) -> Results:
     """A run with a score, or a list of scores of seeds "0", "1", ..., for each prompt."""
     rows = []
     for prompt, values in scores.items():
-        for seed, score in enumerate(values if isinstance(values, list) else [values]):
-            rows.append(row(prompt, score, seed=str(seed), **more))
+        for seed, value in enumerate(values if isinstance(values, list) else [values]):
+            rows.append(row(prompt, value, seed=str(seed), **more))
     return make(rows, name)
 
 
@@ -80,6 +82,26 @@ def many(loc: float = 0.0, prompts: int = 60, seed: int = 0, spread: float = 1.0
 def overall(comparison: Comparison) -> Any:
     (found,) = (each for each in comparison.differences if each.category is None)
     return found
+
+
+def test_checkpoints_from_pictures_to_a_verdict(tmp_path: Path) -> None:
+    colors = ["red", "green", "blue", "yellow"]
+    prompts = [f"a {color} {shape}" for color in colors for shape in ("circle", "square")]
+    metric = CLIPMetric.from_pretrained(ModelConfig.embedded("shapes"), device="cpu")
+    for checkpoint, shift in (("good", 0), ("colorblind", 1)):
+        samples = []
+        for prompt in prompts:
+            _, color, shape = prompt.split()
+            drawn = colors[(colors.index(color) + shift) % len(colors)]
+            samples.append(Sample(id=prompt, prompt=prompt, image=draw_shape(shape, drawn)))
+        score(samples, {"shapes": metric}, out=tmp_path / checkpoint, progress=False)
+    comparison = compare(tmp_path / "good", str(tmp_path / "colorblind"), **QUICK)
+    assert comparison.names == ("good", "colorblind")
+    assert comparison.verdict.startswith("colorblind is worse than good on shapes (-")
+    assert overall(comparison).win_rate.value == 0
+    assert comparison.unpaired.rows == ()
+    with pytest.raises(FileNotFoundError):
+        compare(tmp_path / "good", tmp_path / "bad")
 
 
 def test_prompts_are_paired_after_averaging_over_seeds() -> None:
@@ -544,6 +566,18 @@ def test_what_cannot_be_compared_says_what_to_do() -> None:
     assert "not compared, but scored in a: clip" in compare(only_one, run(scores, "b"), **QUICK).notes
 
 
+class Simulated:
+    """What compare() reads of Results, made quickly."""
+
+    def __init__(self, frame: pd.DataFrame, name: str) -> None:
+        self.name, self.frame = name, frame
+        self.metrics = {"pickscore": {"card": {"higher_is_better": True}}}
+        self.path, self.sets = None, ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.frame
+
+
 @pytest.mark.slow
 def test_equal_models_differ_in_one_of_twenty_comparisons() -> None:
     """1,000 simulations of two equal models, 200 prompts x 4 seeds; then of 0.2 standard deviations.
@@ -565,8 +599,7 @@ def test_equal_models_differ_in_one_of_twenty_comparisons() -> None:
                 own = (
                     difficulty + generator.normal(size=shape) + generator.normal(size=(200, 4)) + better
                 )
-                runs.append(make([row("p000", 0.0)], name))
-                runs[-1]._frame = frame.assign(score=own.ravel())
+                runs.append(Simulated(frame.assign(score=own.ravel()), name))
             found = overall(compare(*runs, resamples=499))
             claimed += found.better is not None
         return claimed / simulations
