@@ -47,7 +47,10 @@ class Interval:
     def __str__(self) -> str:
         if self.low is None or self.high is None:
             return _short(self.value)
-        return f"{_short(self.value)} [{_short(self.low)}, {_short(self.high)}]"
+        # As many decimals as give the width of the interval three digits.
+        width = self.high - self.low
+        decimals = max(0, 2 - math.floor(math.log10(width))) if width > 0 else 3
+        return f"{self.value:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -251,7 +254,7 @@ def _shares(values: Sequence[float], edges: Sequence[float]) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """Return a number with three digits: its interval says how sure the third is."""
+    """Return a number with three digits."""
     return f"{value:.3g}" if abs(value) < 1_000 else shown(value)
 
 

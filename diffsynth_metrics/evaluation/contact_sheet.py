@@ -238,7 +238,8 @@ def _draw(
 
 def _wrapped(text: str, font: _Font, width: float, lines: int) -> list[str]:
     """Break a text into lines, at spaces where there are some; the last one may be shortened."""
-    rest, broken = " ".join(text.split()), []
+    rest = " ".join(text.split())
+    broken: list[str] = []
     while rest and len(broken) < lines - 1:
         cut = font.fitting(rest, width)
         if cut < len(rest):
@@ -274,7 +275,8 @@ class _Font:
 
     def width(self, text: str) -> float:
         """Return the width of a text in pixels."""
-        return sum(self._glyph(character)[0].getlength(self._glyph(character)[1]) for character in text)
+        glyphs = [self._glyph(character) for character in text]
+        return float(sum(font.getlength(drawn) for font, drawn in glyphs))
 
     def fitting(self, text: str, width: float) -> int:
         """Return how many characters of a text fit into a width; at least one."""

@@ -88,6 +88,7 @@ class ReportData:
         failures: Samples without a score, with the reason.
         unpaired: What the comparison left out.
         provenance: What made the numbers, a table per metric.
+        pictures: Which pictures are inside the page.
         gallery: Runs, metrics, items and pictures, for the page's script.
     """
 
@@ -106,6 +107,7 @@ class ReportData:
     failures: Grid | None
     unpaired: Grid | None
     provenance: tuple[Grid, ...]
+    pictures: str
     gallery: dict[str, Any]
 
 
@@ -159,6 +161,7 @@ def report_data(
     metrics = _metrics_of(runs)
     frames = [run.to_pandas().to_dict("records") for run in runs]
     items = gather_items(frames, list(metrics))
+    gallery = _gallery(items, names, metrics, folder, thumbnail, size_limit)
     return ReportData(
         title=title or " and ".join(names),
         verdict=comparison.verdict if comparison else _coverage(runs, metrics),
@@ -175,7 +178,8 @@ def report_data(
         failures=_failures(runs, names),
         unpaired=_unpaired(comparison) if comparison else None,
         provenance=_provenance(runs, names),
-        gallery=_gallery(items, names, metrics, folder, thumbnail, size_limit),
+        pictures=_about_pictures(gallery["pictures"]),
+        gallery=gallery,
     )
 
 
@@ -201,7 +205,7 @@ def write_report(data: ReportData, path: Path) -> Path:
 
 
 def _template(name: str) -> str:
-    return files("diffsynth_metrics.evaluation").joinpath("templates", name).read_text("utf-8")
+    return files("diffsynth_metrics.evaluation").joinpath(f"templates/{name}").read_text("utf-8")
 
 
 def _hash(text: str) -> str:
@@ -270,10 +274,10 @@ def _coverage(runs: Sequence[Results], metrics: Mapping[str, Any]) -> str:
     without = sum(record["failed"] + record["missing"] for record in records)
     if not scored + without:
         return "There is nothing to show: no sample was scored."
-    sentence = f"{scored:,} of {scored + without:,} scores"
     if not without:
-        return f"{sentence}: every sample has a score of every metric."
-    return f"{sentence}: {without:,} are missing, and the means are those of the samples that have one."
+        return f"All {scored:,} scores are there."
+    every = scored + without
+    return f"{scored:,} of {every:,} scores are there. {without:,} are not, and no mean counts them."
 
 
 def _facts(
@@ -316,30 +320,18 @@ def _cell(value: Any) -> Cell:
     )
 
 
-def _joined(tables: Sequence[Table], names: Sequence[str]) -> Grid:
-    """Put the tables of several runs below each other, rows of one metric together."""
-    if len(tables) == 1:
-        return _grid(tables[0])
+def _summary(runs: Sequence[Results], names: Sequence[str]) -> Grid:
+    """Return the means of all runs, those of one metric below each other."""
+    tables = [run.summary() for run in runs]
+    columns = tables[0].columns
+    if len(runs) == 1:
+        return Grid("", columns, _grid(tables[0]).rows)
     rows = [
-        (record[0], order, name, record)
-        for order, (name, table) in enumerate(zip(names, tables, strict=True))
-        for record in table.rows
+        (row[0], name, *row[1:]) for name, table in zip(names, tables, strict=True) for row in table.rows
     ]
     metrics = list(dict.fromkeys(row[0] for row in rows))
-    rows.sort(key=lambda row: (metrics.index(row[0]), row[1]))
-    cells = tuple(
-        (_cell(record[0]), _cell(name), *(_cell(value) for value in record[1:]))
-        for _, _, name, record in rows
-    )
-    columns = tables[0].columns
-    notes = tuple(
-        f"{name}: {note}" for name, table in zip(names, tables, strict=True) for note in table.notes
-    )
-    return Grid("", (columns[0], "run", *columns[1:]), cells, notes)
-
-
-def _summary(runs: Sequence[Results], names: Sequence[str]) -> Grid:
-    return _joined([run.summary() for run in runs], names)
+    rows.sort(key=lambda row: metrics.index(row[0]))
+    return Grid("", (columns[0], "run", *columns[1:]), tuple(tuple(map(_cell, row)) for row in rows))
 
 
 def _sets(runs: Sequence[Results], names: Sequence[str], comparison: Comparison | None) -> Grid | None:
@@ -370,19 +362,19 @@ def _differences(comparison: Comparison) -> Grid:
                 _cell(finite(difference.mean_first)),
                 _cell(finite(difference.mean_second)),
                 _estimate(difference.difference),
-                _cell(finite(difference.effect)),
-                _estimate(difference.win_rate, percent=True),
-                _cell(finite(difference.p)),
+                Cell(difference.better or "not decided", difference.better or ""),
                 _cell(finite(difference.p_holm)),
+                _estimate(difference.win_rate, percent=True),
                 _cell(difference.difference.prompts),
                 _cell(difference.difference.images),
-                Cell(difference.better or "not decided", difference.better or ""),
+                _cell(finite(difference.effect)),
+                _cell(finite(difference.p)),
             )
         )
     first, second = ("first", "second") if several else comparison.names
-    numbers = (f"mean {first}", f"mean {second}", "difference", "effect", f"{second} is better in")
-    counts = ("p", "p (Holm)", "prompts", "pictures", "better")
-    return Grid("", (*columns, *numbers, *counts), tuple(rows))
+    numbers = (f"mean {first}", f"mean {second}", "difference", "better", "p (Holm)")
+    more = (f"{second} is better in", "prompts", "pictures", "effect", "p")
+    return Grid("", (*columns, *numbers, *more), tuple(rows))
 
 
 def _interval(estimate: Any) -> Interval | None:
@@ -466,7 +458,7 @@ def _categories_apart(rows: dict[str | None, Any]) -> list[tuple[str | None, Any
 
 def _around(mean: float, record: Mapping[str, Any]) -> Interval:
     """Return the 95 % interval of a mean over prompts, by Student's t."""
-    from scipy.stats import t
+    from scipy.stats import t  # type: ignore[import-untyped]
 
     error, prompts = finite(record["standard error"]), record["prompts"]
     if error is None or prompts < 2:
@@ -520,7 +512,11 @@ def _provenance(runs: Sequence[Results], names: Sequence[str]) -> tuple[Grid, ..
         for row in rows:
             row.append("differs" if len(set(row[1:])) > 1 else "")
         cells = tuple(tuple(map(_cell, row)) for row in rows)
-        grids.append(Grid(metric, ("", *names, ""), cells))
+        if any(row[-1] for row in rows):
+            grids.append(Grid(metric, ("", *names, ""), cells))
+        else:
+            column = "all runs" if len(runs) > 1 else names[0]
+            grids.append(Grid(metric, ("", column), tuple(row[:2] for row in cells)))
     return tuple(grids)
 
 
@@ -576,5 +572,19 @@ def _gallery(
         ],
         "items": [entry(item) for item in items],
         "pictures": [asdict(picture) for picture in pictures.values()],
-        "inline": sum(picture.source.startswith("data:") for picture in pictures.values()),
     }
+
+
+def _about_pictures(pictures: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many pictures are inside the page, and where the others are."""
+    inline = sum(picture["source"].startswith("data:") for picture in pictures)
+    unseen = sum(not picture["source"] for picture in pictures)
+    linked = len(pictures) - inline - unseen
+    text = f"{inline:,} of {len(pictures):,} pictures are inside this file as small copies."
+    if linked:
+        text += (
+            f" {linked:,} are linked: they are seen while this file stays where it is relative to them."
+        )
+    if unseen:
+        text += f" {unseen:,} cannot be shown, for the reasons in their places."
+    return text

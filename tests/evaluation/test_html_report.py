@@ -145,12 +145,14 @@ def test_a_picture_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         row(3, image=f"{tmp_path / 'gone.tar'}::x.png"),
         row(4, image=""),
     ]
-    shown = pictures_of(page_of(results(rows), tmp_path))
+    page = page_of(results(rows), tmp_path)
+    shown = pictures_of(page)
     assert [name for name, picture in shown.items() if picture["source"]] == ["good.png"]
     assert shown["good.png"]["problem"] == ""
     assert "broken.png" in shown["broken.png"]["problem"]
     assert "gone.png" in shown["gone.png"]["problem"]
     assert shown["gone.tar::x.png"]["problem"]
+    assert "1 of 5 pictures are inside this file as small copies. 4 cannot be shown" in page.text
     assert shown[""]["problem"] == "the run does not know a file of this picture"
 
 
@@ -168,6 +170,7 @@ def test_small_copies_fill_the_limit_and_the_rest_is_linked(tmp_path: Path) -> N
     assert 0 < sum(len(picture["source"]) for picture in inline) <= limit
     assert len(inline) + len(linked) == 24
     assert f"{len(inline)} of 24 pictures are inside this file" in page.text
+    assert f"{len(linked)} are linked" in page.text
     assert all((tmp_path / picture["source"]).is_file() for picture in linked)
     gains = [item["scores"][0][1] - item["scores"][0][0] for item in page.data["items"]]
     extreme = page.data["items"][gains.index(max(gains))]
@@ -298,6 +301,6 @@ def test_intervals_of_a_chart_have_one_scale() -> None:
     assert chart.ends == ("-2", "2")
     assert chart.zero == pytest.approx(100)
     assert everything.marks[0].x == pytest.approx((100 + everything.marks[0].right) / 2)
-    assert everything.marks[0].text == "1 [0, 2]"
+    assert everything.marks[0].text == "1.00 [0.00, 2.00]"
     assert cats.marks[0].left == cats.marks[0].right, "no interval is known"
     assert nothing.marks == ()

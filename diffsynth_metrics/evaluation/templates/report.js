@@ -148,7 +148,8 @@ function pictureBox(number, label, large, open) {
   const picture = data.pictures[number];
   const address = large && picture.link ? picture.link : picture.source;
   if (!address) return problem(picture.problem);
-  const image = make("img", { src: address, alt: label, loading: "lazy", decoding: "async" });
+  const loading = address.startsWith("data:") ? null : "lazy";
+  const image = make("img", { src: address, alt: label, loading, decoding: "async" });
   const box = large ? make("div", { class: "picture" }, image)
     : make("button", { type: "button", class: "picture", "aria-label": `Enlarge: ${label}` }, image);
   image.addEventListener("error", () => {
