@@ -190,21 +190,18 @@ def _score(arguments: argparse.Namespace) -> _Output:
     )
     summary, failures = results.summary(), results.failures()
     _say(f"kept in {arguments.out}")
+    skipped = any(of_set.get("skipped") for of_set in results.sets)
+    tables = [summary, *([_first_rows(failures)] if failures.rows else [])]
+    data = {
+        "run": arguments.out,
+        "summary": summary.records(),
+        "failures": failures.records(),
+        "sets": results.sets,
+    }
     return _Output(
-        "\n\n".join(
-            [
-                summary.text(),
-                *([_first_rows(failures).text()] if failures.rows else []),
-                *(_set_line(of_set) for of_set in results.sets),
-            ]
-        ),
-        {
-            "run": arguments.out,
-            "summary": summary.records(),
-            "failures": failures.records(),
-            "sets": results.sets,
-        },
-        FAILURES_RECORDED if failures.rows else DONE,
+        "\n\n".join(table.text() for table in tables),
+        data,
+        FAILURES_RECORDED if failures.rows or skipped else DONE,
     )
 
 
@@ -218,13 +215,6 @@ def _first_rows(table: Table) -> Table:
     more = len(table.rows) - _FAILURES_SHOWN
     notes = (*table.notes, *([f"and {more} more, see --json or report"] if more > 0 else []))
     return dataclasses.replace(table, rows=table.rows[:_FAILURES_SHOWN], notes=notes)
-
-
-def _set_line(of_set: Mapping[str, Any]) -> str:
-    rest = ", ".join(
-        f"{name} {value}" for name, value in of_set.items() if name not in ("metric", "score")
-    )
-    return f"{of_set['metric']}: {of_set['score']:.4f} ({rest})"
 
 
 def _check(arguments: argparse.Namespace) -> _Output:

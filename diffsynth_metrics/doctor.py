@@ -257,5 +257,5 @@ def _look_at_metrics() -> Iterator[Finding]:
             fix = f"diffsynth-metrics download {name}"
             yield Finding(name, "problem", f"partly on disk, in {found.folder}: {found.problem}", fix)
         else:
-            detail = f"not on disk; {find_card(name).download} to download"
-            yield Finding(name, "hint", detail, f"diffsynth-metrics download {name}")
+            get = f"diffsynth-metrics download {name} takes {find_card(name).download}"
+            yield Finding(name, "hint", f"not on disk: {get}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import diffsynth_metrics
 from diffsynth_metrics import cli, doctor, evaluation
@@ -229,10 +230,9 @@ def test_what_libraries_print_and_warn_goes_to_stderr(run: Run, monkeypatch: pyt
 class Scored:
     """What `score` returns, as far as the command looks at it."""
 
-    sets = ({"metric": "fid", "score": 12.25, "count": 40},)
-
-    def __init__(self, failures: int) -> None:
+    def __init__(self, failures: int, skipped: int) -> None:
         self._failures = failures
+        self.sets = [{"metric": "fid", "score": 12.25, "skipped": skipped}]
 
     def summary(self) -> Table:
         return Table(("metric", "mean"), (("shapes", 9.5), ("clip", float("nan"))))
@@ -246,11 +246,11 @@ def test_score_prints_the_summary_and_says_by_its_code_whether_all_were_scored(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
-    failures = 0
+    failures = skipped = 0
 
     def score(samples: object, metrics: object, **options: Any) -> Scored:
         asked.update(options, metrics=metrics)
-        return Scored(failures)
+        return Scored(failures, skipped)
 
     def read_samples(source: str, **options: Any) -> SampleSet:
         asked.update(options, source=source)
@@ -265,15 +265,19 @@ def test_score_prints_the_summary_and_says_by_its_code_whether_all_were_scored(
         *("score", "data", "--metrics", "shapes", "Pick-Score=models/tiny", "--out", "runs/a"),
         *("--limit", 5, "--no-resume", "--column", "image=p", "--column", "prompt=c", "seed=s"),
         *("--reference", "real", "--batch-size", 2, "--on-error", "raise", "--device", "cpu"),
+        *("--dtype", "bfloat16"),
     )
     assert (code, err) == (0, "kept in runs/a\n")
-    assert out.splitlines()[-1] == "fid: 12.2500 (count 40)"
+    assert out == "metric  mean\n------  ----\nshapes   9.5\nclip       –\n"
     assert asked["metrics"] == ["shapes", "pickscore=models/tiny"]
     assert asked["columns"] == {"image": "p", "prompt": "c", "seed": "s"}
     assert (asked["limit"], asked["batch_size"], asked["resume"]) == (5, 2, False)
     assert (asked["reference"], asked["device"], asked["on_error"]) == ("real", "cpu", "raise")
+    assert asked["dtype"] is torch.bfloat16
 
-    failures = 25
+    skipped = 1
+    assert run(*SCORE)[0] == 3
+    skipped, failures = 0, 25
     code, out, err = run(*SCORE)
     assert code == 3
     assert "id19" in out and "id20" not in out and "and 5 more" in out
@@ -457,14 +461,14 @@ def test_a_second_process_on_one_run_is_refused(run: Run, pictures: Path, tmp_pa
     assert err.startswith(f"error: another process is writing to {tmp_path / 'run'}")
 
 
-# Stops itself by a signal in the n-th call of a network, with parts of few rows, so that some are written.
+# Stops itself by a signal in the n-th call of a network; parts are small, so that some are written.
 STOPPING = """
 import os, signal, sys
 from diffsynth_metrics import CLIPMetric
 from diffsynth_metrics.cli import main
-from diffsynth_metrics.evaluation import run_folder
+from diffsynth_metrics.evaluation import run_folder, sample_scoring
 
-run_folder._ROWS_OF_PART = 25
+run_folder._ROWS_OF_PART, sample_scoring._LARGEST_CHUNK = 25, 20
 evaluate, calls = CLIPMetric.evaluate, 0
 
 def stop(*arguments):
@@ -488,7 +492,7 @@ def test_300_pictures_and_three_interruptions_give_900_rows(
     command = ("score", str(data), "--metrics", *metrics, "--out", str(folder), "--json")
     rows = [0]
     for stop_by, code in (("SIGINT", 130), ("SIGKILL", -9), ("SIGKILL", -9)):
-        done = python("-c", STOPPING, *command, STOP_BY=stop_by, STOP_AT="20")
+        done = python("-c", STOPPING, *command, STOP_BY=stop_by, STOP_AT="12")
         assert done.returncode == code, done.stderr
         assert done.stdout == ""
         if stop_by == "SIGINT":

@@ -423,14 +423,15 @@ def _checks(
     yield _check_layout(name, len(layout), owners)
     yield from _compare_with_hub(parts)
     if not parts:
-        digest = f"it is {sha256_of(files)}"
-        yield Check("sha256", "not checked", f"no hub lists the hash of these files; {digest}")
+        detail = f"no hub lists these files; it is {sha256_of(files)}"
+        yield Check("sha256", "not checked", detail)
     try:
         metric = find_class(name).from_pretrained(config, device="cpu")
     except (DownloadError, CheckpointError, FileNotFoundError) as error:
         yield Check("loading", "failed", str(error))
         return
-    yield Check("loading", "ok", f"the network takes every tensor; {metric}")
+    dtype = str(metric.dtype).removeprefix("torch.")
+    yield Check("loading", "ok", f"the network takes every tensor, in {dtype}")
     yield _check_values(metric)
     yield _check_scores(name, metric, published=bool(owners), pictures=pictures)
 
@@ -478,7 +479,7 @@ def _check_shapes(metric: BaseMetric) -> Check:
 
     drawn = [draw_shape(*words) for words in _SHAPES_SCORES]
     scores = metric.compute("a red circle", drawn)
-    source = f"drawn shapes with the embedded model, {metric.device}"
+    source = "the scores of drawn shapes"
     return _compare_scores(scores, tuple(_SHAPES_SCORES.values()), 5e-2, source)
 
 
