@@ -208,7 +208,8 @@ def _score(arguments: argparse.Namespace) -> _Output:
 def _dtype(name: str | None) -> torch.dtype | None:
     import torch
 
-    return name and getattr(torch, name)
+    dtype: torch.dtype | None = getattr(torch, name) if name else None
+    return dtype
 
 
 def _first_rows(table: Table) -> Table:

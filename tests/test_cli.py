@@ -20,7 +20,7 @@ import torch
 
 import diffsynth_metrics
 from diffsynth_metrics import cli, doctor, evaluation
-from diffsynth_metrics.catalog import NAMES
+from diffsynth_metrics.catalog import NAMES, load_metric
 from diffsynth_metrics.cli import main, make_parser
 from diffsynth_metrics.embedded.drawing import COLORS, SHAPES, draw_shape
 from diffsynth_metrics.errors import DownloadError
@@ -328,6 +328,16 @@ def test_a_card_is_a_table_in_a_notebook_and_escaped() -> None:
     html = card._repr_html_()
     assert html.startswith("<table>") and "h_&lt;|Reward|&gt;" in html and "<|Reward|>" not in html
     assert html.count("<tr>") == 13 and "16.6 GB" in html
+
+
+def test_a_judge_may_be_named_with_a_server_and_others_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "http://localhost:8000/v1"
+    asked = classmethod(lambda cls, *arguments, **options: (cls.__name__, *arguments, options))
+    monkeypatch.setattr(diffsynth_metrics.UnifiedReward2Metric, "from_server", asked, raising=False)
+    loaded = load_metric(f"unified-reward-2={url}", batch_size=2)
+    assert loaded == ("UnifiedReward2Metric", url, {"batch_size": 2})
+    with pytest.raises(ValueError, match="CLIPMetric runs in this process and cannot ask the server"):
+        load_metric(f"clip={url}")
 
 
 def test_the_embedded_model_needs_no_download_and_is_verified(run: Run) -> None:
