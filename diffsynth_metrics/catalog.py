@@ -26,6 +26,8 @@ _CLASSES = {
     "unified_reward_edit": "UnifiedRewardEditMetric",
 }
 
+_OF_THIS_PROCESS = ("batch_size", "device", "torch_dtype")
+
 NAMES = tuple(_CLASSES)
 """The names, sorted; ``"shapes"`` is the small model that the package ships for trying things out."""
 
@@ -94,7 +96,8 @@ def load_metric(metric: str, **options: Any) -> BaseMetric:
     Args:
         metric: ``"pickscore"`` loads the published weights; ``"pickscore=models/mine"`` those of a
             file or folder; ``"unified_reward_2=http://host:8000/v1"`` asks a server that runs them.
-        **options: Passed on to ``from_pretrained``, or to ``from_server``.
+        **options: Passed on to ``from_pretrained``, or to ``from_server``; what is about a network in
+            this process (``device``, ``torch_dtype``, ``batch_size``) does not concern a server.
 
     Raises:
         ValueError: There is no such metric; the message suggests one. Or it cannot ask a server.
@@ -127,5 +130,6 @@ def _ask_server(name: str, url: str, options: dict[str, Any]) -> BaseMetric:
             f"Name a file or folder, {name}=PATH: {cls.__name__} runs in this process and cannot ask "
             f"the server {url}"
         )
+    options = {key: value for key, value in options.items() if key not in _OF_THIS_PROCESS}
     metric: BaseMetric = cls.from_server(url, **options)
     return metric

@@ -334,8 +334,8 @@ def test_a_judge_may_be_named_with_a_server_and_others_may_not(monkeypatch: pyte
     url = "http://localhost:8000/v1"
     asked = classmethod(lambda cls, *arguments, **options: (cls.__name__, *arguments, options))
     monkeypatch.setattr(diffsynth_metrics.UnifiedReward2Metric, "from_server", asked, raising=False)
-    loaded = load_metric(f"unified-reward-2={url}", batch_size=2)
-    assert loaded == ("UnifiedReward2Metric", url, {"batch_size": 2})
+    loaded = load_metric(f"unified-reward-2={url}", device="cuda", batch_size=None, timeout=2)
+    assert loaded == ("UnifiedReward2Metric", url, {"timeout": 2})
     with pytest.raises(ValueError, match="CLIPMetric runs in this process and cannot ask the server"):
         load_metric(f"clip={url}")
 
