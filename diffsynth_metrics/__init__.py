@@ -21,14 +21,17 @@ if TYPE_CHECKING:
         DownloadError,
         ImageError,
         RewardError,
+        ServerError,
     )
     from diffsynth_metrics.fid.statistics import FIDStatistics
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
+    from diffsynth_metrics.metrics.bioclip import BioCLIPMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
     from diffsynth_metrics.metrics.fid import FIDMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
     from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
+    from diffsynth_metrics.metrics.lpips import LPIPSMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
     from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
@@ -41,6 +44,7 @@ _HOME = {
     "AestheticMetric": "metrics.aesthetic",
     "AnswerError": "errors",
     "BaseMetric": "base",
+    "BioCLIPMetric": "metrics.bioclip",
     "CLIPMetric": "metrics.clip",
     "CheckpointError": "errors",
     "DiffSynthMetricsError": "errors",
@@ -51,12 +55,14 @@ _HOME = {
     "HPSv3Metric": "metrics.hpsv3",
     "ImageError": "errors",
     "ImageRewardMetric": "metrics.image_reward",
+    "LPIPSMetric": "metrics.lpips",
     "Metric": "base",
     "MetricCard": "base",
     "ModelConfig": "weights.model_config",
     "PickScoreMetric": "metrics.pickscore",
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
     "RewardError": "errors",
+    "ServerError": "errors",
     "UnifiedReward2Metric": "metrics.unified_reward_2",
     "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
 }
@@ -66,6 +72,7 @@ __all__ = [
     "AestheticMetric",
     "AnswerError",
     "BaseMetric",
+    "BioCLIPMetric",
     "CLIPMetric",
     "CheckpointError",
     "DiffSynthMetricsError",
@@ -76,12 +83,14 @@ __all__ = [
     "HPSv3Metric",
     "ImageError",
     "ImageRewardMetric",
+    "LPIPSMetric",
     "Metric",
     "MetricCard",
     "ModelConfig",
     "PickScoreMetric",
     "QwenImageBenchMetric",
     "RewardError",
+    "ServerError",
     "UnifiedReward2Metric",
     "UnifiedRewardEditMetric",
 ]

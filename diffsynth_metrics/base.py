@@ -634,8 +634,12 @@ class ReferenceMetric(BaseMetric):
 
     @_explained
     def reward(self, reference: ImagesInput, images: ImagesInput) -> Tensor:
-        """Score like :meth:`compute`, as a tensor ``[N]`` for training, see :meth:`components`."""
-        return self.components(reference, images)["score"]
+        """Return the score as a tensor ``[N]`` for training: minus the score where lower is better.
+
+        See :meth:`components` for gradients.
+        """
+        score = self.components(reference, images)["score"]
+        return score if self.card.higher_is_better else -score
 
 
 class SetMetric(BaseMetric):

@@ -14,11 +14,13 @@ __all__ = ["NAMES", "find_card", "find_class", "find_name", "load_metric", "name
 
 _CLASSES = {
     "aesthetic": "AestheticMetric",
+    "bioclip": "BioCLIPMetric",
     "clip": "CLIPMetric",
     "fid": "FIDMetric",
     "hpsv2": "HPSv2Metric",
     "hpsv3": "HPSv3Metric",
     "image_reward": "ImageRewardMetric",
+    "lpips": "LPIPSMetric",
     "pickscore": "PickScoreMetric",
     "qwen_image_bench": "QwenImageBenchMetric",
     "shapes": "CLIPMetric",

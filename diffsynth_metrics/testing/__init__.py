@@ -21,6 +21,7 @@ from diffsynth_metrics.testing.encoders import (
     write_fid,
     write_hpsv2,
     write_image_reward,
+    write_lpips,
 )
 from diffsynth_metrics.testing.hpsv3 import write_hpsv3
 from diffsynth_metrics.testing.judges import write_qwen3_5, write_qwen3_vl
@@ -31,11 +32,13 @@ __all__ = ["TINY_CHECKPOINTS", "ScriptedEngine", "clip_vocabulary", "randomize",
 
 TINY_CHECKPOINTS = {
     "aesthetic": write_aesthetic,
+    "bioclip": write_hpsv2,
     "clip": write_clip,
     "fid": write_fid,
     "hpsv2": write_hpsv2,
     "hpsv3": write_hpsv3,
     "image_reward": write_image_reward,
+    "lpips": write_lpips,
     "pickscore": write_clip,
     "qwen_image_bench": write_qwen3_5,
     "unified_reward_2": write_qwen3_5,
