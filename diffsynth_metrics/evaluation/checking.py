@@ -280,11 +280,13 @@ def _token_limit(metric: str | type[BaseMetric] | BaseMetric) -> tuple[str, _Len
         return "", lambda prompts: [], 0
     if isinstance(metric, CutsPrompts):
         return _limit_of_loaded(metric)
+    if issubclass(cls, HPSv2Metric):
+        return _published_clip()
     name, _, path = metric.partition("=") if isinstance(metric, str) else ("", "", "")
     if path or name == "shapes":
         config = ModelConfig(path=os.path.expanduser(path)) if path else ModelConfig.embedded("shapes")
         return _limit_of_folder(cls, config)
-    if issubclass(cls, (CLIPMetric, HPSv2Metric)):
+    if issubclass(cls, CLIPMetric):
         return _published_clip()
     if issubclass(cls, ImageRewardMetric) and cls.default_processor is not None:
         return _limit_of_folder(cls, cls.default_processor)
@@ -316,7 +318,9 @@ def _limit_of_folder(cls: type[BaseMetric], config: ModelConfig) -> tuple[str, _
     folder = next((Path(file).parent for file in files if Path(file).name in cls.processor_files), None)
     if folder is None:
         raise LookupError("there is no tokenizer beside its weights")
-    limit = inspect.signature(cls.__init__).parameters["max_length"].default
+    if (option := inspect.signature(cls.__init__).parameters.get("max_length")) is None:
+        raise LookupError("it is not known how much it reads")
+    limit = option.default
     if (folder / "config.json").is_file() and issubclass(cls, CLIPMetric):
         text = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("text_config", {})
         limit = min(limit, text.get("max_position_embeddings", limit))

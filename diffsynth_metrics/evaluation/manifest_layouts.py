@@ -72,7 +72,9 @@ def _holds_pictures(file: Path) -> bool:
 
 
 def _names_pictures(file: Path, given: Mapping[str, str]) -> bool:
-    """Tell whether a table has a column of file names."""
+    """Tell whether a table has a column of file names; a log that is still empty has none."""
+    if file.stat().st_size == 0:
+        return False
     try:
         manifest = open_manifest(file)
     except ValueError:

@@ -99,9 +99,10 @@ def test_a_folder_with_one_manifest_is_read_by_it(tmp_path: Path) -> None:
     draw(tmp_path / "images/1.png")
     write(tmp_path / "data.csv", "image,prompt\nimages/1.png,a cat\n")
     write(tmp_path / "loss.csv", "step,loss\n1,0.5\n")
+    (tmp_path / "log.csv").touch()
     samples = read_samples(tmp_path)
     assert (samples.layout, samples[0].prompt) == ("manifest", "a cat")
-    assert [(p.kind, Path(p.file).name) for p in samples.problems] == [("unused", "loss.csv")]
+    assert [Path(p.file).name for p in samples.problems] == ["log.csv", "loss.csv"]
     write(tmp_path / "more.csv", "image,prompt\nimages/1.png,a cat\n")
     with pytest.raises(ValueError, match=r"pass one manifest .*data.csv and more.csv"):
         read_samples(tmp_path)
@@ -259,6 +260,13 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     assert samples[1].image.read() == encoded("green")  # type: ignore[union-attr]
     # 001.v2.png belongs to the sample 001 and is no picture of its own.
     assert kinds(samples) == ["unused", "unused"]
+
+
+def test_a_text_goes_before_another_prompt_in_the_labels(tmp_path: Path) -> None:
+    labels = json.dumps({"caption": "a dog"}).encode()
+    shard(tmp_path / "a.tar", [("0.png", encoded()), ("0.txt", b"a cat"), ("0.json", labels)])
+    samples = read_samples(tmp_path / "a.tar")
+    assert (samples[0].prompt, kinds(samples)) == ("a cat", ["ambiguous"])
 
 
 def test_keys_that_occur_in_several_shards_get_the_name_of_the_shard(tmp_path: Path) -> None:

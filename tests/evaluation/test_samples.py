@@ -110,6 +110,12 @@ def test_what_is_no_file_name_is_an_error(tmp_path: Path) -> None:
             read_samples(manifest(tmp_path, {"image": wrong, "prompt": "x"}))
 
 
+def test_dots_inside_a_name_are_harmless(tmp_path: Path) -> None:
+    for name in ("wait...what.png", "..png.png", "a..b/1.png"):
+        draw(tmp_path / name)
+        assert read_samples(manifest(tmp_path, {"image": name}))[0].image == tmp_path / name
+
+
 def test_a_folder_that_is_a_link_itself_is_read(tmp_path: Path) -> None:
     draw(tmp_path / "real/1.png")
     manifest(tmp_path / "real", {"image": "1.png", "prompt": "x"})
