@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Results", "digest_of_images"]
+
+_SHOWN_FAILURES = 10
 
 _OF_SAMPLES = ("prompt_id", "seed", "category", "prompt", "image", "sources")
 """Columns that a row takes from its sample as it is now: they may change without changing a score."""
@@ -195,8 +198,10 @@ class Results:
         return Table(("id", "metric", "image", "reason"), tuple(zip(*columns, strict=True)))
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write what :meth:`to_pandas` returns as a CSV file."""
-        self.to_pandas().to_csv(Path(path).expanduser(), index=False)
+        """Write what :meth:`to_pandas` returns as a CSV file; sources are a JSON list."""
+        frame = self.to_pandas()
+        frame["sources"] = frame["sources"].map(json.dumps)
+        frame.to_csv(Path(path).expanduser(), index=False)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -245,9 +250,6 @@ class Results:
         return tuple(notes)
 
 
-_SHOWN_FAILURES = 10
-
-
 def digest_of_images(images: Sequence[str | None]) -> str | None:
     """Return a sha256 of a set of pictures, whatever their order; None where one is not known."""
     known = sorted(image for image in images if image is not None)
@@ -269,7 +271,10 @@ def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
         "prompt_id": prompt_id(row.get("prompt_id"), row.get("prompt"), row["id"]),
     }
     if score != score and row.get("error_type") is None:
-        completed["error_type"], completed["error"] = "NotFinite", "the score is not a finite number"
+        completed["error_type"], completed["error"] = (
+            "ArithmeticError",
+            "the score is not a finite number",
+        )
     return completed
 
 
@@ -278,20 +283,22 @@ def _current(
 ) -> pa.Table:
     """Choose the rows that are of these samples and metrics as they are now.
 
-    A row is found by its key. Of a sample that the last call has not read again, because it was stopped,
-    the last row counts.
+    A row is found by its key. Of a sample that the last call did not come to, because it was killed, the
+    last row with the same prompt counts.
     """
-    ids = samples.column("id").to_pylist()
-    index = {id: position for position, id in enumerate(ids)}
+    prompts = samples.column("prompt").to_pylist()
+    index = {id: position for position, id in enumerate(samples.column("id").to_pylist())}
     keys = {label: _keys(samples, made) for label, made in metrics.items()}
     chosen: dict[tuple[int, str], int] = {}
     done = 0
     for part in parts:
-        columns = [part.column(name).to_pylist() for name in ("id", "metric", "fingerprint", "key")]
-        for row, (id, label, fingerprint, key) in enumerate(zip(*columns, strict=True), start=done):
-            if id in index and label in metrics and fingerprint == metrics[label]["fingerprint"]:
+        names = ("id", "metric", "fingerprint", "key", "prompt")
+        columns = [part.column(name).to_pylist() for name in names]
+        for row, (id, label, made_by, key, prompt) in enumerate(zip(*columns, strict=True), start=done):
+            if id in index and label in metrics and made_by == metrics[label]["fingerprint"]:
                 position = index[id]
-                if keys[label][position] in (None, key):
+                known = keys[label][position]
+                if key == known or (known is None and prompt == prompts[position]):
                     chosen[position, label] = row
         done += part.num_rows
     rows = pa.concat_tables(parts).unify_dictionaries() if parts else table_of([], ROWS)

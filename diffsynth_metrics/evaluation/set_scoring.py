@@ -146,7 +146,7 @@ def _features(run: Run, metric: Any, fingerprint: str, side: _Side) -> Any:
         return list(side.images)
     name = hashlib.sha256(f"{fingerprint} {side.digest}".encode()).hexdigest()
     file = run.folder.path / "statistics" / f"{name}.npz"
-    if file.is_file():
+    if run.resume and file.is_file():
         try:
             return FIDStatistics.load(file)
         except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from counting import Brightness, Wordiness, gray_files
 
 from diffsynth_metrics.evaluation import Results, Sample, score
+from diffsynth_metrics.evaluation.reading import SampleReader
 from diffsynth_metrics.evaluation.run_folder import RowWriter, RunFolder
 
 
@@ -109,6 +111,14 @@ class TestFolders:
         assert len(score(other, metric, out=tmp_path / "run")) == 3
         assert len(score(first, metric, out=tmp_path / "run")) == 4
         assert metric.asked == 7
+
+    def test_after_a_kill_the_rows_of_what_was_not_read_again_count(self, tmp_path: Path) -> None:
+        samples, folder = gray_files(tmp_path / "pictures", 4), RunFolder(tmp_path / "run")
+        score(samples, Wordiness, out=folder.path)
+        samples[1] = replace(samples[1], prompt="another prompt")
+        # What a call has written that was killed before it read the first picture.
+        folder.write_samples(SampleReader(samples).table())
+        assert list(Results.open(folder.path).to_pandas()["id"]) == ["s0", "s2", "s3"]
 
     def test_a_foreign_folder_is_said(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="there is no run folder"):
