@@ -182,9 +182,10 @@ class Comparison:
             for row in rows
         )
         name = self.names[1] if two else "each run"
+        tests = sum(row.p is not None for row in rows)
         note = (
             f"change: {second} - {first}; low to high: its {_percent(self.confidence)} interval; "
-            f"p: corrected for {len(rows)} tests;\nwins: share of prompts on which {second} is better"
+            f"p: corrected for {tests} tests;\nwins: share of prompts on which {second} is better"
         )
         title = "By category" if by_category else f"{name} (second) against {self.names[0]} (first)"
         return Table(columns, cells, title=title, notes=(note,))

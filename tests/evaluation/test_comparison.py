@@ -171,7 +171,8 @@ def test_the_direction_of_the_metric_decides_who_wins() -> None:
     assert found.difference.value < 0 and found.effect < 0
     assert found.better == "b"
     assert found.win_rate.value > 0.5
-    assert comparison.pairs("distance")["gain"].iloc[0] > 0
+    pairs = comparison.pairs("distance")
+    assert pairs["gain"].tolist() == (pairs["score_first"] - pairs["score_second"]).tolist()
     contrary = make(rows[1], "b")
     with pytest.raises(ValueError, match="higher_is_better of distance"):
         compare(first, contrary, **QUICK)
@@ -185,6 +186,14 @@ def test_a_mean_that_outliers_make_is_no_claim() -> None:
     )
     found = overall(compare(first, second, **QUICK))
     assert found.difference.low > 0 and found.p_holm < 0.05 and found.win_rate.value < 0.5
+    assert found.better is None
+    # Most prompts rise a little, some fall a lot: the mean may be the same.
+    second = run(
+        {f"p{index:03d}": 1.0 + index / 1e3 if index < 80 else -4.0 for index in range(100)}, "b"
+    )
+    found = overall(compare(first, second, **QUICK))
+    assert found.difference.low < 0 < found.difference.high and found.p_holm < 0.05
+    assert found.win_rate.value == pytest.approx(0.8)
     assert found.better is None
 
 
