@@ -23,7 +23,6 @@ __all__ = [
     "Picture",
     "by_importance",
     "finite",
-    "gain_of",
     "gather_items",
     "read_pictures",
     "text_of",
@@ -189,18 +188,16 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def by_importance(items: Sequence[Item], higher_is_better: Sequence[bool]) -> list[Item]:
+def by_importance(items: Sequence[Item]) -> list[Item]:
     """Return the items in the order in which their pictures get room in the page.
 
-    First those without a score, then in turn the ends of every metric's order: the largest and smallest
-    differences between the first two runs or, in one run, the best and the worst.
+    First those without a score, then both ends of every metric's order in turn: the largest and the
+    smallest changes from the first run to the second or, in one run, the largest and smallest scores.
     """
     ranks = {id(item): math.inf for item in items}
-    for number, higher in enumerate(higher_is_better):
-        gains = [(gain_of(item.scores[number], higher), item) for item in items]
-        known = sorted(
-            (gain, order, item) for order, (gain, item) in enumerate(gains) if gain is not None
-        )
+    for metric in range(len(items[0].scores) if items else 0):
+        changes = [(_change(item.scores[metric]), order, item) for order, item in enumerate(items)]
+        known = sorted((change, order, item) for change, order, item in changes if change is not None)
         for rank, (_, _, item) in enumerate(known):
             ranks[id(item)] = min(ranks[id(item)], rank, len(known) - 1 - rank)
     for item in items:
@@ -209,13 +206,12 @@ def by_importance(items: Sequence[Item], higher_is_better: Sequence[bool]) -> li
     return sorted(items, key=lambda item: ranks[id(item)])
 
 
-def gain_of(scores: Sequence[float | None], higher_is_better: bool) -> float | None:
-    """Return how much better the second run is than the first; of one run, how good it is."""
-    if any(score is None for score in scores[:2]):
-        return None
-    first, second = (0.0, scores[0]) if len(scores) == 1 else scores[:2]
-    difference = second - first  # type: ignore[operator]  # neither is None here
-    return difference if higher_is_better else -difference
+def _change(scores: Sequence[float | None]) -> float | None:
+    """Return how the second run differs from the first; of one run, its score."""
+    if len(scores) == 1:
+        return scores[0]
+    first, second = scores[:2]
+    return None if first is None or second is None else second - first
 
 
 def read_pictures(

@@ -263,10 +263,6 @@ def _card(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
     return card if isinstance(card, Mapping) else {}
 
 
-def _higher_is_better(provenance: Mapping[str, Any]) -> bool:
-    return bool(_card(provenance).get("higher_is_better", True))
-
-
 def _coverage(runs: Sequence[Results], metrics: Mapping[str, Any]) -> str:
     """Say how much was scored, in one sentence."""
     records = [record for run in runs for record in run.summary().records()]
@@ -541,10 +537,9 @@ def _gallery(
     size_limit: int,
 ) -> dict[str, Any]:
     """Return what the page's script works on: items name their pictures by number."""
-    higher = [_higher_is_better(provenance) for provenance in metrics.values()]
     references = [
         name
-        for item in by_importance(items, higher)
+        for item in by_importance(items)
         for name in (*item.sources, *item.pictures)
         if name is not None
     ]
@@ -565,10 +560,10 @@ def _gallery(
         "metrics": [
             {
                 "label": label,
-                "higher": higher_is_better,
+                "higher": bool(_card(provenance).get("higher_is_better", True)),
                 "range": str(_card(provenance).get("range", "")),
             }
-            for (label, provenance), higher_is_better in zip(metrics.items(), higher, strict=True)
+            for label, provenance in metrics.items()
         ],
         "items": [entry(item) for item in items],
         "pictures": [asdict(picture) for picture in pictures.values()],

@@ -198,16 +198,16 @@ def test_a_picture_in_a_shard_is_not_linked(tmp_path: Path) -> None:
 
 def test_the_pictures_of_one_prompt_and_seed_stand_side_by_side() -> None:
     first = [row(n, id=f"a{n}", seed=str(n % 2), prompt_id=f"p{n // 2}", score=n) for n in range(4)]
-    second = [
-        row(n, id=f"b{n}", seed=str(n % 2), prompt_id=f"p{n // 2}", score=10 + n) for n in (3, 2, 9)
+    second = [  # ids in another order than seeds
+        row(n, id=f"b{9 - n}", seed=str(n % 2), prompt_id=f"p{n // 2}", score=10 + n) for n in (3, 2, 9)
     ]
     items = gather_items([first, second], ["shapes"])
     assert [item.ids for item in items] == [
         ["a0", None],
         ["a1", None],
-        ["a2", "b2"],
-        ["a3", "b3"],
-        [None, "b9"],
+        ["a2", "b7"],
+        ["a3", "b6"],
+        [None, "b0"],
     ]
     assert items[2].scores == [[2.0, 12.0]]
 
@@ -219,12 +219,14 @@ def test_where_seeds_are_not_known_ids_tell_which_pictures_belong_together() -> 
     assert [item.ids for item in items] == [["0.png", "0.png"], ["1.png", None], ["2.png", "2.png"]]
 
 
-def test_a_gain_goes_in_the_direction_of_the_metric() -> None:
-    first = [row(n, "distance", score) for n, score in enumerate([0.5, 0.5, 0.5])]
-    second = [row(n, "distance", score) for n, score in enumerate([0.5, 0.9, 0.1])]
-    items = gather_items([first, second], ["distance"])
-    ranked = by_importance(items, [False])
-    assert [item.ids[0] for item in ranked] == ["0001", "0002", "0000"]
+def test_pictures_of_failures_and_of_both_ends_come_first() -> None:
+    first = [row(n, score=score) for n, score in enumerate([5, 5, 5, None, 5])]
+    second = [row(n, score=score) for n, score in enumerate([5, 6, 9, 5, 1])]
+    ranked = by_importance(gather_items([first, second], ["shapes"]))
+    assert [item.ids[0] for item in ranked] == ["0003", "0002", "0004", "0000", "0001"]
+    alone = by_importance(gather_items([second], ["shapes"]))
+    assert [item.ids[0] for item in alone[:2]] == ["0002", "0004"]
+    assert by_importance([]) == []
 
 
 def test_sources_of_edits_are_pictures_of_the_page(tmp_path: Path) -> None:

@@ -192,6 +192,18 @@ def test_counts_and_means_follow_the_filters(opened: Callable[..., Any], of_500_
     assert page.locator(".unfiltered:visible").count() == 0
 
 
+def test_means_are_those_of_prompts(opened: Callable[..., Any], tmp_path: Path) -> None:
+    scores = [("p", 0.0), ("p", 0.0), ("p", 3.0), ("q", 5.0)]
+    rows = [
+        row(n, score=score, prompt_id=prompt, seed=str(n)) for n, (prompt, score) in enumerate(scores)
+    ]
+    page = opened(report(results(rows), tmp_path / "r.html"))
+    cells = page.locator("#selection tbody td").all_inner_texts()
+    assert cells == ["3", "4"], "the mean of 1 and 5, of four pictures"
+    page.fill("#to", "3")
+    assert page.locator("#selection tbody td").all_inner_texts() == ["1", "3"]
+
+
 def test_pictures_stand_side_by_side_or_one_by_one(
     opened: Callable[..., Any], of_12_pairs: Path
 ) -> None:
@@ -261,7 +273,9 @@ def test_the_keyboard_is_enough(opened: Callable[..., Any], of_12_pairs: Path) -
     page.keyboard.press("Enter")
     assert page.locator("#count").inner_text() == "28 of 28 pictures"
     outline = "getComputedStyle(document.activeElement).outlineStyle"
-    assert page.evaluate(outline) == "solid", "the focus is visible"
+    for element in ("#view-single", "nav a", "th button", "#metric", "#text", ".picture", "summary"):
+        page.locator(element).first.focus()
+        assert page.evaluate(outline) == "solid", f"the focus on {element} is visible"
     page.locator("#view-pairs").focus()
     page.keyboard.press("Space")
     page.locator("#cards .picture").first.focus()
