@@ -38,6 +38,12 @@ from diffsynth_metrics.weights.published import (
 
 LAYOUTS = Path(__file__).parent / "data" / "layouts"
 REPOSITORY = "DiffSynth-Studio/ImageMetrics"
+LAYOUT_OF = {
+    "bioclip": "bioclip2",
+    "clip": "clip_h14",
+    "lpips": "lpips_alex",
+    "pickscore": "clip_h14",
+}
 PUBLISHED = tuple(name for name in NAMES if name != "shapes")
 
 
@@ -84,7 +90,7 @@ def detail(checks: list[Check], what: str) -> str:
 
 def test_the_download_size_of_a_card_is_that_of_the_published_layout() -> None:
     for name in PUBLISHED:
-        file = {"clip": "clip_h14", "pickscore": "clip_h14"}.get(name, name)
+        file = LAYOUT_OF.get(name, name)
         layout = json.loads((LAYOUTS / f"{file}.json").read_text())
         size = sum(map(math.prod, layout.values())) * metric_class(name).official_dtype.itemsize
         assert find_card(name).download == size_text(size), name
