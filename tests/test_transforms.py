@@ -355,9 +355,7 @@ class TestExtremeShapes:
         for rounding in ("floor", "half_even"):
             transform = ShortestEdgeCrop(64, crop_rounding=rounding)  # type: ignore[arg-type]
             for width, height in ((1, 900), (900, 1), (3, 2000), (2000, 3), (1201, 2), (2, 1201)):
-                picture = PIL.Image.fromarray(
-                    noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
-                )
+                picture = PIL.Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
                 bytes_ = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
                 results = []
                 for ratio in (100, 10**6):  # the crop alone, and the whole picture first

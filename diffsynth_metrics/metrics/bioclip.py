@@ -39,6 +39,9 @@ class BioCLIPMetric(OpenCLIPMetric):
         code_license="MIT",
         weights_license="MIT",
         notes="Trained with taxonomic, scientific and common names; other texts are far from that.",
+        good_for="whether a picture shows the species of the prompt",
+        download="1.7 GB",
+        memory="1.7 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",

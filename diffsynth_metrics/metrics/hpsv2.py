@@ -54,6 +54,9 @@ class HPSv2Metric(OpenCLIPMetric):
         code_license="Apache-2.0",
         weights_license="Apache-2.0 (of the repository; the weights' card was not verified)",
         notes="Scores of v2.0 and v2.1 weights are not comparable; compare images of one prompt.",
+        good_for="which picture of a prompt people prefer, at little cost",
+        download="3.9 GB",
+        memory="3.9 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv2/model.safetensors"

@@ -57,6 +57,9 @@ class LPIPSMetric(ReferenceMetric):
         code_license="BSD-2-Clause",
         weights_license="BSD-2-Clause (linear weights), BSD-3-Clause (torchvision's networks)",
         notes="Distances of different networks and picture sizes are not comparable.",
+        good_for="how far an edit or reconstruction looks from its reference",
+        download="10 MB",
+        memory="10 MB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="LPIPS/alexnet.safetensors"

@@ -61,6 +61,9 @@ class QwenImageBenchMetric(JudgeMetric):
         code_license="Apache-2.0",
         weights_license="Apache-2.0",
         notes="The benchmark asks only the dimensions that its metadata lists: pass dims_en.",
+        good_for="an itemised judgement by 56 facets",
+        download="54.7 GB",
+        memory="54.7 GB",
     )
     default_model = ModelConfig(
         model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"

@@ -51,6 +51,9 @@ class UnifiedReward2Metric(JudgeMetric):
         code_license="MIT",
         weights_license="MIT (base Qwen3.5-9B: Apache-2.0)",
         notes="The mean is a convention; the authors give three rewards and let the user weigh them.",
+        good_for="alignment, coherence and style apart, with reasons",
+        download="18.8 GB",
+        memory="18.8 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",

@@ -85,6 +85,9 @@ class UnifiedRewardEditMetric(JudgeMetric):
         code_license="MIT",
         weights_license="MIT (base Qwen3-VL-8B: Apache-2.0)",
         notes="A high overediting score is good: nothing else was changed.",
+        good_for="whether an edit was made, and nothing else changed",
+        download="17.5 GB",
+        memory="17.5 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
