@@ -20,5 +20,5 @@ with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
 metric = LPIPSMetric.from_pretrained(net="alex")
 image = Image.open(folder / example["image"]).convert("RGB")
 blurred = [image.filter(ImageFilter.GaussianBlur(radius)) for radius in (0, 1, 4)]
-for radius, distance in zip((0, 1, 4), metric.compute(image, blurred)):
+for radius, distance in zip((0, 1, 4), metric.compute(image, blurred), strict=True):
     print(f"blurred by {radius} pixels: {distance:.4f}")

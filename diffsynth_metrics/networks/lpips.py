@@ -39,7 +39,8 @@ class _Scaling(nn.Module):
             self.register_buffer(name, torch.empty(1, 3, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.shift) / self.scale
+        scaled: Tensor = (pixels - self.shift) / self.scale
+        return scaled
 
 
 class _Slices(nn.Module):

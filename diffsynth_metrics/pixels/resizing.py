@@ -88,7 +88,7 @@ def resize_part(images: Tensor, size: int, box: tuple[float, float, float, float
 
 
 def _filter_matrix(length: int, start: float, stop: float, size: int) -> Tensor:
-    """Return the bicubic filter's weights ``[size, length]`` that map `start`..`stop` to `size` pixels."""
+    """Return the bicubic filter's weights ``[size, length]`` from `start`..`stop` to `size` pixels."""
     scale = (stop - start) / size
     centers = start + (np.arange(size) + 0.5) * scale
     distance = (np.arange(length) + 0.5 - centers[:, None]) / max(scale, 1.0)
