@@ -22,14 +22,14 @@ from diffsynth_metrics.evaluation.samples import PackedImage, Problem, Sample, S
 from diffsynth_metrics.evaluation.tables import Table
 from diffsynth_metrics.inputs import open_image
 from diffsynth_metrics.metrics.clip import CLIPMetric
-from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
 from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
+from diffsynth_metrics.open_clip_encoder import OpenCLIPMetric
 from diffsynth_metrics.tokens import CutsPrompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["Check", "check"]
 
-_CUTTING = ("clip", "hpsv2", "image_reward", "pickscore")
+_CUTTING = ("bioclip", "clip", "hpsv2", "image_reward", "pickscore")
 _WITHOUT_SCORE = {"corrupt", "missing", "no prompt", "no source", "same id"}
 _SHOWN = 20
 
@@ -280,7 +280,7 @@ def _token_limit(metric: str | type[BaseMetric] | BaseMetric) -> tuple[str, _Len
         return "", lambda prompts: [], 0
     if isinstance(metric, CutsPrompts):
         return _limit_of_loaded(metric)
-    if issubclass(cls, HPSv2Metric):
+    if issubclass(cls, OpenCLIPMetric):
         return _published_clip()
     name, _, path = metric.partition("=") if isinstance(metric, str) else ("", "", "")
     if path or name == "shapes":
@@ -302,7 +302,7 @@ def _limit_of_loaded(metric: CutsPrompts) -> tuple[str, _Lengths, int]:
 
 
 def _published_clip() -> tuple[str, _Lengths, int]:
-    """Return CLIP's tokenizer as open_clip ships it; transformers' differs in rare characters only."""
+    """Return CLIP's tokenizer as open_clip ships it; transformers' differs in HTML entities only."""
     import open_clip
 
     tokenizer = open_clip.SimpleTokenizer(context_length=77)

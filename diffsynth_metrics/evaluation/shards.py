@@ -100,7 +100,7 @@ def _tar_members(file: Path, stamp: tuple[int, int]) -> dict[str, tuple[int, int
             f"{file} cannot be read as a tar file: {error}; shards may not be compressed, and "
             "one that was cut off while it was written or copied has to be made again"
         ) from error
-    if members and (end := max(sum(place) for place in members.values())) > stamp[1]:
+    if members and (end := max(offset + size for offset, size in members.values())) > stamp[1]:
         raise ValueError(f"{file} is cut off: it has {stamp[1]} bytes and its files end at {end}")
     return members
 

@@ -14,8 +14,11 @@ import PIL.Image
 import pytest
 
 from diffsynth_metrics import AestheticMetric, BaseMetric, CLIPMetric, UnifiedRewardEditMetric
+from diffsynth_metrics.catalog import NAMES, find_class
+from diffsynth_metrics.evaluation import checking
 from diffsynth_metrics.evaluation.checking import Check, check
 from diffsynth_metrics.evaluation.samples import Problem, Sample, read_samples
+from diffsynth_metrics.tokens import CutsPrompts
 
 LONG = "a red circle on a blue table " * 20
 
@@ -60,7 +63,7 @@ def test_everything_that_is_wrong_is_found(broken: Path) -> None:
     [unused] = found(result, "unused")
     assert unused.file == str(folder / "stray.png")
     [cut] = found(result, "cut")
-    assert "clip, hpsv2, pickscore read 77" in cut.message
+    assert "bioclip, clip, hpsv2, pickscore read 77" in cut.message
     assert not result.ok
     assert (result.prompts, result.pictures_per_prompt) == (3, (1, 3))
     assert result.categories == {"x": 6, "y": 1}
@@ -178,6 +181,11 @@ def test_a_tokenizer_that_is_not_on_disk_is_said(
     assert "its tokenizer is not on disk" in result.table().text()
     [cut] = found(check(samples, [f"image_reward={tiny('image_reward')}"]), "cut")
     assert "read 35" in cut.message
+
+
+def test_all_metrics_of_the_package_that_cut_prompts_are_looked_at() -> None:
+    cutting = {name for name in NAMES if issubclass(find_class(name), CutsPrompts)}
+    assert set(checking._CUTTING) == cutting - {"shapes"}
 
 
 def test_judges_and_metrics_of_pictures_cut_nothing(tmp_path: Path) -> None:
