@@ -299,9 +299,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def _grid(table: Table, title: str = "") -> Grid:
-    """Keep of every value what is shown and what is sorted by."""
+    """Keep of every value what is shown and what is sorted by; the page has its own headings."""
     return Grid(
-        title or table.title,
+        title,
         tuple(table.columns),
         tuple(tuple(_cell(value) for value in row) for row in table.rows),
         tuple(table.notes),

@@ -8,6 +8,7 @@ import html.parser
 import json
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -189,8 +190,13 @@ def test_links_survive_odd_file_names(tmp_path: Path) -> None:
         assert linked.resolve() == (tmp_path / "pictures" / name).resolve()
 
 
-def test_a_picture_in_a_shard_is_not_linked(tmp_path: Path) -> None:
+def test_a_picture_in_a_shard_is_copied_or_left_out_but_not_linked(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(picture(tmp_path, "x.png"), "x.png")
     rows = [row(0, image=f"{tmp_path / 'shard.tar'}::x.png")]
+    [copied] = page_of(results(rows), tmp_path).data["pictures"]
+    assert copied["source"].startswith("data:image/webp")
+    assert copied["link"] == ""
     [shown] = page_of(results(rows), tmp_path, size_limit=0).data["pictures"]
     assert shown["source"] == shown["link"] == ""
     assert "size_limit=0" in shown["problem"]
