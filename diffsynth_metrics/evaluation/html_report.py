@@ -454,7 +454,7 @@ def _categories_apart(rows: dict[str | None, Any]) -> list[tuple[str | None, Any
 
 def _around(mean: float, record: Mapping[str, Any]) -> Interval:
     """Return the 95 % interval of a mean over prompts, by Student's t."""
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.stats import t
 
     error, prompts = finite(record["standard error"]), record["prompts"]
     if error is None or prompts < 2:

@@ -25,7 +25,7 @@ def unit_normalized(features: Tensor) -> Tensor:
 
     Where all channels are 0 the gradient is 0; that of the square root in the authors' code is NaN.
     """
-    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / (norm + _EPS)
 
 
