@@ -156,7 +156,7 @@ def _hint_for(error: Exception) -> str:
         return "make room on the disk and start the same command again, it goes on: "
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose a file or folder that you may read and write: "
-    if isinstance(error, ImportError) and error.name in ("jinja2", "pandas", "pyarrow"):
+    if isinstance(error, ImportError) and error.name in ("filelock", "jinja2", "pandas", "pyarrow"):
         return 'pip install "diffsynth-metrics[eval]": '
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "choose a smaller --batch-size, or another --device: "
@@ -416,6 +416,31 @@ def _doctor(arguments: argparse.Namespace) -> _Output:
     )
     broken = any(finding.state == "problem" for finding in findings)
     return _Output(table.text(), findings, FAILED if broken else DONE)
+
+
+def _serve(arguments: argparse.Namespace) -> _Output:
+    from diffsynth_metrics.catalog import load_metric
+    from diffsynth_metrics.serving import serve
+
+    token = arguments.token or os.environ.get("DIFFSYNTH_METRICS_TOKEN")
+    metrics = {
+        spec.partition("=")[0]: load_metric(
+            spec,
+            device=arguments.device,
+            batch_size=arguments.batch_size,
+            torch_dtype=_dtype(arguments.dtype),
+        )
+        for spec in arguments.metrics
+    }
+    serve(
+        metrics,
+        host=arguments.host,
+        port=arguments.port,
+        token=token,
+        insecure=arguments.insecure,
+        on_start=lambda address: _say(f"serving {', '.join(metrics)} at {address}"),
+    )
+    return _Output("stopped", {"served": list(metrics)})
 
 
 # The command line
@@ -681,9 +706,40 @@ def _add_doctor(commands: Any) -> None:
     )
 
 
+def _add_serve(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "serve",
+        _serve,
+        usage="NAME[=PATH] [NAME[=PATH] ...] [options]",
+        summary="serve metrics over HTTP, for training loops on other machines",
+        more=(
+            "Clients use diffsynth_metrics.serving.RemoteMetric, or POST /compute in Flow-Factory's JSON.\n"
+            "Told to stop, the server finishes what it has taken."
+        ),
+        example="serve shapes --port 8000",
+        interrupted="stopped",
+    )
+    parser.add_argument(
+        "metrics", metavar="NAME[=PATH]", nargs="+", type=_metric_spec, help="metrics to serve"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="where to listen; by default to this machine only"
+    )
+    parser.add_argument("--port", metavar="N", type=_positive, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--token", help="what clients must send; or the environment's DIFFSYNTH_METRICS_TOKEN"
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="listen to other machines without a token"
+    )
+    _add_hardware(parser)
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the networks; the official one by default")
+
+
 _ADDERS = (
     *(_add_score, _add_check, _add_compare, _add_report, _add_fid),
-    *(_add_metrics, _add_download, _add_verify, _add_doctor),
+    *(_add_metrics, _add_download, _add_verify, _add_doctor, _add_serve),
 )
 
 
