@@ -33,7 +33,7 @@ a test makes sure that every metric's fields are in one."""
 INERT = frozenset({"name", "version", "weight_files", "torch"})
 """Fields of a provenance that do not: names, and versions of libraries, which move the last digits."""
 
-INERT_OPTIONS = frozenset({"cache_text", "num_workers", "on_parse_error"})
+INERT_OPTIONS = frozenset({"batch_size", "cache_text", "num_workers", "on_parse_error"})
 """Options of metrics that do not change a score."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of a function or object, another in each run
@@ -50,6 +50,7 @@ def fingerprint_of(metric: BaseMetric, provenance: Mapping[str, Any]) -> str:
     options = made.get("options") or {}
     made["options"] = {name: value for name, value in options.items() if name not in INERT_OPTIONS}
     made["metric"] = _definition(type(metric))
+    made["settings"] = _settings(metric)
     network = getattr(metric, "model", None)
     if made.get("weights") is None and isinstance(network, nn.Module):
         made["weights"] = _digest_of_network(network)
@@ -95,6 +96,22 @@ def _definition(cls: type) -> str:
     except (OSError, TypeError):  # typed at a prompt
         source = ""
     return f"{cls.__module__}.{cls.__qualname__}\n{source}"
+
+
+def _settings(metric: BaseMetric) -> dict[str, str]:
+    """Return the options of a metric; a provenance has those of ``from_pretrained`` only."""
+    names = {
+        parameter.name
+        for cls in type(metric).__mro__
+        if "__init__" in vars(cls)
+        for parameter in inspect.signature(vars(cls)["__init__"]).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    return {
+        name: str(getattr(metric, name))
+        for name in sorted(names - INERT_OPTIONS)
+        if hasattr(metric, name)
+    }
 
 
 def _digest_of_network(network: nn.Module) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pyarrow as pa
@@ -95,13 +96,23 @@ class SampleReader:
 
     def table(self) -> pa.Table:
         """Return the samples, with what is known of their contents."""
-        rows = [
-            {**sample_row(sample), "image_sha256": image, "sources_sha256": of_sources}
-            for sample, image, of_sources in zip(
-                self.samples, self.images_sha256, self.sources_sha256, strict=True
-            )
+        parts = [
+            table_of([self._row(index) for index in indices], SAMPLES)
+            for indices in _blocks(len(self.samples))
         ]
-        return table_of(rows, SAMPLES)
+        return pa.concat_tables(parts)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        return {
+            **sample_row(self.samples[index]),
+            "image_sha256": self.images_sha256[index],
+            "sources_sha256": self.sources_sha256[index],
+        }
+
+
+def _blocks(count: int) -> list[range]:
+    """Divide indices into blocks: rows as dicts take much more memory than a table."""
+    return [range(start, min(start + 4096, count)) for start in range(0, count, 4096)]
 
 
 def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage, str]:

@@ -23,7 +23,7 @@ import torch
 from classes import _CLASSES
 from counting import Brightness, Difference, Wordiness, gray, gray_files
 
-from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric
+from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric, UnifiedRewardEditMetric
 from diffsynth_metrics.base import BaseMetric
 from diffsynth_metrics.evaluation import Results, Sample, SampleSet, sample_scoring, score
 from diffsynth_metrics.evaluation.fingerprint import CHANGES_SCORES, INERT, fingerprint_of
@@ -513,6 +513,20 @@ class TestFingerprint:
         assert made(batch_size=1) == plain
         assert made(max_length=10) != plain
         assert made(torch_dtype=torch.bfloat16) != plain
+
+    def test_options_of_a_metric_that_was_built_by_hand_change_it(self, metrics: Any) -> None:
+        def fingerprint(metric: BaseMetric) -> str:
+            return fingerprint_of(metric, metric.provenance)
+
+        judges = [
+            UnifiedRewardEditMetric(ScriptedEngine(""), **options)
+            for options in ({}, {"on_parse_error": "raise"}, {"task": "edit_pointwise_quality"})
+        ]
+        usual, strict, other = map(fingerprint, judges)
+        assert usual == strict != other
+        clip = metrics("clip")
+        short, long = (CLIPMetric(clip.model, clip.processor, max_length=length) for length in (8, 9))
+        assert fingerprint(short) != fingerprint(long)
 
     def test_unknown_fields_change_it(self) -> None:
         metric = Brightness()
