@@ -19,6 +19,7 @@ from typing import Any
 from diffsynth_metrics.judges.engine import Answer
 
 __all__ = [
+    "READER",
     "Reading",
     "read_checklist",
     "read_labelled_scores",
@@ -26,6 +27,9 @@ __all__ = [
     "read_score_list",
     "read_winner",
 ]
+
+READER = 2
+"""Version of what is read in a text; raised whenever the same text may be read otherwise."""
 
 _EXCERPT = 40
 # Blanks within a line. No two of these stand side by side in a pattern: that would take quadratic time.
