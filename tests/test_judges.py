@@ -406,7 +406,15 @@ def test_both_orders_ask_again_with_the_images_swapped() -> None:
         ScriptedEngine("Edited image 1 is better"), task="edit_pairwise_rank"
     )
     (row,) = biased.evaluate("a", [RED, GREEN, BLUE], both_orders=True)
-    assert (row["winner"], row["swapped"]["winner"], row["agreement"]) == (1, 2, False)
+    assert (row["first"]["winner"], row["swapped"]["winner"], row["agreement"]) == (1, 2, False)
+    assert row["winner"] == row["score"] == 0 and row["error"] is None
+    assert biased.compute("a", [RED, GREEN, BLUE], both_orders=True) == [0]
+    half = UnifiedRewardEditMetric(
+        ScriptedEngine("Edited image 1 is better", "?"), task="edit_pairwise_rank"
+    )
+    (row,) = half.evaluate("a", [RED, GREEN, BLUE], both_orders=True)
+    assert (row["winner"], row["score"], row["agreement"]) == (None, None, None)
+    assert row["error"].startswith("with the images swapped: ") and row["first"]["winner"] == 1
 
 
 def test_both_orders_number_scores_as_they_were_passed() -> None:
