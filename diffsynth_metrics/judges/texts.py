@@ -65,6 +65,8 @@ class NoJson(Unreadable):
 
 def final_text(answer: Answer) -> tuple[str, bool]:
     """Return what follows the model's thinking, and whether it stands in ``<answer>``."""
+    if answer.error is not None:
+        raise Unreadable(answer.error)
     _, thought, text = answer.text.rpartition("</think>")
     if not thought and "<think>" in answer.text:
         raise Unreadable("it never stopped thinking")

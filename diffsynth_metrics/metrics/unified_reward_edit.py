@@ -157,9 +157,11 @@ class UnifiedRewardEditMetric(JudgeMetric):
         Returns:
             One dict per sample: the values of the task and its ``"score"`` (None where the answer does
             not say them), ``"reasoning"`` where the task has it, ``"error"`` (why a value is None),
-            ``"raw_text"`` and ``"finish"`` (``"stop"``, or ``"length"`` where ``max_new_tokens`` cut the
-            answer off), and ``"usage"``, see :class:`~diffsynth_metrics.judges.engine.Answer`. With
-            `both_orders` also ``"first"`` and ``"swapped"``, what each answer says, with the images
+            ``"raw_text"``, ``"finish"`` (``"stop"``, ``"length"`` where ``max_new_tokens`` cut the
+            answer off, ``"error"`` where there is none) and ``"usage"`` (tokens and seconds, as far as
+            the engine knows them).
+
+            With `both_orders` also ``"first"`` and ``"swapped"``, what each answer says, with the images
             numbered as you passed them, and ``"agreement"``: whether both say the same (the same winner,
             or the same order of scores), None where one cannot be read. The row itself has the first
             answer's scores; in a ranking, the winner of both: 0 where they differ, None with the reason
@@ -211,6 +213,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
             "error": reading.problem,
             "raw_text": answer.text,
             "finish": answer.finish,
+            "usage": dict(answer.usage),
         }
 
 
