@@ -260,6 +260,7 @@ def test_thinking_is_joined_with_the_answer() -> None:
     assert read(None, reasoning='{"a": 1}').text.endswith("</think>\n\n"), "a draft is no answer"
     assert read("", thinks=False, reasoning_content="4").text == "4", "of a judge that does not think"
     assert read("4", "length").finish == "length"
+    assert read("a<|vision_pad|> b<|im_end|>").text == "a b"
     assert read("4").usage == {"prompt_tokens": 100, "answer_tokens": 7, "seconds": 1.5}
 
 

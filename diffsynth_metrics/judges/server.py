@@ -42,8 +42,10 @@ DIALECTS = ("vllm", "sglang", "transformers")
 
 _LONGEST_PAUSE = 60.0
 _RETRIED = {408, 429, 502, 503, 504}
-# Special tokens of the judges' tokenizers. A server reads them as what they are, also in a user's text.
-_SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?(?:think|tool_call|tool_response)>")
+# Special tokens of the judges' tokenizers. A server reads them as what they are, also in a user's text,
+# and `transformers serve` writes some of them into its answers, where they are left out in memory.
+_CONTROL = r"<\|[^|<>\s]+\|>"
+_SPECIAL = re.compile(rf"{_CONTROL}|</?(?:think|tool_call|tool_response)>")
 
 
 class ServerEngine(Engine):
@@ -308,7 +310,7 @@ def read_answer(text: str, *, thinks: bool, seconds: float) -> Answer:
     if finish not in ("stop", "length"):
         return _failed(f"the answer ended with finish_reason {finish!r}")
     text = _joined(thought, content, finish, thinks=thinks)
-    return Answer(text, finish, usage={**took, "seconds": seconds})
+    return Answer(re.sub(_CONTROL, "", text), finish, usage={**took, "seconds": seconds})
 
 
 def _joined(thought: str, content: str, finish: str, *, thinks: bool) -> str:
