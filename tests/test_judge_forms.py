@@ -79,6 +79,7 @@ LABELLED: list[tuple[str, Any]] = [
         "Let me look at it. The image has a dog, and it would be better in red.\n" + lines(3, 4, 2),
         (3, 4, 2),
     ),
+    (lines(3, 4, 2) + "\nOverall Score: 3", (3, 4, 2)),
     ("Final Scores:\n" + lines(3, 4, 2), (3, 4, 2)),
     ("Alignment Score (1-5): 3 | Coherence Score (1-5): 4 | Style Score (1-5): 2", (3, 4, 2)),
     ("Alignment Score (1–5): 3\nCoherence Score (1 – 5): 4\nStyle Score (1 to 5): 2", (3, 4, 2)),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import logging
 import math
 import os
+import pickle
 import re
 import signal
 import threading
@@ -478,6 +480,12 @@ def test_the_server_says_which_it_is_and_what_it_has(fake: FakeServer) -> None:
     with pytest.raises(ValueError, match=r"pass model=: http.* has a, b"):
         ServerEngine(fake.url).ask([Question(("a",))])
     assert ServerEngine(fake.url, "b").identity["model"] == "b"
+
+
+def test_a_metric_on_a_server_can_be_sent_to_another_process(fake: FakeServer) -> None:
+    metric = UnifiedReward2Metric.from_server(fake.url, api_key=KEY)
+    for twin in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        assert twin.compute("a", RED) == [4]
 
 
 def test_the_identity_of_a_server_is_its_model_and_the_settings(fake: FakeServer) -> None:

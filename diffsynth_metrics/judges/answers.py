@@ -11,16 +11,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffsynth_metrics.judges.checklists import read_checklist
 from diffsynth_metrics.judges.engine import Answer
-from diffsynth_metrics.judges.texts import (
+from diffsynth_metrics.judges.reading import (
     NUMBER,
     TAKES_BACK,
     NoJson,
+    Reading,
     Unreadable,
+    because,
     check_words,
     final_text,
     has_digit,
@@ -28,6 +31,7 @@ from diffsynth_metrics.judges.texts import (
     may_precede,
     plain,
     plain_name,
+    read_or_explain,
 )
 from diffsynth_metrics.judges.verdicts import find_verdicts
 
@@ -60,19 +64,6 @@ _SCALE_OF_PAIRS = r"\((?:[^()0-9]*|(?:out of )?[0-9]+(?: ?(?:-|to) ?[0-9]+)?)\)"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What an answer says.
-
-    Attributes:
-        values: Name to value; None is what the answer does not say.
-        problem: Why a value is None, or None where everything was read.
-    """
-
-    values: dict[str, Any]
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
 class _Mention:
     """A label in a text: whether a score may follow it, the rest of its line, and the lines below."""
 
@@ -100,7 +91,7 @@ def read_labelled_scores(
     try:
         found = _mentions(rf"(?<![\w-])(?P<key>{words})(?!\w)", _whole_lines(answer))
     except Unreadable as error:
-        return Reading(values, _because(answer, [str(error)]))
+        return Reading(values, because(answer, [str(error)]))
     for name, label in labels.items():
         own = [mention for mention in found if mention.key.replace("_", " ") == label.casefold()]
         try:
@@ -110,7 +101,7 @@ def read_labelled_scores(
             values[name] = _in_range(score, low, high, label)
         except Unreadable as error:
             problems.append(str(error))
-    return Reading(values, _because(answer, problems))
+    return Reading(values, because(answer, problems))
 
 
 def read_score_list(answer: Answer, names: Sequence[str], *, low: float, high: float) -> Reading:
@@ -147,7 +138,7 @@ def read_score_list(answer: Answer, names: Sequence[str], *, low: float, high: f
             "reasoning": reasoning if isinstance(reasoning, str) else None,
         }
 
-    return _reading(answer, [*names, "reasoning"], read)
+    return read_or_explain(answer, [*names, "reasoning"], read)
 
 
 def read_pair_scores(answer: Answer) -> Reading:
@@ -160,7 +151,7 @@ def read_pair_scores(answer: Answer) -> Reading:
             raise Unreadable(f"there are {len(pair)} scores instead of two")
         return dict(zip(names, pair, strict=True))
 
-    return _reading(answer, names, read)
+    return read_or_explain(answer, names, read)
 
 
 def read_winner(answer: Answer) -> Reading:
@@ -178,73 +169,7 @@ def read_winner(answer: Answer) -> Reading:
         verdicts = find_verdicts(_LIST.sub(" ", plain(text)), bare=tagged)
         return {"winner": _one("verdicts", verdicts)}
 
-    return _reading(answer, ["winner"], read)
-
-
-def read_checklist(
-    answer: Answer,
-    *,
-    level2_of: Mapping[str, str],
-    rename: Mapping[str, str],
-    score_map: Mapping[int, float],
-) -> Reading:
-    """Read ``{"Realism": {"Noise": {"score": 1}, ...}, ...}``, also without its outer level.
-
-    Args:
-        answer: What the model wrote after thinking.
-        level2_of: Level-3 name to the level-2 name that it belongs to: the facets of the dimension.
-            Another name counts only in the form that was asked for, an object with a score next to a
-            facet in one of these level-2 objects, and counts there, as in the official code.
-        rename: Level-3 names that the model is known to write for others.
-        score_map: What 0, 1 and 2 are worth.
-
-    Returns:
-        ``"raw"``, level 2 to level 3 to 0, 1, 2 or None (not applicable), and ``"scores"``, the same
-        with what they are worth.
-    """
-
-    def read() -> dict[str, Any]:
-        text, tagged = final_text(answer)
-        if answer.finish == "length" and not tagged and text == answer.text:
-            raise Unreadable("it never came to its answer")
-        value, rest = json_object(text)
-        check_words(plain(rest), [])
-        if has_digit(rest) or re.search(r"\bshould\b", rest, re.IGNORECASE):
-            raise Unreadable(f"{rest.strip()[:_EXCERPT]!r} follows the JSON object, and may correct it")
-        names = {plain_name(name): name for name in level2_of}
-        names |= {plain_name(wrong): right for wrong, right in rename.items()}
-        groups = {plain_name(name): name for name in level2_of.values()}
-        raw: dict[str, dict[str, int | None]] = {}
-        for level2, name, found in _facets(value, names, groups):
-            group = raw.setdefault(level2_of.get(name, level2), {})
-            score = _facet_score(name, found, score_map)
-            if group.setdefault(name, score) != score:
-                raise Unreadable(f"{name!r} has two scores")
-        if not raw:
-            raise Unreadable("it scores nothing")
-        scores = {
-            level2: {name: None if score is None else score_map[score] for name, score in group.items()}
-            for level2, group in raw.items()
-        }
-        return {"raw": raw, "scores": scores}
-
-    return _reading(answer, ["raw", "scores"], read)
-
-
-def _reading(answer: Answer, names: Sequence[str], read: Callable[[], dict[str, Any]]) -> Reading:
-    """Return what is read, or nothing and why."""
-    try:
-        return Reading(read())
-    except Unreadable as error:
-        return Reading(dict.fromkeys(names), _because(answer, [str(error)]))
-
-
-def _because(answer: Answer, problems: list[str]) -> str | None:
-    """Join the problems, and say where the limit of tokens is their likely cause."""
-    if not problems:
-        return None
-    cut = "the answer was cut off by max_new_tokens: " if answer.finish == "length" else ""
-    return cut + "; ".join(problems)
+    return read_or_explain(answer, ["winner"], read)
 
 
 def _whole_lines(answer: Answer) -> str:
@@ -304,10 +229,10 @@ def _scores(mentions: Sequence[_Mention], scale: str, of: str) -> list[float]:
         if not mention.is_label or not (found or heads):
             around.append(mention.line)
             continue
-        lines = [
-            line for line in mention.below if re.match(_SCORE_BELOW, line, re.I) and has_digit(line)
-        ]
-        forms = [scored.fullmatch(line) for line in lines]
+        # Below a label that has its number, an overall score is that of everything.
+        own = _SCORE_BELOW.replace("|overall|total", "") if found else _SCORE_BELOW
+        lines = [line for line in mention.below if re.match(own, line, re.IGNORECASE)]
+        forms = [scored.fullmatch(line) for line in lines if has_digit(line)]
         behind = mention.line[heads.end() :] if heads else ""
         if found or has_digit(behind) or re.search(r"\b(?:nan|inf|n/a)", behind, re.IGNORECASE):
             forms.append(found)
@@ -362,50 +287,3 @@ def _pairs(text: str) -> list[list[float]]:
     if any(m.is_label and m.line.strip("\"' ") in ("", ":") for m in mentions):
         raise Unreadable("a list of scores stands below the name of one image")
     return [scores for _, scores in _lists(text)]
-
-
-def _facets(
-    value: dict[str, Any], names: Mapping[str, str], groups: Mapping[str, str]
-) -> Iterator[tuple[str, str, Any]]:
-    """Yield level 2, the official name and the value of facets, also of facets without their level 2.
-
-    A number or an object that could be a score and is no facet's is refused, because it is not clear
-    what it stands for, except a number next to level-2 names, as in the official code.
-    """
-    is_flat = any(plain_name(name) in names and not _is_group(inner) for name, inner in value.items())
-    for level2, inner in value.items():
-        members = inner if _is_group(inner) else {level2: inner}
-        if _is_group(inner) and not any(plain_name(name) in names for name in members):
-            raise Unreadable(f"{level2!r} has no facet of the dimension")
-        group = groups.get(plain_name(level2)) if _is_group(inner) else None
-        for name, found in members.items():
-            known = names.get(plain_name(name))
-            is_scored = isinstance(found, dict) and "score" in found
-            if known or (group and is_scored and not re.search(r"(?i)overall|total|summ|aver", name)):
-                yield group or level2, known or name, found
-            elif isinstance(found, dict) or ((group or is_flat) and not _is_note(found)):
-                raise Unreadable(f"{name!r} is no facet of the dimension")
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, dict) and "score" not in value
-
-
-def _is_note(value: Any) -> bool:
-    """Whether a value is a remark that nobody takes for a score."""
-    return value is None or (isinstance(value, str) and not has_digit(value))
-
-
-def _facet_score(name: str, value: Any, score_map: Mapping[int, float]) -> int | None:
-    if isinstance(value, dict):
-        if "score" not in value or any(isinstance(part, dict) for part in value.values()):
-            raise Unreadable(f"{name!r} has no single score")
-        value = value["score"]
-    if value is None or (isinstance(value, str) and value.strip().upper() in ("N/A", "NA")):
-        return None
-    if isinstance(value, str) and re.fullmatch(r"[0-9]", value.strip()):
-        value = float(value)
-    if not isinstance(value, float) or value not in score_map:
-        shown = f"{value:g}" if isinstance(value, float) else str(value)[:_EXCERPT]
-        raise Unreadable(f"{name!r} has the score {shown!r}, not 0, 1, 2 or N/A")
-    return int(value)

@@ -115,7 +115,6 @@ class ServerEngine(Engine):
         self._api_key = api_key
         self._model = model
         self._dialect = dialect
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         """Show where it asks."""
@@ -224,7 +223,13 @@ class ServerEngine(Engine):
         """Return status, text and the seconds of Retry-After; a lost connection has no status."""
         address = f"{self.base_url}/chat/completions"
         try:
-            reply = session.post(address, json=body, auth=self._authorize, timeout=self.timeout)
+            reply = session.post(
+                address,
+                json=body,
+                auth=self._authorize,
+                timeout=self.timeout,
+                allow_redirects=False,
+            )
         except requests.RequestException as error:
             return None, self._without_key(f"{type(error).__name__}: {error}"), None
         now = datetime.now(timezone.utc)
@@ -242,14 +247,11 @@ class ServerEngine(Engine):
 
     def _served(self) -> tuple[str, str]:
         """Return the name of the model and the dialect, which the server is asked for once."""
-        with self._lock:
-            if self._model is None or self._dialect == "auto":
-                models = self._models()
-                if self._model is None:
-                    self._model = _only(models, self.base_url)
-                if self._dialect == "auto":
-                    self._dialect = find_dialect(models)
-            return self._model, self._dialect
+        if self._model is None or self._dialect == "auto":
+            models = self._models()
+            self._model = self._model or _only(models, self.base_url)
+            self._dialect = find_dialect(models) if self._dialect == "auto" else self._dialect
+        return self._model, self._dialect
 
     def _models(self) -> list[dict[str, Any]]:
         try:

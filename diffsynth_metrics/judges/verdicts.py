@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from diffsynth_metrics.judges.texts import CONDITION, DOUBTS, Unreadable
+from diffsynth_metrics.judges.reading import CONDITION, DOUBTS, Unreadable
 
 __all__ = ["find_verdicts"]
 
@@ -28,7 +28,8 @@ _NOUN = r"(?: (?:one|(?:edited )?image|edit|result|choice))?"
 _DEGREE = r"(?:(?:clearly|much|slightly|significantly|overall|generally|the|a|an) )*"
 _THAN = r"(?: (?:than|over|to|compared (?:to|with)) (?:the )?(?:edited )?image ?(?P<other>[12]))?"
 _ENDING = (
-    r"(?: overall)?(?:(?:,? (?:because|since|as|while|whereas|due to)|, the best)\b(?P<reason>.*))?"
+    r"(?: overall| in (?:every|all) (?:respects?|ways?|aspects?|criteria))?"
+    r"(?:(?:,? (?:because|since|as|while|whereas|due to)|, the best)\b(?P<reason>.*))?"
 )
 # A sentence has to be one of these as a whole, without what would make it a part of a verdict, a
 # concession, a condition or a denial.
@@ -60,7 +61,8 @@ _PREFERS = re.compile(
 )
 _DENIES = re.compile(
     r"^(?:but|however|although|though|yet|except|not)\b|\b(?:though|however)$"
-    r"|\b(?:worse|worst|inferior)\b|(?:\bnot|n't|\bnever|\bno longer)\b.*(?:better|best|prefer|win)",
+    r"|\b(?:worse|worst|inferior|opposite|kidding|joking)\b"
+    r"|(?:\bnot|n't|\bnever|\bno longer)\b.*(?:better|best|prefer|win)",
     re.IGNORECASE,
 )
 
@@ -78,7 +80,9 @@ def find_verdicts(text: str, *, bare: bool) -> list[int]:
     verdicts: list[tuple[int, bool]] = []
     turned = supposing = False
     for found in re.finditer(r"([^.!?;\n]+)([.!?;\n]?)", text):
-        sentence = re.sub(r'["}]', "", found[1]).replace(" :", ":").strip().lstrip("#->•| ")
+        sentence = (
+            re.sub(r'["}]', "", found[1]).replace(" :", ":").replace(" ,", ",").strip().lstrip("#->•| ")
+        )
         verdict = None if found[2] == "?" or supposing else _verdict(sentence, bare=bare)
         if verdict is not None:
             verdicts.append(verdict)

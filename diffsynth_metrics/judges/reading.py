@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffsynth_metrics.judges.engine import Answer
@@ -15,7 +16,9 @@ __all__ = [
     "NUMBER",
     "TAKES_BACK",
     "NoJson",
+    "Reading",
     "Unreadable",
+    "because",
     "check_words",
     "final_text",
     "has_digit",
@@ -23,6 +26,7 @@ __all__ = [
     "may_precede",
     "plain",
     "plain_name",
+    "read_or_explain",
 ]
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -32,16 +36,18 @@ CONDITION = (
 )
 TAKES_BACK = (
     r"(?:^|[.!?,;:(-] ?)(?:wait|hmm+|oops|sorry|actually|correct(?:ion|ed)|scratch|never ?mind"
-    r"|on second thought|i (?:take|was|mis|first)|let me (?:re|correct|change)|no ?(?=[,.!;:-]|$))"
+    r"|on (?:second thought|reflection)\b(?!:)|i (?:take|was|mis|first)|let me (?:re|correct|change)"
+    r"|no ?(?=[,.!;:-]|$))"
     r"|\btoo (?:high|low|generous|harsh|kind|lenient|strict|optimistic)\b|\b(?:reconsider|revis)"
-    r"|\b(?:disregard|ignore) (?:th|my)|\bchanged? my\b|\b(?:is|was) (?:a mistake|wrong|incorrect)\b"
+    r"|\b(?:disregard|ignore) (?:th|my)|\bchanged? my\b|\b(?:is|are|was) (?:a mistake|wrong|incorrect)\b"
     r"|\bnot (?:true|so|correct|right|the case|final)\b|\b(?:score|rating|verdict)s? (?:sh|w|c)ould\b"
+    r"|\b(?:w|sh)ould (?:lower|raise|reduce|correct)\b"
 )
 DOUBTS = re.compile(f"{CONDITION}|{TAKES_BACK}", re.IGNORECASE)
 # A number in a sentence that may be another score.
 _CLAIM = re.compile(
     r"(?:^[^\w(]*(?:(?:of|at) )?|^(?=[^a-z]*$)\W*|[:=\[] ?|\bto "
-    r"|\b(?:scores?|ratings?|rated?|should|would|deserves?|final)\b[^.]{0,60}?)"
+    r"|\b(?:scores?|ratings?|rated?|should|would|deserves?|final|first|second|previously)\b[^.]{0,60}?)"
     rf"(?P<number>{NUMBER})|\bor (?:\w+ )?(?:[0-9]|one|two|three|four|five|half)",
     re.IGNORECASE,
 )
@@ -50,9 +56,25 @@ _BEFORE = re.compile(
     r"(?:^|[^\w\s]|[0-9])\s?(?:(?:and|the|my|final|overall|total|output|edited|scores?|of|for) )*$",
     re.IGNORECASE,
 )
-_SUPPOSES = re.compile(rf"{CONDITION}|\b(?:would|could|might|were|not|never|than)\b", re.IGNORECASE)
+_SUPPOSES = re.compile(
+    rf"{CONDITION}|\b(?:would|could|might|were|not|never|than|example|typical|format|like)\b",
+    re.IGNORECASE,
+)
 _SAME = str.maketrans("：＝−“”’{", ':=-""\'\n') | {ord("–"): " - ", ord("—"): " - "}
 _EXCERPT = 40
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer says.
+
+    Attributes:
+        values: Name to value; None is what the answer does not say.
+        problem: Why a value is None, or None where everything was read.
+    """
+
+    values: dict[str, Any]
+    problem: str | None = None
 
 
 class Unreadable(Exception):
@@ -61,6 +83,22 @@ class Unreadable(Exception):
 
 class NoJson(Unreadable):
     """There is no JSON object, or it is not valid."""
+
+
+def read_or_explain(answer: Answer, names: Sequence[str], read: Callable[[], dict[str, Any]]) -> Reading:
+    """Return what is read, or nothing and why."""
+    try:
+        return Reading(read())
+    except Unreadable as error:
+        return Reading(dict.fromkeys(names), because(answer, [str(error)]))
+
+
+def because(answer: Answer, problems: list[str]) -> str | None:
+    """Join the problems, and say where the limit of tokens is their likely cause."""
+    if not problems:
+        return None
+    cut = "the answer was cut off by max_new_tokens: " if answer.finish == "length" else ""
+    return cut + "; ".join(problems)
 
 
 def final_text(answer: Answer) -> tuple[str, bool]:
