@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from test_judge_answers import NOISE, lines
@@ -324,6 +325,139 @@ CHECKLISTS: list[tuple[str, Any]] = [
 ]
 
 
+TAKEN_BACK = [
+    "Hmm, no.",
+    "No, that is wrong.",
+    "Wait.",
+    "Wait, let me look again.",
+    "Actually, no.",
+    "Actually, I would lower it.",
+    "Scratch that.",
+    "On second thought, that is too high.",
+    "I take it back.",
+    "I take that back.",
+    "That is too generous.",
+    "This is too harsh.",
+    "Let me reconsider.",
+    "Let me correct that.",
+    "Correction: it should be lower.",
+    "Sorry, that was a mistake.",
+    "My mistake.",
+    "I was wrong.",
+    "Ignore the above.",
+    "Disregard this.",
+    "That was only an example.",
+    "This is just an example.",
+    "Not my final answer.",
+    "This is not final.",
+    "But I am not sure.",
+    "I am not sure about this.",
+    "I cannot tell.",
+    "Never mind.",
+    "Oops.",
+    "I changed my mind.",
+    "The scores should be swapped.",
+    "Please ignore these scores.",
+    "These scores are wrong.",
+    "This would only hold if the dog were red.",
+    "Only if the dog were red.",
+    "Unless the dog is red.",
+    "Assuming the dog is red.",
+    "That holds only under the assumption of a red dog.",
+    "Rather the opposite.",
+    "The opposite is true.",
+    "Just kidding.",
+    "I do not believe this.",
+    "It is a draft.",
+    "This is a placeholder.",
+    "Revised below.",
+]
+SUPPOSED = [
+    "If the dog were red, ",
+    "If the dog were red: ",
+    "If the dog were red:\n",
+    "Had the dog been red, ",
+    "Suppose the dog were red. ",
+    "Assuming a red dog, ",
+    "With a red dog, it would be ",
+    "Were the dog red, ",
+    "Imagine a red dog: ",
+    "For example: ",
+    "For example, ",
+    "Example: ",
+    "A perfect image would get ",
+    "Not ",
+    "Never ",
+    "It is not ",
+    "I would not say ",
+    "Nobody would say: ",
+    "Unless the dog is red, ",
+    "Hypothetically, ",
+    "Maybe ",
+    "Perhaps ",
+    "The format is: ",
+    "The template says: ",
+]
+EXPLAINED = [
+    "The image shows 2 of the 3 dogs.",
+    "No artifacts are visible.",
+    "I hope this helps!",
+    "Let me know if you need anything else.",
+    "The hand has six fingers, which is a clear glitch.",
+    "It follows the instruction but leaves the sky unchanged.",
+    "The dog should be red, but it is brown.",
+    "The caption asks for a red dog; the image has a brown one.",
+    "There is not a single flaw.",
+    "The lighting could be better.",
+    "The style is consistent with the prompt.",
+    "Reasoning: the sky is blue instead of grey.",
+    "The text would be easier to read in white.",
+    "For example, the left hand is blurred.",
+    "If you look closely, the fur is noisy.",
+    "The background does not match the caption.",
+    "The edit is faithful and natural.",
+    "The composition is balanced, with a clear subject.",
+    "Overall, the image is good.",
+    "In summary, the result is decent.",
+    "The car is correctly removed.",
+    "There are 2 visible seams.",
+    "The image looks like a photograph.",
+    "I first looked at the colours.",
+]
+LABELS = {"a": "Alignment Score", "c": "Coherence Score", "s": "Style Score"}
+
+
+def read_list(answer: Answer) -> Reading:
+    return read_score_list(answer, ("x", "y"), low=0, high=25)
+
+
+def read_quality(answer: Answer) -> Reading:
+    texts = load_prompts("qwen_image_bench")
+    return read_checklist(
+        answer,
+        level2_of=texts["level3_to_level2"]["Quality"],
+        rename={},
+        score_map={0: 0.0, 1: 60.0, 2: 100.0},
+    )
+
+
+def read_scores(answer: Answer) -> Reading:
+    return read_labelled_scores(answer, LABELS, low=1, high=5)
+
+
+GOOD: list[tuple[str, Any]] = [
+    (lines(4, 3, 2), read_scores),
+    (lines(4, 3, 2).replace("\n", ", ") + ".", read_scores),
+    ("score: [20, 18].", read_list),
+    ('{"reasoning": "ok", "score": [20, 18]}', read_list),
+    ("Image 1: 4\nImage 2: 3", read_pair_scores),
+    ("Image 1: 4, Image 2: 3.", read_pair_scores),
+    ("Scores: [4, 3].", read_pair_scores),
+    ("Edited image 1 is better.", read_winner),
+    ('{"Detail": {"Noise": {"score": 1}}}', read_quality),
+]
+
+
 def check(cases: list[tuple[str, Any]], read: Any, value_of: Any) -> None:
     wrong = []
     for text, expected in cases:
@@ -335,15 +469,11 @@ def check(cases: list[tuple[str, Any]], read: Any, value_of: Any) -> None:
 
 
 def test_labelled_scores() -> None:
-    labels = {"a": "Alignment Score", "c": "Coherence Score", "s": "Style Score"}
-    check(LABELLED, lambda answer: read_labelled_scores(answer, labels, low=1, high=5), tuple)
+    check(LABELLED, read_scores, tuple)
 
 
 def test_lists_of_scores() -> None:
-    def read(answer: Answer) -> Reading:
-        return read_score_list(answer, ("x", "y"), low=0, high=25)
-
-    check(LISTS, read, lambda values: tuple(values[:2]))
+    check(LISTS, read_list, lambda values: tuple(values[:2]))
 
 
 def test_pairs_of_scores() -> None:
@@ -355,17 +485,30 @@ def test_verdicts() -> None:
 
 
 def test_checklists() -> None:
-    texts = load_prompts("qwen_image_bench")
+    check(CHECKLISTS, read_quality, lambda values: values[0])
 
-    def read(answer: Answer) -> Reading:
-        return read_checklist(
-            answer,
-            level2_of=texts["level3_to_level2"]["Quality"],
-            rename={},
-            score_map={0: 0.0, 1: 60.0, 2: 100.0},
+
+def test_what_is_taken_back_or_supposed_is_not_read() -> None:
+    texts = [
+        (text, changed, read)
+        for text, read in GOOD
+        for changed in (
+            *(f"{text}{gap}{words}" for words in TAKEN_BACK for gap in (" ", "\n")),
+            *(words + text for words in SUPPOSED),
         )
+    ]
+    for text, changed, read in texts:
+        assert read(Answer(text)).problem is None, text
+        assert read(Answer(changed)).problem is not None, changed
 
-    check(CHECKLISTS, read, lambda values: values[0])
+
+def test_what_is_explained_is_read() -> None:
+    for text, read in GOOD:
+        expected = read(Answer(text))
+        for words in EXPLAINED:
+            if read is read_quality and ("should" in words or re.search("[0-9]", words)):
+                continue  # could correct a facet
+            assert read(Answer(f"{text}\n\n{words}")) == expected, words
 
 
 def test_a_number_inside_a_reasoning_that_was_cut_off_is_no_score() -> None:

@@ -19,11 +19,11 @@ from diffsynth_metrics.judges.checklists import read_checklist
 from diffsynth_metrics.judges.engine import Answer
 from diffsynth_metrics.judges.reading import (
     NUMBER,
-    TAKES_BACK,
     NoJson,
     Reading,
     Unreadable,
     because,
+    check_lines,
     check_words,
     final_text,
     has_digit,
@@ -211,9 +211,7 @@ def _mentions(label: str, text: str) -> list[_Mention]:
         line, *below = text[ends[index + 1] : starts[index + 1]].split("\n")
         is_label = may_precede(text[ends[index] : starts[index]])
         mentions.append(_Mention(match["key"].casefold(), is_label, line, below))
-        for words in below:
-            if re.search(TAKES_BACK, words, re.IGNORECASE):
-                raise Unreadable(f"{words[:_EXCERPT]!r} may change the scores")
+        check_lines(below)
     return mentions
 
 
@@ -265,6 +263,7 @@ def _lists(text: str, *, strict: bool = True) -> Iterator[tuple[re.Match[str], l
         if are_numbers and may_precede(before) and re.match(_REMARK, found["rest"]):
             scores = [_number(item) for item in items]
             check_words(found["rest"], scores)
+            check_lines(text[done:].split("\n"))
             yield found, scores
         elif strict and has_digit(re.sub(r"\bscore[12]\b", "", found.group())):
             raise Unreadable(f"{found.group()[:_EXCERPT]!r} is no list of scores")

@@ -14,11 +14,11 @@ __all__ = [
     "CONDITION",
     "DOUBTS",
     "NUMBER",
-    "TAKES_BACK",
     "NoJson",
     "Reading",
     "Unreadable",
     "because",
+    "check_lines",
     "check_words",
     "final_text",
     "has_digit",
@@ -30,20 +30,26 @@ __all__ = [
 ]
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_IF = r"(?<!as )if(?! you (?:look|need|want|zoom))"
 CONDITION = (
-    r"\b(?:(?<!as )if|unless|assum(?:e|ing)|suppos(?:e|ing)|imagine|maybe|perhaps|possibly"
-    r"|hypothetical)\b"
+    rf"\b(?:{_IF}|unless|assum(?:e|ing|ption)|suppos(?:e|ing)|imagine|maybe|perhaps|possibly"
+    r"|hypothetical(?:ly)?|template|format|(?<!for )example|had (?:\w+ ){1,4}been)\b"
 )
-TAKES_BACK = (
+_TAKES_BACK = (
+    # At the beginning of a sentence or a part of it.
     r"(?:^|[.!?,;:(-] ?)(?:wait|hmm+|oops|sorry|actually|correct(?:ion|ed)|scratch|never ?mind"
-    r"|on (?:second thought|reflection)\b(?!:)|i (?:take|was|mis|first)|let me (?:re|correct|change)"
+    r"|on (?:second thought|reflection)\b(?!:)|i (?:take|was|mis|first (?:th|s))|my mistake"
+    rf"|let me (?:re|correct|change)|(?:only )?(?:{_IF}|unless|assuming)\b|rather the"
     r"|no ?(?=[,.!;:-]|$))"
+    # Anywhere.
     r"|\btoo (?:high|low|generous|harsh|kind|lenient|strict|optimistic)\b|\b(?:reconsider|revis)"
-    r"|\b(?:disregard|ignore) (?:th|my)|\bchanged? my\b|\b(?:is|are|was) (?:a mistake|wrong|incorrect)\b"
-    r"|\bnot (?:true|so|correct|right|the case|final)\b|\b(?:score|rating|verdict)s? (?:sh|w|c)ould\b"
-    r"|\b(?:w|sh)ould (?:lower|raise|reduce|correct)\b"
+    r"|\b(?:disregard|ignore) (?:th|my)|\bchanged? my\b|\b(?:kidding|joking|swapped)\b"
+    r"|\b(?:is|are|was) (?:just |only )?(?:an? (?:mistake|example|draft|placeholder)|wrong|incorrect)\b"
+    r"|(?:\bnot|n't) (?:true|so|correct|right|the case|final|my|sure|certain|believe)\b|\bcannot tell\b"
+    r"|\b(?:score|rating|verdict)s? (?:sh|w|c)ould\b|\bholds? only\b|\bopposite is\b"
+    r"|\b(?:w|sh)ould (?:lower|raise|reduce|correct|only)\b"
 )
-DOUBTS = re.compile(f"{CONDITION}|{TAKES_BACK}", re.IGNORECASE)
+DOUBTS = re.compile(f"{CONDITION}|{_TAKES_BACK}", re.IGNORECASE)
 # A number in a sentence that may be another score.
 _CLAIM = re.compile(
     r"(?:^[^\w(]*(?:(?:of|at) )?|^(?=[^a-z]*$)\W*|[:=\[] ?|\bto "
@@ -57,7 +63,7 @@ _BEFORE = re.compile(
     re.IGNORECASE,
 )
 _SUPPOSES = re.compile(
-    rf"{CONDITION}|\b(?:would|could|might|were|not|never|than|example|typical|format|like)\b",
+    rf"{CONDITION}|\b(?:would|could|might|were|not|never|than|example|typical|like)\b",
     re.IGNORECASE,
 )
 _SAME = str.maketrans("：＝−“”’{", ':=-""\'\n') | {ord("–"): " - ", ord("—"): " - "}
@@ -136,11 +142,19 @@ def has_digit(text: str) -> bool:
 
 def may_precede(before: str) -> bool:
     """Whether a label that follows these words is neither inside a sentence nor a supposition."""
-    before = before[-300:]
-    sentence = re.split(r"[.!?][\"']?,? |[\"'], ?|(?<!\w[:,])\n", before)[-1]
-    sentence = re.sub(r"\([^()]*\)", "", sentence)
-    supposes = _SUPPOSES.search(sentence) or re.search(r"\b(?:suppose|imagine)\b", before, re.I)
-    return _BEFORE.search(sentence) is not None and not supposes
+    sentence = _last_sentence(before)
+    return _BEFORE.search(sentence) is not None and not _supposes(before)
+
+
+def _last_sentence(before: str) -> str:
+    sentence = re.split(r"[.!?][\"']?,? |[\"'], ?|(?<!\w[:,])\n", before[-300:])[-1]
+    return re.sub(r"\([^()]*\)", "", sentence)
+
+
+def _supposes(before: str) -> bool:
+    """Whether words before something say that it is not, or would be under other circumstances."""
+    imagines = re.search(r"\b(?:suppose|imagine)\b", before[-300:], re.IGNORECASE)
+    return imagines is not None or _SUPPOSES.search(_last_sentence(before)) is not None
 
 
 def check_words(words: str, scores: Sequence[float]) -> None:
@@ -149,10 +163,21 @@ def check_words(words: str, scores: Sequence[float]) -> None:
     Raises:
         Unreadable: They do.
     """
-    for line in words.split("\n"):
+    for line in map(str.strip, words.split("\n")):
         claims = [claim["number"] for claim in _CLAIM.finditer(line)]
         if DOUBTS.search(line) or any(claim is None or float(claim) not in scores for claim in claims):
             raise Unreadable(f"{line.strip()[:_EXCERPT]!r} may change it")
+
+
+def check_lines(lines: Sequence[str]) -> None:
+    """Check that lines below scores do not take them back; they may be about anything else.
+
+    Raises:
+        Unreadable: They do.
+    """
+    for line in lines:
+        if re.search(_TAKES_BACK, line, re.IGNORECASE):
+            raise Unreadable(f"{line[:_EXCERPT]!r} may change the scores")
 
 
 def json_object(text: str) -> tuple[dict[str, Any], str]:
@@ -167,7 +192,7 @@ def json_object(text: str) -> tuple[dict[str, Any], str]:
     opening = re.search(r"\{(?=\s*[\"'}*])", text)
     if opening is None:
         raise NoJson("there is no JSON object")
-    if re.search(rf"{CONDITION}[^.!?\n]*$", text[: opening.start()][-300:], re.IGNORECASE):
+    if _supposes(plain(text[: opening.start()][-300:])):
         raise Unreadable("the JSON object is part of a supposition")
     # The form that the prompts show has a comma before the closing brace; numbers may be emphasized.
     text = re.sub(
