@@ -43,14 +43,15 @@ class Answer:
 
     Attributes:
         text: The answer without special tokens; thinking, where the model thinks, is part of it.
-        finish: ``"stop"`` where the model ended it, ``"length"`` where the limit of tokens did.
+        finish: ``"stop"`` where the model ended it, ``"length"`` where the limit of tokens did,
+            ``"error"`` where there is no answer.
         error: Why there is no answer; its text is empty then.
         usage: What the answer took, as far as the engine knows: ``"prompt_tokens"``,
             ``"answer_tokens"``, ``"seconds"``. Answers that differ in nothing else are equal.
     """
 
     text: str
-    finish: Literal["stop", "length"] = "stop"
+    finish: Literal["stop", "length", "error"] = "stop"
     error: str | None = None
     usage: Mapping[str, float] = field(default_factory=dict, compare=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,6 +115,50 @@ class JudgeMetric(BaseMetric):
         """Make the metric of an engine that runs the network."""
         batch_size = cls.default_batch_size if batch_size is None else batch_size
         engine = LocalEngine(model, processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        return cls(engine, **options)
+
+    @classmethod
+    def from_server(
+        cls,
+        base_url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        dialect: str = "auto",
+        concurrency: int = 16,
+        timeout: float = 300,
+        retries: int = 4,
+        max_new_tokens: int = _MAX_NEW_TOKENS,
+        extra_body: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Ask a server that runs the judge's checkpoint: vLLM, SGLang or ``transformers serve``.
+
+        Args:
+            base_url: Such as ``"http://host:8000/v1"``.
+            model: See :class:`~diffsynth_metrics.judges.server.ServerEngine`, as for what follows.
+            api_key: Its key, if it wants one.
+            dialect: Which server it is.
+            concurrency: How many requests are under way at once.
+            timeout: Seconds that a reply may take.
+            retries: How often a request is sent again.
+            max_new_tokens: Answers are cut off there, and then say so.
+            extra_body: Further fields of every request.
+            **options: The metric's own options, see its class.
+        """
+        from diffsynth_metrics.judges.server import ServerEngine
+
+        engine = ServerEngine(
+            base_url,
+            model,
+            api_key=api_key,
+            dialect=dialect,
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            max_new_tokens=max_new_tokens,
+            extra_body=extra_body,
+        )
         return cls(engine, **options)
 
     def describe(self) -> None:

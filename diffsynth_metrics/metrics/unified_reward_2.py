@@ -76,8 +76,9 @@ class UnifiedReward2Metric(JudgeMetric):
         Returns:
             One dict per pair: ``"alignment"``, ``"coherence"``, ``"style"`` (1 to 5, None where the
             answer does not say it), ``"score"`` (their mean, None where one is missing), ``"error"``
-            (why one is missing, or None), ``"raw_text"`` and ``"finish"`` (``"stop"``, or ``"length"``
-            where ``max_new_tokens`` cut the answer off).
+            (why one is missing, or None), ``"raw_text"``, ``"finish"`` (``"stop"``, ``"length"`` where
+            ``max_new_tokens`` cut the answer off, ``"error"`` where there is none) and ``"usage"``
+            (tokens and seconds, as far as the engine knows them).
 
         Raises:
             TypeError: An argument is not a prompt or an image.
@@ -103,6 +104,7 @@ class UnifiedReward2Metric(JudgeMetric):
                 "error": reading.problem,
                 "raw_text": answer.text,
                 "finish": answer.finish,
+                "usage": dict(answer.usage),
             }
 
         return self._rows(samples, questions, row)
