@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
     from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
+    from diffsynth_metrics.metrics.image_similarity import ImageSimilarityMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
+    from diffsynth_metrics.metrics.text_rendering import TextRenderingMetric
     from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
     from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
     from diffsynth_metrics.weights.model_config import ModelConfig
@@ -51,12 +53,14 @@ _HOME = {
     "HPSv3Metric": "metrics.hpsv3",
     "ImageError": "errors",
     "ImageRewardMetric": "metrics.image_reward",
+    "ImageSimilarityMetric": "metrics.image_similarity",
     "Metric": "base",
     "MetricCard": "base",
     "ModelConfig": "weights.model_config",
     "PickScoreMetric": "metrics.pickscore",
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
     "RewardError": "errors",
+    "TextRenderingMetric": "metrics.text_rendering",
     "UnifiedReward2Metric": "metrics.unified_reward_2",
     "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
 }
@@ -76,12 +80,14 @@ __all__ = [
     "HPSv3Metric",
     "ImageError",
     "ImageRewardMetric",
+    "ImageSimilarityMetric",
     "Metric",
     "MetricCard",
     "ModelConfig",
     "PickScoreMetric",
     "QwenImageBenchMetric",
     "RewardError",
+    "TextRenderingMetric",
     "UnifiedReward2Metric",
     "UnifiedRewardEditMetric",
 ]

@@ -18,9 +18,11 @@ _CLASSES = {
     "hpsv2": "HPSv2Metric",
     "hpsv3": "HPSv3Metric",
     "image_reward": "ImageRewardMetric",
+    "image_similarity": "ImageSimilarityMetric",
     "pickscore": "PickScoreMetric",
     "qwen_image_bench": "QwenImageBenchMetric",
     "shapes": "CLIPMetric",
+    "text_rendering": "TextRenderingMetric",
     "unified_reward_2": "UnifiedReward2Metric",
     "unified_reward_edit": "UnifiedRewardEditMetric",
 }
