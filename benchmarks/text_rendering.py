@@ -2,7 +2,8 @@
 
 Every picture says one text. It is scored with a prompt that quotes this text and with one that quotes
 another, so that the table says both how much is read and what a wrong text scores. One thing is changed
-at a time: size, colour, rotation, compression, noise, background.
+at a time: size, colour, rotation, compression, noise, background; as far as it can still be read, and
+further.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from skimage import data
 
 from diffsynth_metrics import TextRenderingMetric
@@ -61,24 +62,32 @@ class Condition:
     ground: tuple[int, int, int] | str = (255, 255, 255)
     rotation: float = 0.0
     noise: float = 0.0
+    blur: float = 0.0
     jpeg: int | None = None
 
 
 CONDITIONS = (
     Condition(),
-    Condition("16 px", size=16),
     Condition("24 px", size=24),
-    Condition("32 px", size=32),
+    Condition("16 px", size=16),
+    Condition("10 px", size=10),
+    Condition("8 px", size=8),
     Condition("white on black", ink=(255, 255, 255), ground=(0, 0, 0)),
     Condition("red on yellow", ink=(200, 30, 30), ground=(250, 220, 60)),
     Condition("grey on grey (contrast 40 of 255)", ink=(150, 150, 150), ground=(190, 190, 190)),
+    Condition("grey on grey (contrast 12 of 255)", ink=(178, 178, 178), ground=(190, 190, 190)),
     Condition("white on a photograph", ink=(255, 255, 255), ground="photograph"),
-    Condition("rotated by 3 degrees", rotation=3),
     Condition("rotated by -5 degrees", rotation=-5),
     Condition("rotated by 10 degrees", rotation=10),
+    Condition("rotated by 30 degrees", rotation=30),
+    Condition("rotated by 60 degrees", rotation=60),
+    Condition("rotated by 180 degrees", rotation=180),
     Condition("noise (standard deviation 25)", noise=25),
+    Condition("noise (standard deviation 90)", noise=90),
+    Condition("blurred (radius 4 px)", blur=4),
     Condition("JPEG, quality 50", jpeg=50),
     Condition("JPEG, quality 15", jpeg=15),
+    Condition("JPEG, quality 4", jpeg=4),
 )
 
 
@@ -106,6 +115,8 @@ def draw(text: str, font: Path, condition: Condition, seed: int = 0) -> Image.Im
     ImageDraw.Draw(layer).text((320, 256), text, fill=255, font=letters, anchor="mm")
     layer = layer.rotate(condition.rotation, Image.Resampling.BICUBIC)
     picture.paste(condition.ink, mask=layer)
+    if condition.blur:
+        picture = picture.filter(ImageFilter.GaussianBlur(condition.blur))
     if condition.noise:
         noise = np.random.default_rng(seed).normal(0, condition.noise, (512, 640, 3))
         picture = Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))

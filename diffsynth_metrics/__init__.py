@@ -22,9 +22,12 @@ if TYPE_CHECKING:
         ImageError,
         RewardError,
     )
+    from diffsynth_metrics.fid.features import FeatureSet
     from diffsynth_metrics.fid.statistics import FIDStatistics
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
+    from diffsynth_metrics.metrics.cmmd import CMMDMetric
+    from diffsynth_metrics.metrics.fd_dinov2 import FDDINOv2Metric
     from diffsynth_metrics.metrics.fid import FIDMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
     from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
@@ -44,11 +47,14 @@ _HOME = {
     "AnswerError": "errors",
     "BaseMetric": "base",
     "CLIPMetric": "metrics.clip",
+    "CMMDMetric": "metrics.cmmd",
     "CheckpointError": "errors",
     "DiffSynthMetricsError": "errors",
     "DownloadError": "errors",
+    "FDDINOv2Metric": "metrics.fd_dinov2",
     "FIDMetric": "metrics.fid",
     "FIDStatistics": "fid.statistics",
+    "FeatureSet": "fid.features",
     "HPSv2Metric": "metrics.hpsv2",
     "HPSv3Metric": "metrics.hpsv3",
     "ImageError": "errors",
@@ -71,11 +77,14 @@ __all__ = [
     "AnswerError",
     "BaseMetric",
     "CLIPMetric",
+    "CMMDMetric",
     "CheckpointError",
     "DiffSynthMetricsError",
     "DownloadError",
+    "FDDINOv2Metric",
     "FIDMetric",
     "FIDStatistics",
+    "FeatureSet",
     "HPSv2Metric",
     "HPSv3Metric",
     "ImageError",

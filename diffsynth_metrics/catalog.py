@@ -14,6 +14,8 @@ __all__ = ["NAMES", "find_class", "load_metric", "name_of"]
 _CLASSES = {
     "aesthetic": "AestheticMetric",
     "clip": "CLIPMetric",
+    "cmmd": "CMMDMetric",
+    "fd_dinov2": "FDDINOv2Metric",
     "fid": "FIDMetric",
     "hpsv2": "HPSv2Metric",
     "hpsv3": "HPSv3Metric",

@@ -26,13 +26,21 @@ from diffsynth_metrics.testing.hpsv3 import write_hpsv3
 from diffsynth_metrics.testing.judges import write_qwen3_5, write_qwen3_vl
 from diffsynth_metrics.testing.random_weights import randomize
 from diffsynth_metrics.testing.scripted_engine import ScriptedEngine
-from diffsynth_metrics.testing.vit import write_clip_vit, write_dino, write_dinov2
+from diffsynth_metrics.testing.vit import (
+    write_clip_336,
+    write_clip_vit,
+    write_dino,
+    write_dinov2,
+    write_dinov2_l,
+)
 
 __all__ = ["TINY_CHECKPOINTS", "ScriptedEngine", "clip_vocabulary", "randomize", "tiny_checkpoint"]
 
 TINY_CHECKPOINTS = {
     "aesthetic": write_aesthetic,
     "clip": write_clip,
+    "cmmd": write_clip_336,
+    "fd_dinov2": write_dinov2_l,
     "fid": write_fid,
     "hpsv2": write_hpsv2,
     "hpsv3": write_hpsv3,
