@@ -49,6 +49,7 @@ LATIN_TEXTS = (
     "Rooms Available Now",
     "Forever Yours",
 )
+SCRIPTS = ("Latin", "Chinese")
 CHINESE_TEXTS = ("盛大开业", "老王面馆", "禁止停车", "生日快乐", "欢迎光临")
 
 
@@ -130,9 +131,11 @@ def draw(text: str, font: Path, condition: Condition, seed: int = 0) -> Image.Im
 def score(metric: TextRenderingMetric, conditions: Sequence[Condition]) -> Iterator[Score]:
     """Draw and score: every Latin font once per condition, the Chinese font with every text."""
     for condition in conditions:
-        for script, fonts, texts in (
-            ("Latin", LATIN_FONTS, LATIN_TEXTS),
-            ("Chinese", CHINESE_FONTS * len(CHINESE_TEXTS), CHINESE_TEXTS),
+        for script, fonts, texts in zip(
+            SCRIPTS,
+            (LATIN_FONTS, CHINESE_FONTS * len(CHINESE_TEXTS)),
+            (LATIN_TEXTS, CHINESE_TEXTS),
+            strict=True,
         ):
             for index, font in enumerate(fonts):
                 text, other = texts[index], texts[(index + 1) % len(texts)]
@@ -142,42 +145,32 @@ def score(metric: TextRenderingMetric, conditions: Sequence[Condition]) -> Itera
 
 
 def summarise(scores: Sequence[Score]) -> list[dict[str, float | int | str]]:
-    """Return one row per condition and script, and one for all: means, and how many score above 0.9."""
+    """Return one row per condition, and one for all: right texts by script, and wrong texts."""
     rows = []
-    groups = dict.fromkeys((one.script, one.condition) for one in scores)
-    for script, condition in [*groups, ("both", "all")]:
-        of_group = [
-            one
-            for one in scores
-            if condition == "all" or (one.script, one.condition) == (script, condition)
-        ]
-        right = [one.right for one in of_group]
-        wrong = [one.wrong for one in of_group]
-        rows.append(
-            {
-                "condition": condition,
-                "script": script,
-                "pictures": len(of_group),
-                "right": float(np.mean(right)),
-                "above_0.9": sum(value > 0.9 for value in right),
-                "wrong": float(np.mean(wrong)),
-                "wrong_max": max(wrong),
-            }
-        )
+    for condition in [*dict.fromkeys(one.condition for one in scores), "all"]:
+        here = [one for one in scores if condition in (one.condition, "all")]
+        wrong = [one.wrong for one in here]
+        row: dict[str, float | int | str] = {"condition": condition, "pictures": len(here)}
+        for script in SCRIPTS:
+            right = [one.right for one in here if one.script == script]
+            row[script] = float(np.mean(right))
+            row[f"{script} above 0.9"] = f"{sum(value > 0.9 for value in right)} of {len(right)}"
+        rows.append({**row, "wrong": float(np.mean(wrong)), "highest": max(wrong)})
     return rows
 
 
 def table(rows: Sequence[dict[str, float | int | str]]) -> str:
     """Return a summary as Markdown."""
     lines = [
-        "| condition | script | pictures | mean, right text | above 0.9 | mean, wrong text | highest |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| condition | pictures | Latin | above 0.9 | Chinese | above 0.9 | wrong text | highest |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    lines += [
-        f"| {row['condition']} | {row['script']} | {row['pictures']} | {row['right']:.3f} "
-        f"| {row['above_0.9']} | {row['wrong']:.2f} | {row['wrong_max']:.2f} |"
-        for row in rows
-    ]
+    for row in rows:
+        by_script = " | ".join(f"{row[script]:.3f} | {row[f'{script} above 0.9']}" for script in SCRIPTS)
+        lines.append(
+            f"| {row['condition']} | {row['pictures']} | {by_script} | {row['wrong']:.2f} "
+            f"| {row['highest']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -195,9 +188,9 @@ def main() -> None:
     text = f"""# What TextRenderingMetric reads in drawn pictures
 
 {len(scores)} pictures of 640x512, each with one text in the middle: {len(LATIN_FONTS)} Latin fonts with
-one text each, and a Chinese font with {len(CHINESE_TEXTS)}. The right text is the one that is drawn, the
-wrong one is another of the list. The plain case is "{CONDITIONS[0].name}"; every other condition changes
-one thing.
+one text each, and a Chinese font with {len(CHINESE_TEXTS)}. The columns of the scripts are the means of
+the text that is drawn, and how many pictures score above 0.9; a wrong text is another of the list. The
+plain case is "{CONDITIONS[0].name}"; every other condition changes one thing.
 
 {summary}
 

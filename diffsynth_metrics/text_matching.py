@@ -21,6 +21,7 @@ _SINGLE = re.compile(r"(?<!\w)['‘]((?:[^'‘’]|(?<=\w)['’](?=\w))+)['’](
 _MARKS = dict.fromkeys(map(ord, '"“”„«»「」『』'))
 _ALIKE = {**_MARKS, **dict.fromkeys(map(ord, "‘’`´"), "'"), **dict.fromkeys(map(ord, "‐‑–—−"), "-")}
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_BETWEEN_CJK = re.compile(rf"(?<=[{_CJK}]) (?=[{_CJK}])")
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 
 
@@ -66,7 +67,8 @@ def match(expected: Sequence[str], lines: Sequence[str]) -> list[Match]:
     used: set[int] = set()
     for accuracy, _, index, start, stop in pairs:
         if index not in found and used.isdisjoint(range(start, stop)):
-            found[index] = Match(expected[index], " ".join(words[start:stop]), accuracy)
+            text = _BETWEEN_CJK.sub("", " ".join(words[start:stop]))
+            found[index] = Match(expected[index], text, accuracy)
             used.update(range(start, stop))
     return [found.get(index, Match(text, "", 0.0)) for index, text in enumerate(expected)]
 

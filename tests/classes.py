@@ -9,10 +9,13 @@ import diffsynth_metrics
 _CLASSES = {
     "aesthetic": "AestheticMetric",
     "clip": "CLIPMetric",
+    "cmmd": "CMMDMetric",
+    "fd_dinov2": "FDDINOv2Metric",
     "fid": "FIDMetric",
     "hpsv2": "HPSv2Metric",
     "hpsv3": "HPSv3Metric",
     "image_reward": "ImageRewardMetric",
+    "image_similarity": "ImageSimilarityMetric",
     "pickscore": "PickScoreMetric",
     "qwen_image_bench": "QwenImageBenchMetric",
     "unified_reward_2": "UnifiedReward2Metric",

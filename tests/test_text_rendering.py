@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,8 @@ class TestMatching:
         assert self.accuracy(["SALE", "SALE"], ["SALE", "sale"]) == 1
 
     def test_it_says_what_was_found(self) -> None:
+        (chinese,) = match(["开业大吉"], ["老王 开业大吉 50%"])
+        assert chinese.found == "开业大吉"
         (found,) = match(["grand opening"], ["Big", "GRAND OPENIN"])
         assert (found.expected, found.found) == ("grand opening", "GRAND OPENIN")
         assert found.accuracy == pytest.approx(11 / 12)
@@ -158,12 +161,12 @@ def metric() -> TextRenderingMetric:
     return TextRenderingMetric.from_pretrained()
 
 
-def draw(text: str, size: int = 40, rotation: float = 0, noise: float = 0, ink: str = "black") -> Any:
-    picture = PIL.Image.new("RGB", (512, 320), "white")
+def draw(text: str, size: int = 30, rotation: float = 0, noise: float = 0, ink: str = "black") -> Any:
+    picture = PIL.Image.new("RGB", (336, 336), "white")
     font = ImageFont.load_default(size)
-    ImageDraw.Draw(picture).text((256, 160), text, fill=ink, font=font, anchor="mm")
+    ImageDraw.Draw(picture).text((168, 168), text, fill=ink, font=font, anchor="mm")
     picture = picture.rotate(rotation, PIL.Image.Resampling.BICUBIC, fillcolor="white")
-    noisy = np.asarray(picture) + np.random.default_rng(0).normal(0, noise, (320, 512, 3))
+    noisy = np.asarray(picture) + np.random.default_rng(0).normal(0, noise, (336, 336, 3))
     return PIL.Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
@@ -172,8 +175,7 @@ class TestReading:
     def test_right_texts_score_high_and_wrong_ones_low(self, metric: TextRenderingMetric) -> None:
         text, other = "Next Gas 100 Miles", "Happy Birthday"
         for look in (
-            {"size": 40},
-            {"size": 20},
+            {"size": 16},
             {"rotation": 8},
             {"rotation": -5},
             {"noise": 25},
@@ -192,9 +194,9 @@ class TestReading:
         fonts = [font for font in CHINESE if font.is_file()]
         if not fonts:
             pytest.skip("apt-get install fonts-wqy-zenhei")
-        picture = PIL.Image.new("RGB", (512, 320), "white")
+        picture = PIL.Image.new("RGB", (336, 336), "white")
         font = ImageFont.truetype(str(fonts[0]), 48)
-        ImageDraw.Draw(picture).text((256, 160), "老王面馆", fill="black", font=font, anchor="mm")
+        ImageDraw.Draw(picture).text((168, 168), "老王面馆", fill="black", font=font, anchor="mm")
         right, wrong = metric.compute(["招牌「老王面馆」", "招牌“禁止停车”"], picture)
         assert right > 0.9 and wrong < 0.3
 
@@ -210,7 +212,7 @@ class TestReading:
         assert line["text"] == "OPENNING" and line["confidence"] > 0.9
         corners = np.array(line["box"])
         assert corners.shape == (4, 2)
-        assert abs(corners.mean(axis=0) - (256, 160)).max() < 12
+        assert abs(corners.mean(axis=0) - (168, 168)).max() < 12
         assert json.dumps(row)
 
     def test_every_kind_of_image(self, metric: TextRenderingMetric, tmp_path: Path) -> None:
@@ -235,14 +237,14 @@ class TestReading:
         assert len(calls) == 1
 
     def test_threads_and_processes_read_the_same(self, metric: TextRenderingMetric) -> None:
-        texts = ["Grand Opening", "50% off", "Exit 24", "Hello World"]
+        texts = ["Grand Opening", "50% off"]
         pictures = [draw(text, rotation=index) for index, text in enumerate(texts)]
         prompts = [f'"{text}!"' for text in texts]
         alone = metric.evaluate(prompts, pictures)
         with ThreadPoolExecutor(8) as pool:
-            rows = list(pool.map(lambda i: metric.evaluate(prompts[i], pictures[i])[0], [*range(4)] * 4))
+            rows = list(pool.map(lambda i: metric.evaluate(prompts[i], pictures[i])[0], [0, 1] * 4))
         for index, row in enumerate(rows):
-            same_reading(row, alone[index % 4])
+            same_reading(row, alone[index % 2])
         script = (
             "import pickle, sys\n"
             "metric, prompts, pictures = pickle.load(sys.stdin.buffer)\n"
@@ -366,21 +368,22 @@ class TestBenchmark:
             benchmark.Score("Latin", "plain", "b.ttf", 0.8, 0.4),
             benchmark.Score("Chinese", "plain", "c.ttf", 0.5, 0.0),
         ]
-        latin, chinese, both = benchmark.summarise(scores)
-        assert (latin["pictures"], latin["above_0.9"], latin["wrong_max"]) == (2, 1, 0.4)
-        assert (latin["right"], latin["wrong"]) == pytest.approx((0.9, 0.3))
-        assert (chinese["script"], chinese["right"]) == ("Chinese", 0.5)
-        assert (both["condition"], both["pictures"]) == ("all", 3)
-        assert both["right"] == pytest.approx(2.3 / 3)
-        assert benchmark.table([latin]).endswith("| plain | Latin | 2 | 0.900 | 1 | 0.30 | 0.40 |")
+        plain, every = benchmark.summarise(scores)
+        assert (plain["condition"], every["condition"]) == ("plain", "all")
+        assert plain["pictures"] == every["pictures"] == 3
+        assert (plain["Latin"], plain["wrong"]) == pytest.approx((0.9, 0.2))
+        assert (plain["Latin above 0.9"], plain["Chinese above 0.9"]) == ("1 of 2", "0 of 1")
+        assert (plain["Chinese"], plain["highest"]) == (0.5, 0.4)
+        assert benchmark.table([plain]).endswith(
+            "| plain | 3 | 0.900 | 1 of 2 | 0.500 | 0 of 1 | 0.20 | 0.40 |"
+        )
 
     def test_its_results_cover_enough_and_are_those_of_the_documentation(self, benchmark: Any) -> None:
         results = (ROOT / "benchmarks/RESULTS_TEXT_RENDERING.md").read_text(encoding="utf-8")
-        rows = [line for line in results.splitlines() if line.startswith("| ") and " | " in line][1:]
-        total = next(row for row in rows if row.startswith("| all |"))
-        assert int(total.split(" | ")[2]) >= 200
-        assert {condition.name for condition in benchmark.CONDITIONS} <= {
-            row.split(" | ")[0].removeprefix("| ") for row in rows
-        }
+        rows = re.findall(r"^\| (.+?) \| (\d+) \| .+ of .+ \|$", results, re.MULTILINE)
+        assert [name for name, _ in rows] == [*(one.name for one in benchmark.CONDITIONS), "all"]
+        assert int(dict(rows)["all"]) >= 200
+        assert len(benchmark.LATIN_FONTS) == 10
         documentation = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-        assert total in documentation
+        for line in results.splitlines():
+            assert not re.match(r"\| .+ of .+ \|$", line) or line in documentation, line

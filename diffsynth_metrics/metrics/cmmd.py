@@ -23,7 +23,6 @@ from diffsynth_metrics.fid.sources import ImageReader, ImageSource, OnError, cho
 from diffsynth_metrics.modes import plain_modes
 from diffsynth_metrics.networks.vit import build_vit, family_of
 from diffsynth_metrics.pixels.transforms import CLIP_MEAN, CLIP_STD
-from diffsynth_metrics.weights.checkpoint import read_config
 from diffsynth_metrics.weights.files import sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 
@@ -114,7 +113,7 @@ class CMMDMetric(SetMetric):
         """
         if family_of(files) != "clip":
             raise CheckpointError(f"{files[0]} is no CLIP in timm's layout, which {cls.__name__} takes")
-        return read_config(files)
+        return super().read_config(model_config, files)
 
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> nn.Module:

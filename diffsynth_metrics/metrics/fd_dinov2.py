@@ -17,7 +17,6 @@ from diffsynth_metrics.fid.preprocessing import Normalized, Prepare
 from diffsynth_metrics.metrics.fid import FIDMetric
 from diffsynth_metrics.networks.vit import build_vit, family_of, resample_positions
 from diffsynth_metrics.pixels.transforms import IMAGENET_MEAN, IMAGENET_STD
-from diffsynth_metrics.weights.checkpoint import read_config
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["FDDINOv2Metric"]
@@ -63,6 +62,7 @@ class FDDINOv2Metric(FIDMetric):
         origin_file_pattern="model.safetensors",
         download_source="huggingface",
     )
+    config_file = "config.json"
     label = "FD-DINOv2"
     extractor = "dinov2-vitl14"
     preprocessings: ClassVar[Mapping[str, Prepare]] = {
@@ -134,7 +134,7 @@ class FDDINOv2Metric(FIDMetric):
             raise CheckpointError(
                 f"{files[0]} is no DINOv2 in timm's layout, which {cls.__name__} takes"
             )
-        return read_config(files)
+        return super().read_config(model_config, files)
 
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> nn.Module:

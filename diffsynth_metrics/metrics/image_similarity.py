@@ -32,7 +32,6 @@ from diffsynth_metrics.pixels.transforms import (
     ShortestEdgeCrop,
     Transform,
 )
-from diffsynth_metrics.weights.checkpoint import read_config
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["ImageSimilarityMetric", "ReferencesInput", "mean_cosine"]
@@ -161,7 +160,7 @@ class ImageSimilarityMetric(ReferenceMetric):
     @classmethod
     def read_config(cls, model_config: ModelConfig | None, files: Sequence[Path]) -> dict[str, Any]:
         """Return the family of the files and the config next to them."""
-        return {"family": family_of(files), "config": read_config(files)}
+        return {"family": family_of(files), "config": super().read_config(model_config, files)}
 
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> nn.Module:

@@ -45,6 +45,7 @@ KNOWN_LAYOUTS = {
     "f9786d06eca5c0f1ece89843b2c4cc66": ("UnifiedReward2Metric",),
     "2d11bf14bba8b4e87477c8199a895403": ("UnifiedRewardEditMetric",),
     "ff4ad0463675e96738483611f6dd551b": ("QwenImageBenchMetric",),
+    # Of timm's networks, whose files hold their state dicts.
     "e01f1dc7cb145d87030565d6da9588b2": ("ImageSimilarityMetric",),
     "82a6cf7de490aa417468a112b948b915": ("ImageSimilarityMetric",),
     "7198e0b7ddf039df69e7f929273f1cc4": ("ImageSimilarityMetric",),
