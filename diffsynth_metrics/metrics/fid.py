@@ -89,7 +89,7 @@ class FIDMetric(SetMetric):
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="FID/model.safetensors"
     )
-    config_file = None
+    config_file: ClassVar[str | None] = None
     label: ClassVar[str] = "FID"
     """How messages call the distance."""
     extractor: ClassVar[str] = "inception"
