@@ -127,7 +127,7 @@ class TextRenderingMetric(BaseMetric):
         Raises:
             TypeError: An argument is not a prompt or an image.
             ValueError: The numbers of prompts and images differ, or there are none.
-            ImageError: An image cannot be read, or one side is more than 50 times the other.
+            ImageError: An image cannot be read, or one side is more than 20 times the other.
             FileNotFoundError: A path does not exist.
         """
         prompts, checked, count = pair(prompt, images)

@@ -18,12 +18,15 @@ from diffsynth_metrics.errors import ImageError
 __all__ = ["Line", "TextReader"]
 
 _FILES = {"Det": "PP-OCRv6_det_small.onnx", "Rec": "PP-OCRv6_rec_small.onnx"}
-_MAX_RATIO = 50  # rapidocr enlarges the shorter side, and the longer one with it
+_MAX_RATIO = 20  # rapidocr enlarges the shorter side, and the longer one with it
 _SETTINGS = {
     "Global.log_level": "error",
     # Text that stands on its head is not what a prompt asks for.
     "Global.use_cls": False,
 }
+
+# After a fork, sessions of onnxruntime have no threads, and ending one waits for them for ever.
+_OF_PARENTS: list[Any] = []
 
 Line = dict[str, Any]
 """A line: ``"text"``, ``"confidence"`` in 0..1, and ``"box"``, its four corners (x, y) in pixels."""
@@ -67,14 +70,15 @@ class TextReader:
         """Read a picture in RGB.
 
         Raises:
-            ImageError: One side is more than 50 times the other.
+            ImageError: One side is more than 20 times the other.
         """
         if max(picture.size) > _MAX_RATIO * min(picture.size):
             raise ImageError(
                 f"one side may be at most {_MAX_RATIO} times the other, got "
                 f"{picture.width}x{picture.height}"
             )
-        if self._process != os.getpid():  # the threads of onnxruntime stayed behind at the fork
+        if self._process != os.getpid():
+            _OF_PARENTS.append(self._engine)
             self._load()
         result = self._engine(picture)
         if result.txts is None:
