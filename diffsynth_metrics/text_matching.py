@@ -17,7 +17,10 @@ _DOUBLE = re.compile(
     r'(?<!\d)["＂]([^"＂]+)["＂]|[“”„]([^“”„]+)[“”]|«([^»]+)»|「([^」]+)」|『([^』]+)』'
 )
 # Apostrophes inside a word neither open nor close.
-_SINGLE = re.compile(r"(?<!\w)['‘]((?:[^'‘’]|(?<=\w)['’](?=\w))+)['’](?!\w)")
+_LATIN = "0-9A-Za-zÀ-ɏ"
+_SINGLE = re.compile(
+    rf"(?<![{_LATIN}])['‘]((?:[^'‘’]|(?<=[{_LATIN}])['’](?=[{_LATIN}]))+)['’](?![{_LATIN}])"
+)
 _MARKS = dict.fromkeys(map(ord, '"“”„«»「」『』'))
 _ALIKE = {**_MARKS, **dict.fromkeys(map(ord, "‘’`´"), "'"), **dict.fromkeys(map(ord, "‐‑–—−"), "-")}
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"

@@ -68,6 +68,7 @@ class TestQuotedTexts:
             "it says 'Don't Panic'": ["Don't Panic"],
             "typographic ‘Don’t Panic’": ["Don't Panic".replace("'", "’")],
             "the dog's and the cats' bowls": [],
+            "写着'开业'的招牌": ["开业"],
             "the dog's 'bowl' says \"Rex\"": ["Rex"],
         }.items():
             assert quoted_texts(prompt) == texts, prompt

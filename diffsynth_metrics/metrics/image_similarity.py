@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from diffsynth_metrics.inputs import (
     CheckedImages,
     ImageInput,
     ImagesInput,
+    ReferencesInput,
     as_images,
-    is_one_image,
-    pair_references,
+    group_references,
 )
 from diffsynth_metrics.modes import plain_modes, wants_gradients
 from diffsynth_metrics.networks.vit import build_vit, family_of, resample_positions
@@ -34,10 +34,7 @@ from diffsynth_metrics.pixels.transforms import (
 )
 from diffsynth_metrics.weights.model_config import ModelConfig
 
-__all__ = ["ImageSimilarityMetric", "ReferencesInput", "mean_cosine"]
-
-ReferencesInput: TypeAlias = "ImagesInput | Sequence[Sequence[ImageInput]]"
-"""References as every :class:`ReferenceMetric` takes them, or a list of several for each image."""
+__all__ = ["ImageSimilarityMetric", "mean_cosine"]
 
 _SIZE = 224
 
@@ -216,21 +213,7 @@ class ImageSimilarityMetric(ReferenceMetric):
         Returns:
             See :meth:`PromptMetric.components`; gradients flow to both sides.
         """
-        if not _is_nested(reference):
-            references, checked = pair_references(reference, images)  # type: ignore[arg-type]
-            sizes = [1] * len(checked)
-        else:
-            checked = as_images(images)
-            groups = [
-                list(_references(group, index)) for index, group in enumerate(cast(Any, reference))
-            ]
-            if len(groups) not in (1, len(checked)):
-                raise ValueError(
-                    f"got references for {len(groups)} images and {len(checked)} images; pass a list of "
-                    "references for each image, or [[a, b, c]] for all images"
-                )
-            sizes = [len(group) for group in groups]
-            references = [image for group in groups for image in group]
+        references, sizes, checked = group_references(reference, images)
         try:
             reference_features = self._features(references)
         except ImageError as error:
@@ -276,16 +259,3 @@ class ImageSimilarityMetric(ReferenceMetric):
         wide = torch.promote_types(self.dtype, torch.float32)
         batches = [self.model(batch.to(self.dtype)).to(wide) for batch in self.pixel_batches(images)]
         return l2_normalize(joined(batches), dim=-1)
-
-
-def _is_nested(reference: Any) -> bool:
-    """Tell whether there are several references for an image."""
-    several = isinstance(reference, (list, tuple)) and len(reference) > 0
-    return several and not any(is_one_image(group) for group in reference)
-
-
-def _references(group: Any, index: int) -> CheckedImages:
-    try:
-        return as_images(group)
-    except (ImageError, TypeError, ValueError, FileNotFoundError) as error:
-        raise type(error)(f"references of image {index}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,11 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from diffsynth_metrics.base import BaseMetric, MetricCard
+from diffsynth_metrics.base import MetricCard, RowMetric
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import (
     CheckedImage,
-    ImageInput,
     ImagesInput,
     as_pil,
     as_rgb,
@@ -29,10 +27,10 @@ from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["TextRenderingMetric"]
 
-_NUMBERS = ("score", "character_accuracy", "flow_grpo")
+_SCALES = ("character_accuracy", "flow_grpo")
 
 
-class TextRenderingMetric(BaseMetric):
+class TextRenderingMetric(RowMetric):
     """The share of characters in quotation marks that OCR reads in the picture, 0 to 1.
 
     It reads with rapidocr's PP-OCRv6, Chinese and English, on the CPU; ``pip install
@@ -60,8 +58,9 @@ class TextRenderingMetric(BaseMetric):
         notes="What OCR cannot read counts as wrong: ornate, tiny or steeply rotated letters.",
     )
     default_batch_size = 1
-    needs = ("prompt",)
-    model: TextReader
+    numbers = ("score", *_SCALES)
+    model: Any
+    """The :class:`~diffsynth_metrics.networks.ocr.TextReader`."""
 
     def __init__(self, model: TextReader, *, scale: str = "character_accuracy") -> None:
         """Wrap a reader; users call :meth:`from_pretrained`."""
@@ -108,8 +107,8 @@ class TextRenderingMetric(BaseMetric):
     @classmethod
     def check_options(cls, *, scale: str = "character_accuracy") -> None:  # type: ignore[override]
         """Check ``scale``."""
-        if scale not in _NUMBERS[1:]:
-            raise ValueError(f"scale must be one of {', '.join(_NUMBERS[1:])}; got {scale!r}")
+        if scale not in _SCALES:
+            raise ValueError(f"scale must be one of {', '.join(_SCALES)}; got {scale!r}")
 
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
         """Read pictures and compare them with prompts, which pair as in every metric.
@@ -136,32 +135,6 @@ class TextRenderingMetric(BaseMetric):
         read = read * count if len(read) == 1 else read
         return [self._row(text, lines) for text, lines in zip(prompts, read, strict=True)]
 
-    def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
-        """Return the numbers of :meth:`evaluate`: float32 ``[N]``, NaN where there is none."""
-        rows = self.evaluate(prompt, images)
-        return {
-            name: torch.tensor([_or_nan(row[name]) for row in rows], dtype=torch.float32)
-            for name in _NUMBERS
-        }
-
-    def compute(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
-        """Return the ``"score"`` of :meth:`evaluate`, NaN where there is none."""
-        rows = self.evaluate(prompt, images)
-        return [_or_nan(row["score"]) for row in rows]
-
-    def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
-        """Score like :meth:`compute`, as a tensor ``[N]``, without gradients."""
-        return self.components(prompt, images)["score"]
-
-    def arguments(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[ImageInput] | Tensor,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> tuple[Any, ...]:
-        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
-        return (prompts, images)
-
     @property
     def device(self) -> torch.device:
         """The CPU, where pictures are read and scores are."""
@@ -180,9 +153,6 @@ class TextRenderingMetric(BaseMetric):
         """Return nothing: the networks are not torch's."""
         return iter(())
 
-    def check_weights(self) -> None:
-        """Do nothing: a score that is missing is a prompt without quoted text."""
-
     @property
     def provenance(self) -> dict[str, Any]:
         """See :attr:`BaseMetric.provenance`; with the packages that read and their networks' sha256."""
@@ -199,9 +169,10 @@ class TextRenderingMetric(BaseMetric):
     def _read(self, image: CheckedImage, name: str) -> list[Line]:
         picture = as_pil(image) if isinstance(image, Tensor) else as_rgb(open_image(image, name))
         try:
-            return self.model(picture)
+            lines: list[Line] = self.model(picture)
         except ImageError as error:
             raise ImageError(f"{image_name(name, image)}: {error}") from None
+        return lines
 
     def _row(self, prompt: str, read: list[Line]) -> dict[str, Any]:
         lines = [line["text"] for line in read]
@@ -222,7 +193,3 @@ class TextRenderingMetric(BaseMetric):
             "accuracies": [one.accuracy for one in matches],
             "read": read,
         }
-
-
-def _or_nan(number: float | None) -> float:
-    return math.nan if number is None else number
