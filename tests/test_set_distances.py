@@ -53,7 +53,7 @@ def cmmd(tiny: Callable[[str], Path]) -> CMMDMetric:
 def sides(photographs: dict[str, PIL.Image.Image]) -> tuple[list[Any], list[Any]]:
     """Crops of photographs, of several shapes, one grey."""
     first, second, third = list(photographs.values())[:3]
-    boxes = [(10 * i, 5 * i, 10 * i + 90 + 7 * i, 5 * i + 70) for i in range(6)]
+    boxes = [(10 * i, 5 * i, 10 * i + 90, 5 * i + 60 + 20 * i) for i in range(6)]
     real = [first.crop(box) for box in boxes]
     made = [second.convert("L").crop(boxes[0]), *(third.crop(box) for box in boxes[1:])]
     return real, made
