@@ -23,17 +23,22 @@ if TYPE_CHECKING:
         RewardError,
         ServerError,
     )
+    from diffsynth_metrics.fid.features import FeatureSet
     from diffsynth_metrics.fid.statistics import FIDStatistics
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
     from diffsynth_metrics.metrics.bioclip import BioCLIPMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
+    from diffsynth_metrics.metrics.cmmd import CMMDMetric
+    from diffsynth_metrics.metrics.fd_dinov2 import FDDINOv2Metric
     from diffsynth_metrics.metrics.fid import FIDMetric
     from diffsynth_metrics.metrics.hpsv2 import HPSv2Metric
     from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
+    from diffsynth_metrics.metrics.image_similarity import ImageSimilarityMetric
     from diffsynth_metrics.metrics.lpips import LPIPSMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
+    from diffsynth_metrics.metrics.text_rendering import TextRenderingMetric
     from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
     from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
     from diffsynth_metrics.weights.model_config import ModelConfig
@@ -46,15 +51,19 @@ _HOME = {
     "BaseMetric": "base",
     "BioCLIPMetric": "metrics.bioclip",
     "CLIPMetric": "metrics.clip",
+    "CMMDMetric": "metrics.cmmd",
     "CheckpointError": "errors",
     "DiffSynthMetricsError": "errors",
     "DownloadError": "errors",
+    "FDDINOv2Metric": "metrics.fd_dinov2",
     "FIDMetric": "metrics.fid",
     "FIDStatistics": "fid.statistics",
+    "FeatureSet": "fid.features",
     "HPSv2Metric": "metrics.hpsv2",
     "HPSv3Metric": "metrics.hpsv3",
     "ImageError": "errors",
     "ImageRewardMetric": "metrics.image_reward",
+    "ImageSimilarityMetric": "metrics.image_similarity",
     "LPIPSMetric": "metrics.lpips",
     "Metric": "base",
     "MetricCard": "base",
@@ -63,6 +72,7 @@ _HOME = {
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
     "RewardError": "errors",
     "ServerError": "errors",
+    "TextRenderingMetric": "metrics.text_rendering",
     "UnifiedReward2Metric": "metrics.unified_reward_2",
     "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
 }
@@ -74,15 +84,19 @@ __all__ = [
     "BaseMetric",
     "BioCLIPMetric",
     "CLIPMetric",
+    "CMMDMetric",
     "CheckpointError",
     "DiffSynthMetricsError",
     "DownloadError",
+    "FDDINOv2Metric",
     "FIDMetric",
     "FIDStatistics",
+    "FeatureSet",
     "HPSv2Metric",
     "HPSv3Metric",
     "ImageError",
     "ImageRewardMetric",
+    "ImageSimilarityMetric",
     "LPIPSMetric",
     "Metric",
     "MetricCard",
@@ -91,6 +105,7 @@ __all__ = [
     "QwenImageBenchMetric",
     "RewardError",
     "ServerError",
+    "TextRenderingMetric",
     "UnifiedReward2Metric",
     "UnifiedRewardEditMetric",
 ]

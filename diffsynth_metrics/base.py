@@ -7,6 +7,7 @@ A metric says how its network is built (:meth:`BaseMetric.build`) and what it co
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -45,6 +46,7 @@ __all__ = [
     "MetricCard",
     "PromptMetric",
     "ReferenceMetric",
+    "RowMetric",
     "SetMetric",
     "check_batch_size",
     "one_source",
@@ -530,6 +532,50 @@ class PromptMetric(BaseMetric):
         return self.components(prompt, images)["score"]
 
 
+class RowMetric(BaseMetric):
+    """A metric of a prompt and an image that may say why a pair has no score; without gradients.
+
+    It defines :meth:`evaluate`, whose rows have ``"score"``, None where there is none, and ``"error"``.
+    """
+
+    needs = ("prompt",)
+    numbers: ClassVar[tuple[str, ...]] = ("score",)
+    """What of a row is a number, or None."""
+
+    def arguments(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[ImageInput] | Tensor,
+        sources: Sequence[Sequence[ImageInput]] = (),
+    ) -> tuple[Any, ...]:
+        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
+        return (prompts, images)
+
+    @abstractmethod
+    def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
+        """Return a row of plain values for each pair; arguments as in :meth:`PromptMetric.compute`."""
+
+    def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
+        """Return the numbers of :meth:`evaluate`: float32 ``[N]``, NaN where there is none."""
+        rows = self.evaluate(prompt, images)
+        columns = {name: [_or_nan(row[name]) for row in rows] for name in self.numbers}
+        return {
+            name: torch.tensor(column, dtype=torch.float32, device=self.device)
+            for name, column in columns.items()
+        }
+
+    def compute(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
+        """Return the ``"score"`` of :meth:`evaluate`, NaN where there is none."""
+        return [_or_nan(row["score"]) for row in self.evaluate(prompt, images)]
+
+    def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
+        """Score like :meth:`compute`, as a tensor ``[N]``, without gradients."""
+        return self.components(prompt, images)["score"]
+
+    def check_weights(self) -> None:
+        """Do nothing: that a score is missing is no sign of broken weights."""
+
+
 class ImageMetric(BaseMetric):
     """A metric that scores images alone; it defines :meth:`components`."""
 
@@ -747,6 +793,10 @@ def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None
 
 def _words(value: str | bool) -> str:
     return value if isinstance(value, str) else "yes" if value else "no"
+
+
+def _or_nan(number: float | None) -> float:
+    return math.nan if number is None else float(number)
 
 
 def _floats(values: Tensor) -> list[float]:

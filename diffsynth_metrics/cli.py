@@ -714,8 +714,8 @@ def _add_serve(commands: Any) -> None:
         usage="NAME[=PATH] [NAME[=PATH] ...] [options]",
         summary="serve metrics over HTTP, for training loops on other machines",
         more=(
-            "Clients use diffsynth_metrics.serving.RemoteMetric, or POST /compute in Flow-Factory's JSON.\n"
-            "Told to stop, the server finishes what it has taken."
+            "Clients use diffsynth_metrics.serving.RemoteMetric, or POST /compute in the JSON of\n"
+            "Flow-Factory. Told to stop, the server finishes what it has taken."
         ),
         example="serve shapes --port 8000",
         interrupted="stopped",

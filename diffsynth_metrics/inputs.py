@@ -28,12 +28,14 @@ __all__ = [
     "CheckedImages",
     "ImageInput",
     "ImagesInput",
+    "ReferencesInput",
     "SharedImages",
     "as_images",
     "as_pil",
     "as_prompts",
     "as_rgb",
     "extremes",
+    "group_references",
     "image_name",
     "image_size",
     "is_one_image",
@@ -52,6 +54,9 @@ ImageInput: TypeAlias = (
 
 ImagesInput: TypeAlias = "ImageInput | Sequence[ImageInput]"
 """One image or several; a tensor ``[N, 3, H, W]`` or an array ``[N, H, W, 3]`` is several."""
+
+ReferencesInput: TypeAlias = "ImagesInput | Sequence[Sequence[ImageInput]]"
+"""One reference for all images or one for each; or a list of several for each image, or for all."""
 
 CheckedImage: TypeAlias = "PIL.Image.Image | Path | bytes | torch.Tensor"
 """One image after checking; bytes are those of an encoded picture."""
@@ -250,6 +255,43 @@ def pair_references(reference: ImagesInput, images: ImagesInput) -> tuple[Checke
             "or one reference (not in a list) for all images"
         )
     return references, checked
+
+
+def group_references(
+    reference: ReferencesInput, images: ImagesInput
+) -> tuple[CheckedImages, list[int], CheckedImages]:
+    """Align several references per image with images; without nesting as :func:`pair_references` does.
+
+    Args:
+        reference: As in :func:`pair_references`, or a list of lists: the references of each image, or
+            one list of them for all images.
+        images: As in :func:`pair_references`.
+
+    Returns:
+        All references, one group behind the other; how many there are in each group; the images. There
+        are as many groups as images, or one, which is that of every image.
+
+    Raises:
+        ValueError: The numbers differ, or a group is empty; the message names it.
+        TypeError, ImageError, FileNotFoundError: As :func:`as_images`.
+    """
+    nested = isinstance(reference, (list, tuple)) and not any(map(is_one_image, reference))
+    if not nested or not len(reference):  # type: ignore[arg-type]
+        references, checked = pair_references(reference, images)  # type: ignore[arg-type]
+        return references, [1] * len(checked), checked
+    groups: list[list[CheckedImage]] = []
+    for index, group in enumerate(reference):  # type: ignore[arg-type]
+        try:
+            groups.append(list(as_images(group)))
+        except (ImageError, TypeError, ValueError, FileNotFoundError) as error:
+            raise type(error)(f"references of image {index}: {error}") from error
+    checked = as_images(images)
+    if len(groups) not in (1, len(checked)):
+        raise ValueError(
+            f"got references for {len(groups)} images and {len(checked)} images; pass a list of "
+            "references for each image, or [[a, b, c]] for all images"
+        )
+    return [image for group in groups for image in group], [*map(len, groups)], checked
 
 
 def _as_folder(images: object) -> str:

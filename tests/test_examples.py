@@ -59,6 +59,9 @@ def hub(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -
     with LocalHub() as hub:
         hub.add_model("DiffSynth-Studio/ImageMetrics", weights)
         hub.add_model("Qwen/Qwen-Image-Bench", tiny("qwen_image_bench"))
+        hub.add_model("timm/vit_base_patch32_clip_224.openai", tiny("image_similarity"))
+        hub.add_model("timm/vit_large_patch14_clip_336.openai", tiny("cmmd"))
+        hub.add_model("timm/vit_large_patch14_dinov2.lvd142m", tiny("fd_dinov2"))
         hub.add_dataset("DiffSynth-Studio/diffsynth_example_dataset", pictures)
         yield hub
 

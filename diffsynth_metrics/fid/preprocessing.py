@@ -5,8 +5,9 @@ The resize decides the number: the same pictures differ by up to 9 % between the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -14,10 +15,45 @@ import PIL.Image
 from diffsynth_metrics.inputs import as_rgb
 from diffsynth_metrics.pixels.resizing import STRIP_PIXELS, columns_first, strips
 
-__all__ = ["PREPROCESSINGS", "Preprocessing", "find_preprocessing"]
+__all__ = ["PREPROCESSINGS", "Normalized", "Prepare", "Preprocessing", "find_preprocessing"]
 
 _SIZE = (299, 299)
 _Resampling = PIL.Image.Resampling
+
+
+class Prepare(Protocol):
+    """What is done to each picture of a set, under a name that belongs to the number."""
+
+    @property
+    def name(self) -> str:
+        """What results are labelled with."""
+
+    def __call__(self, image: PIL.Image.Image) -> np.ndarray:
+        """Map a loaded image of any mode to a network's input, float32 ``[S, S, 3]``."""
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """Resize a picture in bytes, and normalise its channels.
+
+    Attributes:
+        name: What results are labelled with.
+        resize: Maps an RGB image to an RGB image of the network's size.
+        mean: Mean per channel, for pixels in 0..1.
+        std: Standard deviation per channel, for pixels in 0..1.
+    """
+
+    name: str
+    resize: Callable[[PIL.Image.Image], PIL.Image.Image]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, image: PIL.Image.Image) -> np.ndarray:
+        """Map a loaded image of any mode to the network's input, float32 ``[S, S, 3]``."""
+        pixels: np.ndarray = np.asarray(self.resize(as_rgb(image)), dtype=np.float32) / 255
+        pixels -= np.array(self.mean, dtype=np.float32)
+        pixels /= np.array(self.std, dtype=np.float32)
+        return pixels
 
 
 @dataclass(frozen=True)
@@ -132,12 +168,12 @@ PREPROCESSINGS = {
 """Name of a preprocessing to what it does; each equals the package that it is named after."""
 
 
-def find_preprocessing(name: str) -> Preprocessing:
+def find_preprocessing(name: str, known: Mapping[str, Prepare] = PREPROCESSINGS) -> Prepare:
     """Return the preprocessing of that name.
 
     Raises:
         ValueError: There is none; the message lists the names.
     """
-    if name not in PREPROCESSINGS:
-        raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSINGS)}; got {name!r}")
-    return PREPROCESSINGS[name]
+    if name not in known:
+        raise ValueError(f"preprocessing must be one of {', '.join(known)}; got {name!r}")
+    return known[name]

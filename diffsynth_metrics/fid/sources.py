@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.fid.preprocessing import Preprocessing
+from diffsynth_metrics.fid.preprocessing import Prepare
 from diffsynth_metrics.folders import image_files
 from diffsynth_metrics.inputs import (
     CheckedImage,
@@ -75,7 +75,7 @@ class ImageReader:
     def __init__(
         self,
         source: ImageSource,
-        preprocessing: Preprocessing,
+        preprocessing: Prepare,
         *,
         batch_size: int,
         num_workers: int,
@@ -108,7 +108,7 @@ class ImageReader:
         self._images, self.total = _open_source(source, on_error)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield float32 ``[B, 299, 299, 3]`` with B at most the batch size.
+        """Yield float32 ``[B, S, S, 3]`` with B at most the batch size.
 
         Raises:
             ImageError: An image cannot be read; the message names it.

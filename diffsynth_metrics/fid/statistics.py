@@ -27,8 +27,10 @@ FEWEST_FOR_INFINITY = 20
 # Folding many rows at once is faster; once there is a matrix, few are left for every reader to add.
 _ROWS_KEPT = 256
 _ROWS_AT_ONCE = 1024
-_TEXTS = ("preprocessing", "weights", "dtype")
+_TEXTS = ("preprocessing", "weights", "dtype", "extractor")
 _KEYS = ("mu", "sigma", "count", "skipped", *_TEXTS)
+# What made the features of files that do not say it, such as pytorch-fid's.
+_INCEPTION = "inception"
 
 
 class FIDStatistics:
@@ -49,6 +51,7 @@ class FIDStatistics:
         preprocessing: Name of the preprocessing of the images, or None where it is not known.
         weights: sha256 of the weight file that made the features, or None where it is not known.
         dtype: Dtype of the network that made them, such as ``"float32"``, or None where it is not known.
+        extractor: Name of the network that made them: ``"inception"`` is FID's.
         skipped: How many images could not be read and are not counted.
     """
 
@@ -58,12 +61,14 @@ class FIDStatistics:
         preprocessing: str | None = None,
         weights: str | None = None,
         dtype: str | None = None,
+        extractor: str = _INCEPTION,
         skipped: int = 0,
     ) -> None:
         """Start without images."""
         self.preprocessing = preprocessing
         self.weights = weights
         self.dtype = dtype
+        self.extractor = extractor
         self.skipped = skipped
         self._rows: list[np.ndarray] = []  # not folded yet, [n, D] each, together less than D
         self._folded: int | None = 0  # how many images the two below stand for; None: not known
@@ -80,6 +85,7 @@ class FIDStatistics:
         preprocessing: str | None = None,
         weights: str | None = None,
         dtype: str | None = None,
+        extractor: str = _INCEPTION,
         skipped: int = 0,
     ) -> Self:
         """Make statistics of a mean ``[D]`` and a covariance ``[D, D]`` (ddof 1).
@@ -103,7 +109,13 @@ class FIDStatistics:
         if not np.isfinite(mean).all():
             raise ValueError("the mean holds values that are not finite")
         check_covariance(covariance)
-        statistics = cls(preprocessing=preprocessing, weights=weights, dtype=dtype, skipped=skipped)
+        statistics = cls(
+            preprocessing=preprocessing,
+            weights=weights,
+            dtype=dtype,
+            extractor=extractor,
+            skipped=skipped,
+        )
         statistics._folded = count
         statistics._mean = mean.astype(np.float64)
         statistics._scatter = covariance.astype(np.float64) * (1 if count is None else count - 1)
@@ -183,7 +195,7 @@ class FIDStatistics:
         other._need_count()
         if self.count == 0:
             self.preprocessing, self.weights = other.preprocessing, other.weights
-            self.dtype = other.dtype
+            self.dtype, self.extractor = other.dtype, other.extractor
         if other._folded:
             self._need_dimensions(len(other._mean))
             moments = (self._folded, self._mean, self._scatter)
@@ -197,7 +209,8 @@ class FIDStatistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` file that pytorch-fid reads too (``mu`` and ``sigma``).
 
-        The further keys are ``count``, ``preprocessing``, ``weights``, ``dtype`` and ``skipped``. A
+        The further keys are ``count``, ``preprocessing``, ``weights``, ``dtype``, ``skipped``, and
+        ``extractor`` where it is not FID's. A
         shard of one image or none is saved to be merged; its ``sigma`` is NaN, like `numpy.cov`'s.
 
         Raises:
@@ -215,6 +228,7 @@ class FIDStatistics:
             "preprocessing": self.preprocessing,
             "weights": self.weights,
             "dtype": self.dtype,
+            "extractor": None if self.extractor == _INCEPTION else self.extractor,
             "skipped": self.skipped,
         }
         known: Any = {name: value for name, value in values.items() if value is not None}
@@ -298,6 +312,7 @@ class FIDStatistics:
         known = f"count={self.count}, preprocessing={self.preprocessing!r}"
         known += f", weights={self.weights[:12]!r}" if self.weights else ""
         known += f", dtype={self.dtype!r}" if self.dtype else ""
+        known += f", extractor={self.extractor!r}" if self.extractor != _INCEPTION else ""
         known += f", skipped={self.skipped}" if self.skipped else ""
         return f"FIDStatistics({known})"
 
@@ -350,35 +365,48 @@ def compare_statistics(reference: FIDStatistics, generated: FIDStatistics) -> tu
     """Return the mean term and the covariance term of FID.
 
     Raises:
-        ValueError: A side has fewer than two images, or their features differ in width.
+        ValueError: A side has fewer than two images, or their features are of different networks.
     """
+    if reference.extractor != generated.extractor:
+        raise ValueError(
+            f"the reference has features of {reference.extractor!r}, and the generated side of "
+            f"{generated.extractor!r}: their distance means nothing"
+        )
     return frechet_terms(*reference.mean_and_factor(), *generated.mean_and_factor())
 
 
-def differences_of_making(reference: FIDStatistics, generated: FIDStatistics) -> list[str]:
-    """Say in sentences in what the sides were made differently, apart from their images."""
+def differences_of_making(
+    reference: FIDStatistics, generated: FIDStatistics, name: str = "FID"
+) -> list[str]:
+    """Say in sentences in what the sides were made differently, apart from their images.
+
+    Args:
+        reference: One side.
+        generated: The other side.
+        name: How the sentences call the distance.
+    """
     differences = []
     sides = (reference.preprocessing, generated.preprocessing)
     if None in sides and sides != (None, None):
         differences.append(
             f"one side was prepared as {sides[0] or sides[1]!r} and the other does not say how; if it "
-            "was another preprocessing this FID means nothing. Tell it by "
+            f"was another preprocessing this {name} means nothing. Tell it by "
             "FIDStatistics.load(path, preprocessing=...)"
         )
     elif sides[0] != sides[1]:
         differences.append(
             f"the reference was prepared as {sides[0]!r} and the generated images as {sides[1]!r}: this "
-            "FID compares resizing methods as well as images"
+            f"{name} compares resizing methods as well as images"
         )
     if reference.weights and generated.weights and reference.weights != generated.weights:
         differences.append(
             "the two sides' features were made with different weights "
-            f"({reference.weights[:12]} and {generated.weights[:12]}): this FID means nothing"
+            f"({reference.weights[:12]} and {generated.weights[:12]}): this {name} means nothing"
         )
     if reference.dtype and generated.dtype and reference.dtype != generated.dtype:
         differences.append(
             f"the two sides' features were made by networks in {reference.dtype} and {generated.dtype}: "
-            "the difference in rounding adds to this FID"
+            f"the difference in rounding adds to this {name}"
         )
     return differences
 

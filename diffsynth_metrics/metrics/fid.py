@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from diffsynth_metrics.fid.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
-from diffsynth_metrics.fid.preprocessing import find_preprocessing
+from diffsynth_metrics.fid.preprocessing import PREPROCESSINGS, Prepare, find_preprocessing
 from diffsynth_metrics.fid.sources import ImageReader, ImageSource, OnError, choose_workers
 from diffsynth_metrics.fid.statistics import (
     FEWEST_FOR_INFINITY,
@@ -92,8 +92,14 @@ class FIDMetric(SetMetric):
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="FID/model.safetensors"
     )
-    config_file = None
-    dimensions = FEATURES
+    config_file: ClassVar[str | None] = None
+    label: ClassVar[str] = "FID"
+    """How messages call the distance."""
+    extractor: ClassVar[str] = "inception"
+    """Name of the network, which statistics carry."""
+    preprocessings: ClassVar[Mapping[str, Prepare]] = PREPROCESSINGS
+    """Name of a preprocessing to what it does."""
+    dimensions: int = FEATURES
     """Number of features that the network makes of an image."""
     model: Inception3
 
@@ -165,7 +171,7 @@ class FIDMetric(SetMetric):
         cls, *, preprocessing: str = "clean", num_workers: int | None = None
     ) -> None:
         """Check the metric's own options before files are fetched."""
-        find_preprocessing(preprocessing)
+        find_preprocessing(preprocessing, cls.preprocessings)
         choose_workers(num_workers)
 
     @classmethod
@@ -359,14 +365,15 @@ class FIDMetric(SetMetric):
             for side, source in images.items()
         }
         for side, source in sources.items():
-            _check_count(side, source, measures.get(side, {}))
+            _check_count(side, source, {self.label: 2, **measures.get(side, {})})
         self._check_dimensions(sources)
         (reference, real), (generated, fake) = (
             self._extract(side, source, keep=bool(measures.get(side)))
             for side, source in sources.items()
         )
         mean_term, covariance_term = compare_statistics(reference, generated)
-        doubts = differences_of_making(reference, generated) + _doubts_of_few(reference, generated)
+        doubts = differences_of_making(reference, generated, self.label)
+        doubts += _doubts_of_few(reference, generated, self.label, self.dimensions)
         for doubt in doubts:
             warnings.warn(doubt, UserWarning, stacklevel=3)
         result = {
@@ -381,8 +388,9 @@ class FIDMetric(SetMetric):
             "weights": generated.weights,
         }
         logger.info(
-            "FID %.4f, preprocessing %r: %s reference images (%d more skipped), %s generated images "
+            "%s %.4f, preprocessing %r: %s reference images (%d more skipped), %s generated images "
             "(%d more skipped)",
+            self.label,
             result["score"],
             generated.preprocessing,
             _count(reference),
@@ -410,10 +418,11 @@ class FIDMetric(SetMetric):
                 f"there is no option {next(iter(unknown))!r}; there are batch_size, num_workers, "
                 f"{', '.join(ReadOptions.__annotations__)}"
             )
-        prepare = find_preprocessing(self.preprocessing if preprocessing is None else preprocessing)
+        wanted = self.preprocessing if preprocessing is None else preprocessing
+        prepare = find_preprocessing(wanted, self.preprocessings)
         batch_size = check_batch_size(self.batch_size if batch_size is None else batch_size)
         num_workers = choose_workers(self.num_workers if num_workers is None else num_workers)
-        source = _find_source(images)
+        source = _find_source(images, self.label)
         if not isinstance(source, FIDStatistics):
             return ImageReader(
                 source,
@@ -421,7 +430,12 @@ class FIDMetric(SetMetric):
                 batch_size=batch_size,
                 num_workers=num_workers,
                 on_error=on_error,
-                progress=f"FID ({prepare.name}), {side or 'images'}" if progress else None,
+                progress=f"{self.label} ({prepare.name}), {side or 'images'}" if progress else None,
+            )
+        if source.extractor != self.extractor:
+            raise ValueError(
+                f"the {side or 'given'} statistics hold features of {source.extractor!r}, and "
+                f"{self.label} compares those of {self.extractor!r}"
             )
         if preprocessing is not None and source.preprocessing not in (None, preprocessing):
             raise ValueError(
@@ -454,6 +468,7 @@ class FIDMetric(SetMetric):
             preprocessing=source.preprocessing.name,
             weights=self.weights,
             dtype=str(self.dtype).removeprefix("torch."),
+            extractor=self.extractor,
         )
         for batch in source:
             features = self._features(batch)
@@ -466,7 +481,7 @@ class FIDMetric(SetMetric):
         return statistics, np.concatenate(kept)
 
     def _features(self, batch: np.ndarray) -> np.ndarray:
-        """Map network inputs ``[B, 299, 299, 3]`` to features ``[B, D]``, both float32."""
+        """Map network inputs ``[B, S, S, 3]`` to features ``[B, D]``, both float32."""
         with plain_modes(self.device.type, gradients=False):
             # A view, with the channels last in memory: torch computes convolutions that way, and faster.
             pixel_values = torch.from_numpy(batch).to(self.device, self.dtype).permute(0, 3, 1, 2)
@@ -476,7 +491,7 @@ class FIDMetric(SetMetric):
         return features
 
 
-def _find_source(images: FIDSource) -> FIDSource:
+def _find_source(images: FIDSource, label: str) -> FIDSource:
     """Return the statistics of a file of statistics, and other sources as they are."""
     if not isinstance(images, (str, os.PathLike)):
         return images
@@ -487,28 +502,31 @@ def _find_source(images: FIDSource) -> FIDSource:
         return FIDStatistics.load(path)
     if path.is_file():
         raise ValueError(
-            f"{str(images)!r} is one file; FID compares sets of images: pass a folder, a list of "
+            f"{str(images)!r} is one file; {label} compares sets of images: pass a folder, a list of "
             "images, an array [N, H, W, 3] (numpy.load of an .npy file), or an .npz file of statistics"
         )
     return path
 
 
 def _check_count(side: str, source: FIDStatistics | ImageReader, measures: Mapping[str, int]) -> None:
-    """Refuse a side that has too few images for FID or a measure, or not the features for one."""
-    if measures and isinstance(source, FIDStatistics) and source.features is None:
+    """Refuse a side that has too few images, or no features for the measures after the first."""
+    _, *of_features = measures
+    if of_features and isinstance(source, FIDStatistics) and source.features is None:
         raise ValueError(
-            f"{', '.join(measures)} need the {side} images: statistics do not hold features"
+            f"{', '.join(of_features)} need the {side} images: statistics do not hold features"
         )
     count = source.count if isinstance(source, FIDStatistics) else source.total
-    for measure, fewest in {"FID": 2, **measures}.items():
+    for measure, fewest in measures.items():
         if count is not None and count < fewest:
             raise ValueError(f"{measure} needs at least {fewest} {side} images, got {count}")
 
 
-def _doubts_of_few(reference: FIDStatistics, generated: FIDStatistics) -> list[str]:
-    """Say how large FID of few images is where it should be 0: between halves of one side."""
+def _doubts_of_few(
+    reference: FIDStatistics, generated: FIDStatistics, label: str, dimensions: int
+) -> list[str]:
+    """Say how large a distance of few images is where it should be 0: between halves of one side."""
     smaller = min(reference, generated, key=lambda side: np.inf if side.count is None else side.count)
-    if smaller.count is None or smaller.count >= FEATURES:
+    if smaller.count is None or smaller.count >= dimensions:
         return []
     example = ""
     if smaller.features is not None and smaller.count >= 4:
@@ -519,10 +537,10 @@ def _doubts_of_few(reference: FIDStatistics, generated: FIDStatistics) -> list[s
             f"{sum(compare_statistics(*halves)):.2f} apart, though nothing but chance tells them apart."
         )
     return [
-        f"FID of {_count(reference)} reference and {_count(generated)} generated images: "
-        f"below {FEATURES:,} the covariance is singular and FID is strongly biased upwards.{example} "
-        "Compare only with numbers of as many images, or use evaluate(kid=True) with at least "
-        f"{FEWEST_FOR_KID} images, and not statistics, on each side."
+        f"{label} of {_count(reference)} reference and {_count(generated)} generated images: "
+        f"below {dimensions:,} the covariance is singular and {label} is strongly biased upwards."
+        f"{example} Compare only with numbers of as many images, or use evaluate(kid=True) with at "
+        f"least {FEWEST_FOR_KID} images, and not statistics, on each side."
     ]
 
 

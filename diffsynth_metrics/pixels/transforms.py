@@ -26,7 +26,10 @@ from diffsynth_metrics.pixels.resizing import STRIP_PIXELS, resize, resize_part,
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "Letterbox",
+    "ResizedCrop",
     "ShortestEdgeCrop",
     "SmartResize",
     "Transform",
@@ -36,6 +39,8 @@ __all__ = [
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Transform(Protocol):
@@ -135,6 +140,21 @@ class ShortestEdgeCrop:
     def _offset(self, length: int) -> int:
         margin = length - self.size
         return margin // 2 if self.crop_rounding == "floor" else round(margin / 2)
+
+
+@dataclass(frozen=True)
+class ResizedCrop(ShortestEdgeCrop):
+    """Resize the shorter edge to `edge`, which is more than `size`, then cut out the centre of `size`.
+
+    This is how networks are evaluated on ImageNet, DINO and DINOv2 among them.
+    """
+
+    edge: int = 256
+
+    def _geometry(self, height: int, width: int) -> tuple[int, int, int, int]:
+        short = min(height, width)
+        height, width = self.edge * height // short, self.edge * width // short
+        return height, width, self._offset(height), self._offset(width)
 
 
 @dataclass(frozen=True)

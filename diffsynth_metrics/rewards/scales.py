@@ -89,6 +89,10 @@ SCALES: dict[str, dict[str, Scale]] = {
         "srpo": Scale(divide=20),
     },
     "QwenImageBenchMetric": _OFFICIAL,
+    "TextRenderingMetric": {
+        "official": Scale(component="character_accuracy"),
+        "flow_grpo": Scale(component="flow_grpo"),
+    },
     "UnifiedReward2Metric": {
         **_OFFICIAL,
         "flow_grpo": Scale(divide=5),

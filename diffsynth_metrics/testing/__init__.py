@@ -27,6 +27,13 @@ from diffsynth_metrics.testing.hpsv3 import write_hpsv3
 from diffsynth_metrics.testing.judges import write_qwen3_5, write_qwen3_vl
 from diffsynth_metrics.testing.random_weights import randomize
 from diffsynth_metrics.testing.scripted_engine import ScriptedEngine
+from diffsynth_metrics.testing.vit import (
+    write_clip_336,
+    write_clip_vit,
+    write_dino,
+    write_dinov2,
+    write_dinov2_l,
+)
 
 __all__ = ["TINY_CHECKPOINTS", "ScriptedEngine", "clip_vocabulary", "randomize", "tiny_checkpoint"]
 
@@ -34,17 +41,22 @@ TINY_CHECKPOINTS = {
     "aesthetic": write_aesthetic,
     "bioclip": write_hpsv2,
     "clip": write_clip,
+    "cmmd": write_clip_336,
+    "fd_dinov2": write_dinov2_l,
     "fid": write_fid,
     "hpsv2": write_hpsv2,
     "hpsv3": write_hpsv3,
     "image_reward": write_image_reward,
+    "image_similarity": write_clip_vit,
+    "image_similarity_dino": write_dino,
+    "image_similarity_dinov2": write_dinov2,
     "lpips": write_lpips,
     "pickscore": write_clip,
     "qwen_image_bench": write_qwen3_5,
     "unified_reward_2": write_qwen3_5,
     "unified_reward_edit": write_qwen3_vl,
 }
-"""Name of a metric to what writes its tiny checkpoint."""
+"""Name of a metric, and of a protocol other than its default, to what writes its tiny checkpoint."""
 
 
 def tiny_checkpoint(name: str, folder: str | os.PathLike[str], *, seed: int = 0) -> Path:

@@ -49,6 +49,12 @@ KNOWN_LAYOUTS = {
     "08a75c660c9b2e775c530a0955857f1f": ("LPIPSMetric",),
     "5740953aaa8aba2ecd9b9c23da813591": ("LPIPSMetric",),
     "ff994b70a30599287a332105396d5004": ("LPIPSMetric",),
+    # Of timm's networks, whose files hold their state dicts.
+    "e01f1dc7cb145d87030565d6da9588b2": ("ImageSimilarityMetric",),
+    "82a6cf7de490aa417468a112b948b915": ("ImageSimilarityMetric",),
+    "7198e0b7ddf039df69e7f929273f1cc4": ("ImageSimilarityMetric",),
+    "a0a2939d93e15012f387ede63112756a": ("FDDINOv2Metric", "ImageSimilarityMetric"),
+    "856bd25d8a3273d081863814b01f3bdd": ("CMMDMetric",),
 }
 """Fingerprint of each published checkpoint to the metrics that it belongs to."""
 
@@ -130,7 +136,7 @@ def check_owner(files: Sequence[Path], metric: type) -> None:
     owners = KNOWN_LAYOUTS.get(fingerprint(layout), ())
     if not owners:
         owners = next((_MARKS[mark] for mark in _MARKS if _has_prefix(layout, mark)), ())
-    known = {name for names in _MARKS.values() for name in names}
+    known = {name for names in (*_MARKS.values(), *KNOWN_LAYOUTS.values()) for name in names}
     own = {base.__name__ for base in metric.__mro__} & known
     if own and owners and not own & {*owners}:
         raise CheckpointError(
