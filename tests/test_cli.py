@@ -86,7 +86,7 @@ def test_the_page_about_the_command_is_current() -> None:
 def test_every_command_has_help_with_an_example_that_is_right(run: Run) -> None:
     assert COMMANDS == (
         *("score", "check", "compare", "report", "fid"),
-        *("metrics", "download", "verify", "doctor"),
+        *("metrics", "download", "verify", "doctor", "serve"),
     )
     for name in COMMANDS:
         code, out, err = run(name, "--help")

@@ -56,6 +56,9 @@ class TextRenderingMetric(RowMetric):
         code_license="Apache-2.0",
         weights_license="Apache-2.0",
         notes="What OCR cannot read counts as wrong: ornate, tiny or steeply rotated letters.",
+        good_for="whether the text that the prompt quotes is in the picture",
+        download="none (in the wheel of rapidocr)",
+        memory="32 MB",
     )
     default_batch_size = 1
     numbers = ("score", *_SCALES)

@@ -192,7 +192,10 @@ def downloads_are_off() -> bool:
 
 
 def find_parts(name: str, source: str | None = None) -> tuple[Part, ...]:
-    """Return the published files of a metric; none for ``"shapes"``, which is inside the package.
+    """Return the published files of a metric.
+
+    There are none for ``"shapes"``, which is inside the package, and for a metric whose networks another
+    package brings.
 
     Args:
         name: One of :data:`diffsynth_metrics.catalog.NAMES`.
@@ -204,6 +207,9 @@ def find_parts(name: str, source: str | None = None) -> tuple[Part, ...]:
     if find_name(name) == "shapes":
         return ()
     metric = find_class(name)
+    if not hasattr(metric, "default_model"):
+        return ()
+    source = source or metric.default_model.download_source
     parts = [Part("weights", replace(metric.default_model, download_source=source))]
     if metric.default_processor is not None:
         processor = replace(metric.default_processor, download_source=source)
@@ -218,6 +224,8 @@ def on_disk(name: str) -> OnDisk:
         ValueError: There is no such metric.
     """
     parts = find_parts(name)
+    if not parts and find_name(name) != "shapes":
+        return OnDisk("whole", Path(), 0)
     if not parts:
         files = ModelConfig.embedded("shapes").resolve()
         return OnDisk("whole", Path(files[0]).parent, sum(map(os.path.getsize, files)))
