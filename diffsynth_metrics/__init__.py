@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         DownloadError,
         ImageError,
         RewardError,
+        ServerError,
     )
     from diffsynth_metrics.fid.features import FeatureSet
     from diffsynth_metrics.fid.statistics import FIDStatistics
     from diffsynth_metrics.metrics.aesthetic import AestheticMetric
+    from diffsynth_metrics.metrics.bioclip import BioCLIPMetric
     from diffsynth_metrics.metrics.clip import CLIPMetric
     from diffsynth_metrics.metrics.cmmd import CMMDMetric
     from diffsynth_metrics.metrics.fd_dinov2 import FDDINOv2Metric
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.hpsv3 import HPSv3Metric
     from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
     from diffsynth_metrics.metrics.image_similarity import ImageSimilarityMetric
+    from diffsynth_metrics.metrics.lpips import LPIPSMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
     from diffsynth_metrics.metrics.text_rendering import TextRenderingMetric
@@ -46,6 +49,7 @@ _HOME = {
     "AestheticMetric": "metrics.aesthetic",
     "AnswerError": "errors",
     "BaseMetric": "base",
+    "BioCLIPMetric": "metrics.bioclip",
     "CLIPMetric": "metrics.clip",
     "CMMDMetric": "metrics.cmmd",
     "CheckpointError": "errors",
@@ -60,12 +64,14 @@ _HOME = {
     "ImageError": "errors",
     "ImageRewardMetric": "metrics.image_reward",
     "ImageSimilarityMetric": "metrics.image_similarity",
+    "LPIPSMetric": "metrics.lpips",
     "Metric": "base",
     "MetricCard": "base",
     "ModelConfig": "weights.model_config",
     "PickScoreMetric": "metrics.pickscore",
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
     "RewardError": "errors",
+    "ServerError": "errors",
     "TextRenderingMetric": "metrics.text_rendering",
     "UnifiedReward2Metric": "metrics.unified_reward_2",
     "UnifiedRewardEditMetric": "metrics.unified_reward_edit",
@@ -76,6 +82,7 @@ __all__ = [
     "AestheticMetric",
     "AnswerError",
     "BaseMetric",
+    "BioCLIPMetric",
     "CLIPMetric",
     "CMMDMetric",
     "CheckpointError",
@@ -90,12 +97,14 @@ __all__ = [
     "ImageError",
     "ImageRewardMetric",
     "ImageSimilarityMetric",
+    "LPIPSMetric",
     "Metric",
     "MetricCard",
     "ModelConfig",
     "PickScoreMetric",
     "QwenImageBenchMetric",
     "RewardError",
+    "ServerError",
     "TextRenderingMetric",
     "UnifiedReward2Metric",
     "UnifiedRewardEditMetric",

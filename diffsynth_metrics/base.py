@@ -11,8 +11,9 @@ import math
 import os
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
+from html import escape
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -74,6 +75,11 @@ class MetricCard:
         code_license: Licence of the official implementation.
         weights_license: Licence of the weights, as far as it is declared.
         notes: What to know before comparing numbers.
+        good_for: What to use it for, in one short phrase.
+        download: Size of the published weight files: the elements of the published layout (names and
+            shapes) in the official dtype. The files of tokenizer and processor add a few MB.
+        memory: What the weights take in memory in the official dtype; pictures and activations come on
+            top.
     """
 
     name: str
@@ -86,6 +92,18 @@ class MetricCard:
     code_license: str
     weights_license: str
     notes: str = ""
+    good_for: str = ""
+    download: str = ""
+    memory: str = ""
+
+    def _repr_html_(self) -> str:
+        """Show the card as a table in a notebook."""
+        rows = "".join(
+            f'<tr><th style="text-align:left">{field.name.replace("_", " ")}</th>'
+            f'<td style="text-align:left">{escape(_words(getattr(self, field.name)))}</td></tr>'
+            for field in fields(self)
+        )
+        return f"<table>{rows}</table>"
 
 
 class _MetricType(ABCMeta):
@@ -662,8 +680,12 @@ class ReferenceMetric(BaseMetric):
 
     @_explained
     def reward(self, reference: ImagesInput, images: ImagesInput) -> Tensor:
-        """Score like :meth:`compute`, as a tensor ``[N]`` for training, see :meth:`components`."""
-        return self.components(reference, images)["score"]
+        """Return the score as a tensor ``[N]`` for training: minus the score where lower is better.
+
+        See :meth:`components` for gradients.
+        """
+        score = self.components(reference, images)["score"]
+        return score if self.card.higher_is_better else -score
 
 
 class SetMetric(BaseMetric):
@@ -767,6 +789,10 @@ def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None
             f"{metric.__name__}.from_pretrained has no argument {unknown[0]!r}; it has model_config, "
             f"processor_config, processor_kwargs, gradient_checkpointing, {', '.join(known)}"
         )
+
+
+def _words(value: str | bool) -> str:
+    return value if isinstance(value, str) else "yes" if value else "no"
 
 
 def _or_nan(number: float | None) -> float:

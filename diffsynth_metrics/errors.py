@@ -5,7 +5,8 @@ DiffSynthMetricsError
 ├── CheckpointError (ValueError)   a weight file is truncated, incomplete or belongs elsewhere
 ├── DownloadError (OSError)        files could not be had
 ├── ImageError (ValueError)        an image cannot be read, or is not what a metric accepts
-└── RewardError (RuntimeError)     a sample has no reward, and the caller did not say what it gets then
+├── RewardError (RuntimeError)     a sample has no reward, and the caller did not say what it gets then
+└── ServerError (OSError)          a server is not reached, or refuses what it is asked
 
 Where Python has the word (TypeError, ValueError, FileNotFoundError), that is raised instead.
 """
@@ -17,6 +18,7 @@ __all__ = [
     "DownloadError",
     "ImageError",
     "RewardError",
+    "ServerError",
 ]
 
 
@@ -51,3 +53,7 @@ class AnswerError(DiffSynthMetricsError, ValueError):
 
 class RewardError(DiffSynthMetricsError, RuntimeError):
     """A sample has no reward, and the caller did not say what it gets then."""
+
+
+class ServerError(DiffSynthMetricsError, OSError):
+    """A server is not reached, or refuses what it is asked."""

@@ -37,6 +37,7 @@ __all__ = [
     "extremes",
     "group_references",
     "image_name",
+    "image_size",
     "is_one_image",
     "open_image",
     "pair",
@@ -325,6 +326,24 @@ def pixel_count(image: PIL.Image.Image | Path | bytes) -> int:
             return opened.width * opened.height
     except Exception:  # open_image meets it again and says which image it is
         return 0
+
+
+def image_size(image: CheckedImage, name: str) -> tuple[int, int]:
+    """Return width and height of an image, without decoding it.
+
+    Raises:
+        ImageError: It cannot be read; the message names it and its file.
+    """
+    if isinstance(image, torch.Tensor):
+        return image.shape[-1], image.shape[-2]
+    if isinstance(image, PIL.Image.Image):
+        return image.size
+    try:
+        opened: PIL.Image.Image
+        with PIL.Image.open(_file(image)) as opened:
+            return opened.size
+    except Exception:
+        return open_image(image, name).size  # which says why it cannot be read
 
 
 def open_image(image: PIL.Image.Image | Path | bytes, name: str) -> PIL.Image.Image:

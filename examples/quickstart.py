@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from diffsynth_metrics import (
     AestheticMetric,
@@ -29,6 +29,7 @@ from diffsynth_metrics import (
     UnifiedReward2Metric,
 )
 from diffsynth_metrics.embedded.drawing import draw_shape
+from diffsynth_metrics.evaluation import show
 
 METRICS: dict[str, Callable[[], BaseMetric]] = {
     "shapes": lambda: CLIPMetric.from_pretrained(ModelConfig.embedded("shapes")),
@@ -48,9 +49,6 @@ SHAPES = [
     ("yellow", "star"),
     ("red", "square"),
 ]
-TILE = 160
-MARGIN = 8
-LINE = 18
 
 
 def main() -> None:
@@ -85,7 +83,14 @@ def main() -> None:
     print(f"{name}; higher is better; the best picture of each prompt is marked *\n")
     print(table(prompts, names, scores))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(prompts, names, pictures, scores).save(arguments.output)
+    sheet = show(
+        pictures * len(prompts),
+        [score for row in scores for score in row],
+        [prompt for prompt in prompts for _ in pictures],
+        columns=len(pictures),
+        size=160,
+    )
+    sheet.save(arguments.output)
     print(f"\nSaved {arguments.output}")
 
 
@@ -107,44 +112,9 @@ def table(prompts: list[str], names: list[str], scores: list[list[float]]) -> st
     return "\n".join(line.rstrip() for line in lines)
 
 
-def contact_sheet(
-    prompts: list[str], names: list[str], pictures: list[Image.Image], scores: list[list[float]]
-) -> Image.Image:
-    """Draw one row per prompt: the pictures with their scores, the best one framed."""
-    font = ImageFont.load_default(13)
-    step_x, step_y = TILE + MARGIN, TILE + 3 * LINE + MARGIN
-    size = (MARGIN + step_x * len(pictures), MARGIN + step_y * len(prompts))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    thumbnails = [thumbnail(picture) for picture in pictures]
-    for row, (prompt, values) in enumerate(zip(prompts, scores, strict=True)):
-        top = MARGIN + row * step_y
-        draw.text((MARGIN, top), shorten(prompt, 20 * len(pictures)), "black", font)
-        for column, (tile, name, value) in enumerate(zip(thumbnails, names, values, strict=True)):
-            left = MARGIN + column * step_x
-            best = value == highest(values)
-            sheet.paste(tile, (left, top + LINE))
-            if best:
-                box = (left - 3, top + LINE - 3, left + TILE + 2, top + LINE + TILE + 2)
-                draw.rectangle(box, outline="green", width=4)
-            below = top + LINE + TILE + 2
-            draw.text((left, below), shorten(name, 22), "gray", font)
-            draw.text((left, below + 15), f"{value:.4f}", "green" if best else "black", font)
-    return sheet
-
-
 def highest(row: list[float]) -> float:
     """Return the best score; NaN, where a judge's answer could not be read, is not one."""
     return max((score for score in row if not math.isnan(score)), default=math.nan)
-
-
-def thumbnail(picture: Image.Image) -> Image.Image:
-    """Fit a picture into a square tile on light gray."""
-    small = picture.convert("RGB")
-    small.thumbnail((TILE, TILE))
-    tile = Image.new("RGB", (TILE, TILE), "#eeeeee")
-    tile.paste(small, ((TILE - small.width) // 2, (TILE - small.height) // 2))
-    return tile
 
 
 def shorten(text: str, length: int) -> str:

@@ -8,6 +8,7 @@ import diffsynth_metrics
 
 _CLASSES = {
     "aesthetic": "AestheticMetric",
+    "bioclip": "BioCLIPMetric",
     "clip": "CLIPMetric",
     "cmmd": "CMMDMetric",
     "fd_dinov2": "FDDINOv2Metric",
@@ -16,13 +17,14 @@ _CLASSES = {
     "hpsv3": "HPSv3Metric",
     "image_reward": "ImageRewardMetric",
     "image_similarity": "ImageSimilarityMetric",
+    "lpips": "LPIPSMetric",
     "pickscore": "PickScoreMetric",
     "qwen_image_bench": "QwenImageBenchMetric",
     "unified_reward_2": "UnifiedReward2Metric",
     "unified_reward_edit": "UnifiedRewardEditMetric",
 }
 
-DIFFERENTIABLE = ("aesthetic", "clip", "hpsv2", "hpsv3", "image_reward", "pickscore")
+DIFFERENTIABLE = ("aesthetic", "bioclip", "clip", "hpsv2", "hpsv3", "image_reward", "pickscore")
 JUDGES = ("qwen_image_bench", "unified_reward_2", "unified_reward_edit")
 
 

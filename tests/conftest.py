@@ -42,7 +42,7 @@ def metrics(tiny: Callable[[str], Path]) -> Callable[[str], Any]:
 
     def load(name: str) -> Any:
         return metric_class(name).from_pretrained(
-            ModelConfig(path=tiny(name)), device="cpu", torch_dtype=torch.float32
+            model_config=ModelConfig(path=tiny(name)), device="cpu", torch_dtype=torch.float32
         )
 
     return cache(load)

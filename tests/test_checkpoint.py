@@ -44,11 +44,15 @@ OF_TIMM = {
 }
 PUBLISHED = {
     "aesthetic": "306981222ec94302794e07cf676c84cc",
+    "bioclip2": "3a020a3e47afb7c5e21c52f2d0692c09",
     "clip_h14": "b5e2c0bfcbf4085ccdb2feb8f0ba408a",
     "fid": "d4e9549be726259b444d1f62db4ce413",
     "hpsv2": "f79e72cec8ae5a540cff0304bfb21b00",
     "hpsv3": "5655d9cde15b759cfeefe7432d7a912c",
     "image_reward": "b3cc8e10b76ca98cde653daa5cf63139",
+    "lpips_alex": "08a75c660c9b2e775c530a0955857f1f",
+    "lpips_squeeze": "ff994b70a30599287a332105396d5004",
+    "lpips_vgg": "5740953aaa8aba2ecd9b9c23da813591",
     "qwen_image_bench": "ff4ad0463675e96738483611f6dd551b",
     "unified_reward_2": "f9786d06eca5c0f1ece89843b2c4cc66",
     "unified_reward_edit": "2d11bf14bba8b4e87477c8199a895403",
@@ -485,7 +489,8 @@ class TestPublishedLayouts:
             path = write_zeros(tmp_path / "model.safetensors", layout_of(theirs))
             message = rf"^Use {owner} for {path}: these are weights of {owner}, not of {name}$"
             with pytest.raises(CheckpointError, match=message):
-                getattr(diffsynth_metrics, name).from_pretrained(ModelConfig(path=path), device="cpu")
+                metric = getattr(diffsynth_metrics, name)
+                metric.from_pretrained(model_config=ModelConfig(path=path), device="cpu")
             path.unlink()
 
     def test_the_small_checkpoint_of_another_metric_is_named(

@@ -10,6 +10,7 @@ import torch
 
 from diffsynth_metrics import (
     AestheticMetric,
+    BioCLIPMetric,
     CLIPMetric,
     HPSv2Metric,
     HPSv3Metric,
@@ -23,6 +24,7 @@ IMAGES = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 # What upstream takes by position behind processor_config: torch_dtype, device, and these defaults.
 POSITIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "bioclip": (BioCLIPMetric, (77, None)),
     "clip": (CLIPMetric, (77, None, None)),
     "pickscore": (PickScoreMetric, (77, {}, None)),
     "hpsv2": (HPSv2Metric, ({}, None)),

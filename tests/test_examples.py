@@ -45,6 +45,12 @@ def hub(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -
         "unified_reward_edit": "UnifiedReward-Edit-qwen3vl-8b",
     }.items():
         shutil.copytree(tiny(name), weights / folder)
+    shutil.copytree(tiny("bioclip"), weights / "BioCLIPv2")
+    (weights / "BioCLIPv2" / "model.safetensors").rename(
+        weights / "BioCLIPv2" / "open_clip_model.safetensors"
+    )
+    (weights / "LPIPS").mkdir()
+    shutil.copy(tiny("lpips") / "model.safetensors", weights / "LPIPS" / "alexnet.safetensors")
     pictures = tmp_path_factory.mktemp("pictures")
     folder = pictures / "flux" / "FLUX.1-dev"
     folder.mkdir(parents=True)

@@ -219,7 +219,7 @@ RANK = {
         None,
     ),
     "in one respect": ("Edited image 1 is better at lighting. I choose edited image 2.", None),
-    "of a criterion": ("Instruction fidelity: edited image 1 is better. Overall: Image 2.", None),
+    "of a criterion": ("Instruction fidelity: edited image 1 is better. Overall: Image 2.", 2),
     "a question first": ("Edited image 1 is better? No, edited image 2.", None),
     "false": ("It is false that edited image 1 is better.", None),
     "doubt": ("I doubt that edited image 1 is better.", None),
@@ -293,7 +293,7 @@ PAIR = {
     "sections": (
         "**Edited Image 1:**\n1. Instruction Fidelity: red.\nScore: 3.5\n\n"
         "**Edited Image 2:**\n1. Instruction Fidelity: blue.\nScore: -1.2",
-        (None, None),
+        (3.5, -1.2),
     ),
     "decimal commas": ("Image 1: 2,5\nImage 2: 1,5", (None, None)),
     "thousands": ("Image 1: 1,234.5\nImage 2: 2,345", (None, None)),
@@ -416,7 +416,7 @@ CHECKLIST = {
     ),
     "one more level": ('</think>{"Quality": {"Detail": {"Noise": {"score": 1}}}}', None),
     "corrected in words": ('</think>{"Noise": {"score": 1}} Correction: Noise deserves 0.', None),
-    "prose after": ('</think>{"Noise": {"score": 1}}\nI hope this helps.', None),
+    "prose after": ('</think>{"Noise": {"score": 1}}\nI hope this helps.', NOISE),
     "an exponent": ('</think>{"Noise": {"score": 1e0}}', None),
     "one and true": ('</think>{"Noise": {"score": 1}, "Noise": {"score": true}}', None),
     "nested deeply": ("</think>" + '{"a": ' * 5000, None),

@@ -230,7 +230,7 @@ def test_unified_reward_2_returns_the_mean_and_its_parts() -> None:
     metric = UnifiedReward2Metric(ScriptedEngine(text))
     assert metric.evaluate("a", RED) == [
         {"alignment": 2, "coherence": 3, "style": 4.5, "score": 9.5 / 3}
-        | {"error": None, "raw_text": text, "finish": "stop"}
+        | {"error": None, "raw_text": text, "finish": "stop", "usage": {}}
     ]
     assert metric.compute("a", RED) == metric.score("a", RED) == metric("a", RED) == [9.5 / 3]
     reward = metric.reward(["a", "b"], torch.rand(2, 3, 32, 32, requires_grad=True))
@@ -406,7 +406,15 @@ def test_both_orders_ask_again_with_the_images_swapped() -> None:
         ScriptedEngine("Edited image 1 is better"), task="edit_pairwise_rank"
     )
     (row,) = biased.evaluate("a", [RED, GREEN, BLUE], both_orders=True)
-    assert (row["winner"], row["swapped"]["winner"], row["agreement"]) == (1, 2, False)
+    assert (row["first"]["winner"], row["swapped"]["winner"], row["agreement"]) == (1, 2, False)
+    assert row["winner"] == row["score"] == 0 and row["error"] is None
+    assert biased.compute("a", [RED, GREEN, BLUE], both_orders=True) == [0]
+    half = UnifiedRewardEditMetric(
+        ScriptedEngine("Edited image 1 is better", "?"), task="edit_pairwise_rank"
+    )
+    (row,) = half.evaluate("a", [RED, GREEN, BLUE], both_orders=True)
+    assert (row["winner"], row["score"], row["agreement"]) == (None, None, None)
+    assert row["error"].startswith("with the images swapped: ") and row["first"]["winner"] == 1
 
 
 def test_both_orders_number_scores_as_they_were_passed() -> None:
@@ -466,7 +474,8 @@ def test_what_does_not_apply_is_left_out_of_the_total() -> None:
 def test_every_judge_is_a_reward(adapter: str) -> None:
     from diffsynth_metrics.rewards import RewardSet, to_flow_grpo
 
-    checklist = '</think>{"Realism": {"Naturalness": {"score": 1}}}'
+    facets = ("Naturalness", "Composition", "Color", "Animals", "Imagination")  # of each dimension
+    checklists = [f'</think>{{"{facet}": {{"score": 1}}}}' for facet in facets]
     judges: list[tuple[Any, str, Any]] = [
         (
             UnifiedReward2Metric,
@@ -474,10 +483,10 @@ def test_every_judge_is_a_reward(adapter: str) -> None:
             [RED, GREEN],
         ),
         (UnifiedRewardEditMetric, '{"score": [20, 10], "reasoning": "r"}', [[RED, GREEN], [RED, BLUE]]),
-        (QwenImageBenchMetric, checklist, [RED, GREEN]),
+        (QwenImageBenchMetric, checklists, [RED, GREEN]),
     ]
     for judge, answer, images in judges:
-        metric = judge(ScriptedEngine(answer))
+        metric = judge(ScriptedEngine(*(answer if isinstance(answer, list) else [answer])))
         expected = metric.reward(["a", "b"], images).tolist()
         assert all(map(math.isfinite, expected))
         if adapter == "set":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -357,6 +358,52 @@ def test_a_picture_of_169_megapixels_takes_what_pillow_takes(tmp_path: Path) -> 
     pillow = peak("pillow", 1)
     for name in ("crop", "letterbox", "letterbox without antialias", "smart", *PREPROCESSINGS):
         assert peak(name, 2) < 1.2 * pillow, name
+
+
+_MEASURE_LONG = """
+import itertools, json, sys
+from pathlib import Path
+import PIL.Image, torch
+from diffsynth_metrics.errors import ImageError
+from diffsynth_metrics.pixels.batches import pixel_lists
+from diffsynth_metrics.pixels.transforms import Letterbox, ShortestEdgeCrop, SmartResize
+
+def memory(line):
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(line + ":")[2].split()[0])
+
+def run(transform, image):
+    (pixels,), = pixel_lists([image], transform, batch_size=4, device=torch.device("cpu"))
+    if image is not None and getattr(image, "requires_grad", False):
+        pixels.sum().backward()
+
+grown = {}
+for transform in (ShortestEdgeCrop(), Letterbox(), SmartResize()):
+    run(transform, torch.rand(3, 32, 32, requires_grad=True))
+    for form, size in itertools.product(("pil", "bytes", "float"), ((1, 20000), (20000, 1))):
+        image = PIL.Image.new("RGB", size, "red")
+        if form != "pil":
+            image = torch.zeros(3, *size, dtype=torch.uint8)
+        if form == "float":
+            image = (image / 255).requires_grad_()
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        before = memory("VmRSS")
+        try:
+            run(transform, image)
+        except ImageError as error:
+            assert "one side may be at most 200 times the other" in str(error)
+        grown[f"{transform} {form} {size}"] = memory("VmHWM") - before
+print(json.dumps(grown))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
+def test_a_very_long_picture_takes_what_its_crop_takes() -> None:
+    command = [sys.executable, "-c", _MEASURE_LONG]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    for case, kilobytes in json.loads(result.stdout).items():
+        assert kilobytes < 300_000, (case, kilobytes)
 
 
 def test_pictures_in_memory_are_bounded_by_their_pixels(

@@ -11,6 +11,7 @@ from classes import metric_class
 LAYOUTS = Path(__file__).parent / "data" / "layouts"
 PUBLISHED = {
     "aesthetic": ("aesthetic", 403),
+    "bioclip": ("bioclip2", 446),
     "clip": ("clip_h14", 912),
     "hpsv2": ("hpsv2", 686),
     "hpsv3": ("hpsv3", 736),

@@ -345,6 +345,40 @@ def batches(images: CheckedImages, transform: Transform, batch_size: int) -> Ite
     return pixel_batches(images, transform, batch_size=batch_size, device=CPU)
 
 
+class TestExtremeShapes:
+    """Of a picture that is very long, only what the crop shows is computed."""
+
+    def test_the_crop_is_that_of_the_resized_picture_within_a_step(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noise = np.random.default_rng(0)
+        for rounding in ("floor", "half_even"):
+            transform = ShortestEdgeCrop(64, crop_rounding=rounding)  # type: ignore[arg-type]
+            for width, height in ((1, 900), (900, 1), (3, 2000), (2000, 3), (1201, 2), (2, 1201)):
+                picture = PIL.Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+                bytes_ = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+                results = []
+                for ratio in (100, 10**6):  # the crop alone, and the whole picture first
+                    monkeypatch.setattr(transforms, "_EXTREME_RATIO", ratio)
+                    results.append(
+                        (
+                            transform.from_pil(picture).float() / 255,
+                            transform.from_tensor(bytes_),
+                            transform.from_tensor(bytes_.double() / 255),
+                        )
+                    )
+                for crop, whole in zip(*results, strict=True):
+                    torch.testing.assert_close(crop, whole, rtol=0, atol=1.01 / 255)
+                torch.testing.assert_close(results[0][2], results[1][2], rtol=0, atol=1e-3)
+
+    def test_gradients_flow_to_the_part_that_is_seen(self) -> None:
+        pixels = torch.rand(1, 3, 1, 3000, requires_grad=True)
+        ShortestEdgeCrop(32).from_tensor(pixels).sum().backward()
+        assert pixels.grad is not None
+        seen = pixels.grad.abs().sum(dim=1).flatten().nonzero().flatten()
+        assert 1497 <= int(seen.min()) <= int(seen.max()) <= 1503
+
+
 class TestPixelBatches:
     @pytest.fixture
     def files(self, photographs: Photographs, tmp_path: Path) -> list[Path]:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffsynth_metrics.evaluation.checking import check
     from diffsynth_metrics.evaluation.comparison import Comparison, compare
+    from diffsynth_metrics.evaluation.contact_sheet import show
     from diffsynth_metrics.evaluation.html_report import report
     from diffsynth_metrics.evaluation.results import Results
     from diffsynth_metrics.evaluation.samples import Sample, SampleSet, read_samples
     from diffsynth_metrics.evaluation.scoring import score
-    from diffsynth_metrics.evaluation.contact_sheet import show
     from diffsynth_metrics.evaluation.tables import Table
 
 _HOME = {

@@ -38,7 +38,7 @@ class Table:
         """Return the table for a terminal: numbers to the right, the rest to the left."""
         cells = [self.columns, *(tuple(shown(value) for value in row) for row in self.rows)]
         widths = [max(len(row[index]) for row in cells) for index in range(len(self.columns))]
-        right = [_is_numeric([row[index] for row in self.rows]) for index in range(len(self.columns))]
+        right = self._numeric()
         lines = [
             "  ".join(
                 cell.rjust(width) if to_right else cell.ljust(width)
@@ -51,18 +51,24 @@ class Table:
 
     def html(self) -> str:
         """Return a ``<table>``; every value is escaped."""
-        right = [_is_numeric([row[index] for row in self.rows]) for index in range(len(self.columns))]
-        style = [' style="text-align:right"' if to_right else "" for to_right in right]
-        head = "".join(f"<th{how}>{escape(name)}</th>" for name, how in zip(self.columns, style, strict=True))
+        head = "".join(self._cells("th", self.columns))
         body = "".join(
-            "<tr>"
-            + "".join(f"<td{how}>{escape(shown(value))}</td>" for value, how in zip(row, style, strict=True))
-            + "</tr>"
+            f"<tr>{''.join(self._cells('td', [shown(value) for value in row]))}</tr>"
             for row in self.rows
         )
         title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+    def _cells(self, tag: str, texts: Sequence[str]) -> list[str]:
+        styles = [' style="text-align:right"' if numeric else "" for numeric in self._numeric()]
+        return [
+            f"<{tag}{style}>{escape(text)}</{tag}>" for text, style in zip(texts, styles, strict=True)
+        ]
+
+    def _numeric(self) -> list[bool]:
+        """Tell of each column whether it holds numbers."""
+        return [_is_numeric([row[index] for row in self.rows]) for index in range(len(self.columns))]
 
     def __str__(self) -> str:
         return self.text()

@@ -2,9 +2,10 @@
 
 engine.py         a question in, a text out: what every engine can do
 local.py          the engine that runs a network of transformers
-decoding.py       greedy decoding of many questions at once
+server.py         the engine that asks a server
+cached.py         the engine that keeps the answers of another one
 architectures.py  the two networks, on the meta device
-answers.py        a text in, numbers or a reason out
+answers.py        a text in, numbers or a reason out; texts.py and verdicts.py are its parts
 metric.py         what the judge metrics share
 prompts/*.json    the texts that the judges were trained with
 """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -19,6 +22,7 @@ from diffsynth_metrics.base import check_batch_size
 from diffsynth_metrics.judges.architectures import without_kernel_hints
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.plain_text import without_added_tokens
+from diffsynth_metrics.weights.files import sha256_of
 from diffsynth_metrics.weights.placement import execution_device
 
 __all__ = ["LocalEngine", "check_max_new_tokens"]
@@ -35,15 +39,18 @@ class LocalEngine(Engine):
     """Greedy, batched answers of a network in memory.
 
     Attributes:
-        model: The network.
         processor: transformers' processor of its images and chat template.
         batch_size: The largest number of questions that are decoded at once.
         max_new_tokens: The largest number of tokens of an answer.
+        weight_files: What the network was loaded from; empty where that is not known.
     """
+
+    weight_files: tuple[Path, ...] = ()
+    _weights: str | None = None
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
         """Wrap a loaded network and its processor."""
-        self.model: Any = model
+        self._model: Any = model
         self.processor = processor
         self.batch_size = check_batch_size(batch_size)
         self.max_new_tokens = check_max_new_tokens(max_new_tokens)
@@ -62,6 +69,47 @@ class LocalEngine(Engine):
         self._stop_ids = frozenset(stop for stop in stops if stop is not None)
         pad_id = tokenizer.pad_token_id
         self._pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
+
+    @property
+    def model(self) -> Any:
+        """The network."""
+        return self._model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = model
+        self.weight_files, self._weights = (), None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights, architecture, processor, dtype and the limit of tokens; not versions of libraries.
+
+        ``"weights"`` is the sha256 of the files, which are read once, or None for a network that was not
+        loaded from files. Weights that were changed in memory are not noticed.
+        """
+        if self._weights is None and self.weight_files:
+            self._weights = sha256_of(self.weight_files)
+        return {
+            "engine": type(self).__name__,
+            "weights": self._weights,
+            "settings": self._settings(),
+            "dtype": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def _settings(self) -> str:
+        """Return a digest of what stands beside the weights: architecture, processor and tokens."""
+        config = self.model.config.to_diff_dict()
+        config.pop("transformers_version", None)
+        processor, tokenizer = self.processor.image_processor, self.processor.tokenizer
+        parts = [
+            json.dumps(config, sort_keys=True, default=str),
+            json.dumps(processor.to_dict(), sort_keys=True, default=str),
+            str(self.processor.chat_template),
+            tokenizer.backend_tokenizer.to_str(),
+            str(sorted(self._stop_ids)),
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
     def device(self) -> torch.device:

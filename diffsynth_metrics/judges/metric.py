@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +28,9 @@ from diffsynth_metrics.inputs import (
     open_image,
     pair,
 )
+from diffsynth_metrics.judges.answers import READER
 from diffsynth_metrics.judges.architectures import build_judge, judge_config
-from diffsynth_metrics.judges.engine import Answer, Engine, Question
+from diffsynth_metrics.judges.engine import Answer, Engine, Question, checked_count
 from diffsynth_metrics.judges.local import LocalEngine, check_max_new_tokens
 from diffsynth_metrics.modes import plain_modes
 
@@ -116,6 +117,55 @@ class JudgeMetric(BaseMetric):
         engine = LocalEngine(model, processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
         return cls(engine, **options)
 
+    @classmethod
+    def from_server(
+        cls,
+        base_url: str,
+        model: str | None = None,
+        *,
+        api_key: str | None = None,
+        dialect: str = "auto",
+        concurrency: int = 16,
+        timeout: float = 300,
+        retries: int = 4,
+        max_new_tokens: int = _MAX_NEW_TOKENS,
+        extra_body: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Ask a server that runs the judge's checkpoint: vLLM, SGLang or ``transformers serve``.
+
+        Args:
+            base_url: Such as ``"http://host:8000/v1"``.
+            model: See :class:`~diffsynth_metrics.judges.server.ServerEngine`, as for what follows.
+            api_key: Its key, if it wants one.
+            dialect: Which server it is.
+            concurrency: How many requests are under way at once.
+            timeout: Seconds that a reply may take.
+            retries: How often a request is sent again.
+            max_new_tokens: Answers are cut off there, and then say so.
+            extra_body: Further fields of every request.
+            **options: The metric's own options, see its class.
+        """
+        from diffsynth_metrics.judges.server import ServerEngine
+
+        engine = ServerEngine(
+            base_url,
+            model,
+            api_key=api_key,
+            dialect=dialect,
+            concurrency=concurrency,
+            timeout=timeout,
+            retries=retries,
+            max_new_tokens=max_new_tokens,
+            extra_body=extra_body,
+        )
+        return cls(engine, **options)
+
+    def describe(self) -> None:
+        """See :meth:`BaseMetric.describe`; the engine learns what it runs."""
+        super().describe()
+        self.engine.weight_files = self.weight_files  # type: ignore[attr-defined]
+
     def arguments(
         self,
         prompts: Sequence[str],
@@ -190,14 +240,13 @@ class JudgeMetric(BaseMetric):
 
     @property
     def batch_size(self) -> int:
-        """The largest number of answers that the engine writes at once, if it has such a number."""
-        size: int = self.engine.batch_size  # type: ignore[attr-defined]
-        return size
+        """The number of questions that the engine is best asked at once."""
+        return self.engine.batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size: int | None) -> None:
         size = self.default_batch_size if batch_size is None else check_batch_size(batch_size)
-        self.engine.batch_size = size  # type: ignore[attr-defined]
+        self.engine.batch_size = size
 
     @property
     def device(self) -> torch.device:
@@ -220,12 +269,16 @@ class JudgeMetric(BaseMetric):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """See :attr:`BaseMetric.provenance`; with the engine, which may have no network."""
+        """See :attr:`BaseMetric.provenance`; with the engine, which may have no network.
+
+        ``"identity"`` is what its answers depend on, ``"reader"`` the version of what reads them.
+        """
         if isinstance(getattr(self.engine, "model", None), nn.Module):
             known = super().provenance
         else:
             known = {"metric": type(self).__name__, "name": self.card.name, "weights": None}
-        return {**known, "engine": type(self.engine).__name__}
+        engine = {"engine": type(self.engine).__name__, "identity": self.engine.identity}
+        return {**known, **engine, "reader": READER}
 
     def __repr__(self) -> str:
         """Show which metric it is and its engine."""
@@ -306,12 +359,7 @@ class JudgeMetric(BaseMetric):
 
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
         with plain_modes(self.device.type, gradients=False):
-            answers = self.engine.ask(questions)
-        if len(answers) != len(questions):
-            raise RuntimeError(
-                f"{type(self.engine).__name__} gave {len(answers)} answers to {len(questions)} questions"
-            )
-        return answers
+            return checked_count(self.engine, self.engine.ask(questions), questions)
 
     def _report(self, row: int, answers: Sequence[Answer], problem: str | None) -> None:
         """Raise where the caller asked for it."""

@@ -43,6 +43,9 @@ class AestheticMetric(ImageMetric):
         code_license="Apache-2.0",
         weights_license="Apache-2.0 (head), MIT (OpenAI CLIP)",
         notes="It never sees the prompt.",
+        good_for="how pleasing a picture looks, whatever it shows",
+        download="1.2 GB",
+        memory="1.2 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="Aesthetic/model.safetensors"

@@ -52,6 +52,9 @@ class CLIPMetric(DualEncoderMetric):
         code_license="MIT",
         weights_license="MIT",
         notes="Not the CLIPScore of Hessel et al., which is 2.5 * max(cos, 0) with ViT-B/32.",
+        good_for="whether a picture shows what the prompt says",
+        download="3.9 GB",
+        memory="3.9 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",

@@ -85,6 +85,9 @@ class FIDMetric(SetMetric):
             "Compare numbers of the same preprocessing, reference set and number of images only; below "
             "2,048 images it is strongly biased upwards."
         ),
+        good_for="how close a set of pictures is to a reference set",
+        download="96 MB",
+        memory="87 MB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="FID/model.safetensors"

@@ -81,6 +81,9 @@ class HPSv3Metric(PromptMetric):
         code_license="MIT",
         weights_license="MIT (HPSv3), Apache-2.0 (Qwen2-VL-7B)",
         notes="The 0 to 10 in the model's instruction is wording, not the range of the score.",
+        good_for="which picture of a prompt people prefer, with an uncertainty",
+        download="16.6 GB",
+        memory="15.5 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="HPSv3/model.safetensors"

@@ -48,6 +48,9 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
         code_license="Apache-2.0",
         weights_license="Apache-2.0 (of the repository)",
         notes="Compare images of one prompt; words beyond 35 tokens are not read.",
+        good_for="whether people like a picture for its prompt",
+        download="1.8 GB",
+        memory="1.8 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="ImageReward/model.safetensors"

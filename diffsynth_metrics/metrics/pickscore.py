@@ -39,6 +39,9 @@ class PickScoreMetric(CLIPMetric):
         code_license="MIT",
         weights_license="not declared by the authors",
         notes="Compare images of the same prompt; the level of a score depends on its prompt.",
+        good_for="which picture of a prompt people pick",
+        download="3.9 GB",
+        memory="3.9 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",

@@ -61,12 +61,23 @@ class QwenImageBenchMetric(JudgeMetric):
         code_license="Apache-2.0",
         weights_license="Apache-2.0",
         notes="The benchmark asks only the dimensions that its metadata lists: pass dims_en.",
+        good_for="an itemised judgement by 56 facets",
+        download="54.7 GB",
+        memory="54.7 GB",
     )
     default_model = ModelConfig(
         model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"
     )
     default_processor = ModelConfig(model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*")
     published = staticmethod(qwen_image_bench_config)
+    dimensions = (
+        "Quality",
+        "Aesthetics",
+        "Alignment",
+        "Real-world Fidelity",
+        "Creative Generation",
+    )
+    """The five dimensions that can be asked about, by their official names."""
     positional = ("max_new_tokens", "resize_long_edge", "processor_kwargs", "vram_limit")
 
     def __init__(self, engine: Engine, *, resize_long_edge: int = _LONG_EDGE, **judge: Any) -> None:
@@ -110,8 +121,9 @@ class QwenImageBenchMetric(JudgeMetric):
             ``"level2_scores"``, ``"level3_scores"`` (by dimension; None where it cannot be read or does
             not apply), ``"raw_scores"`` (0, 1, 2
             or None), ``"missing"`` (facets that the answer leaves out; None where it cannot be read),
-            ``"raw_outputs"``, ``"finish"`` (by dimension: ``"stop"``, or ``"length"`` where
-            ``max_new_tokens`` cut the answer off), ``"parse_failures"`` (dimensions), ``"errors"``
+            ``"raw_outputs"``, ``"finish"`` (by dimension: ``"stop"``, ``"length"`` where
+            ``max_new_tokens`` cut the answer off, or ``"error"``), ``"usage"`` (by dimension: tokens and
+            seconds, as far as the engine knows them), ``"parse_failures"`` (dimensions), ``"errors"``
             (dimension to reason), ``"error"`` (all reasons or None) and ``"dimensions"`` (those asked).
 
         Raises:
@@ -176,6 +188,7 @@ class QwenImageBenchMetric(JudgeMetric):
             "missing": {d: _missing(d, reading.values["raw"]) for d, reading in readings.items()},
             "raw_outputs": {dimension: answer.text for dimension, answer in answers.items()},
             "finish": {dimension: answer.finish for dimension, answer in answers.items()},
+            "usage": {dimension: dict(answer.usage) for dimension, answer in answers.items()},
             "parse_failures": list(errors),
             "errors": errors,
             "error": error,

@@ -51,6 +51,9 @@ class UnifiedReward2Metric(JudgeMetric):
         code_license="MIT",
         weights_license="MIT (base Qwen3.5-9B: Apache-2.0)",
         notes="The mean is a convention; the authors give three rewards and let the user weigh them.",
+        good_for="alignment, coherence and style apart, with reasons",
+        download="18.8 GB",
+        memory="18.8 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
@@ -73,8 +76,9 @@ class UnifiedReward2Metric(JudgeMetric):
         Returns:
             One dict per pair: ``"alignment"``, ``"coherence"``, ``"style"`` (1 to 5, None where the
             answer does not say it), ``"score"`` (their mean, None where one is missing), ``"error"``
-            (why one is missing, or None), ``"raw_text"`` and ``"finish"`` (``"stop"``, or ``"length"``
-            where ``max_new_tokens`` cut the answer off).
+            (why one is missing, or None), ``"raw_text"``, ``"finish"`` (``"stop"``, ``"length"`` where
+            ``max_new_tokens`` cut the answer off, ``"error"`` where there is none) and ``"usage"``
+            (tokens and seconds, as far as the engine knows them).
 
         Raises:
             TypeError: An argument is not a prompt or an image.
@@ -100,6 +104,7 @@ class UnifiedReward2Metric(JudgeMetric):
                 "error": reading.problem,
                 "raw_text": answer.text,
                 "finish": answer.finish,
+                "usage": dict(answer.usage),
             }
 
         return self._rows(samples, questions, row)

@@ -85,6 +85,9 @@ class UnifiedRewardEditMetric(JudgeMetric):
         code_license="MIT",
         weights_license="MIT (base Qwen3-VL-8B: Apache-2.0)",
         notes="A high overediting score is good: nothing else was changed.",
+        good_for="whether an edit was made, and nothing else changed",
+        download="17.5 GB",
+        memory="17.5 GB",
     )
     default_model = ModelConfig(
         model_id="DiffSynth-Studio/ImageMetrics",
@@ -151,15 +154,21 @@ class UnifiedRewardEditMetric(JudgeMetric):
                 image each, a flat list or a batch is as many samples. Images are what
                 other metrics take too: PIL, paths, arrays, tensors.
             task: See the class; by default the metric's own.
-            both_orders: For pairwise tasks: ask a second time with the edited images swapped.
+            both_orders: For pairwise tasks: ask a second time with the edited images swapped. Where the
+                winners differ, the ranking is a tie: a judge that prefers a position prefers no image.
 
         Returns:
             One dict per sample: the values of the task and its ``"score"`` (None where the answer does
             not say them), ``"reasoning"`` where the task has it, ``"error"`` (why a value is None),
-            ``"raw_text"`` and ``"finish"`` (``"stop"``, or ``"length"`` where ``max_new_tokens`` cut the
-            answer off). With `both_orders` also ``"swapped"``, the same of the second answer
-            with the images numbered as you passed them, and ``"agreement"``: whether both answers say
-            the same (the same winner, or the same order of scores), None where one cannot be read.
+            ``"raw_text"``, ``"finish"`` (``"stop"``, ``"length"`` where ``max_new_tokens`` cut the
+            answer off, ``"error"`` where there is none) and ``"usage"`` (tokens and seconds, as far as
+            the engine knows them).
+
+            With `both_orders` also ``"first"`` and ``"swapped"``, what each answer says, with the images
+            numbered as you passed them, and ``"agreement"``: whether both say the same (the same winner,
+            or the same order of scores), None where one cannot be read. The row itself has the first
+            answer's scores; in a ranking, the winner of both: 0 where they differ, None with the reason
+            where one cannot be read.
 
         Raises:
             ValueError: The task is unknown, a sample has the wrong number of images, or prompts and
@@ -187,7 +196,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
 
         def row(index: int, answers: list[Answer]) -> dict[str, Any]:
             first, *second = [self._row(asked, index, answer) for answer in answers]
-            return _with_swapped(first, _numbered_as_passed(second[0], asked)) if second else first
+            return _of_both(first, _numbered_as_passed(second[0], asked)) if second else first
 
         return self._rows(samples, questions, row)
 
@@ -207,6 +216,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
             "error": reading.problem,
             "raw_text": answer.text,
             "finish": answer.finish,
+            "usage": dict(answer.usage),
         }
 
 
@@ -262,10 +272,17 @@ def _numbered_as_passed(row: dict[str, Any], task: _Task) -> dict[str, Any]:
     return {**row, **dict(zip(task.values, values, strict=True)), "score": task.score(values)}
 
 
-def _with_swapped(row: dict[str, Any], swapped: dict[str, Any]) -> dict[str, Any]:
-    first, second = _preferred(row), _preferred(swapped)
-    agreement = None if first is None or second is None else first == second
-    return {**row, "swapped": swapped, "agreement": agreement}
+def _of_both(first: dict[str, Any], swapped: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a sample that was asked in both orders."""
+    preferred, again = _preferred(first), _preferred(swapped)
+    agreement = None if preferred is None or again is None else preferred == again
+    row = {**first, "first": first, "swapped": swapped, "agreement": agreement}
+    if "winner" in first:
+        winner = first["winner"] if agreement else None if agreement is None else 0
+        unread = "with the images swapped: "
+        error = first["error"] or (swapped["error"] and unread + swapped["error"])
+        row |= {"winner": winner, "score": winner, "error": error}
+    return row
 
 
 def _preferred(row: dict[str, Any]) -> int | None:

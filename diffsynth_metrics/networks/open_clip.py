@@ -13,17 +13,17 @@ from diffsynth_metrics.errors import CheckpointError
 __all__ = ["build_open_clip", "detach_heads"]
 
 
-def build_open_clip(config: dict[str, Any] | None) -> open_clip.CLIP:
+def build_open_clip(config: dict[str, Any] | None, published: str = "ViT-H-14") -> open_clip.CLIP:
     """Build the network: parameters on the meta device, its causal mask in memory.
 
     Args:
-        config: A parsed ``open_clip_config.json``, or None for ViT-H/14.
+        config: A parsed ``open_clip_config.json``, or None for the published architecture.
+        published: open_clip's name of that.
 
     Raises:
         CheckpointError: The config has no ``"model_cfg"``.
     """
-    published = open_clip.get_model_config("ViT-H-14")
-    model_config = published if config is None else config.get("model_cfg")
+    model_config = open_clip.get_model_config(published) if config is None else config.get("model_cfg")
     if not isinstance(model_config, dict):
         raise CheckpointError("the open_clip_config.json next to the weights has no 'model_cfg'")
     with torch.device("meta"):

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-__all__ = ["STRIP_PIXELS", "columns_first", "cpu_count", "filter_bytes", "resize", "strips"]
+__all__ = [
+    "STRIP_PIXELS",
+    "columns_first",
+    "cpu_count",
+    "filter_bytes",
+    "resize",
+    "resize_part",
+    "strips",
+]
 
 _PILLOW = int(PIL.__version__.partition(".")[0])
 
@@ -53,6 +61,39 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
             pixels = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
             pixels = pixels.clamp_(0, 1)
     return pixels
+
+
+def resize_part(images: Tensor, size: int, box: tuple[float, float, float, float]) -> Tensor:
+    """Resize a part of images as :func:`resize` does, within a step of 1/255.
+
+    Args:
+        images: ``[B, 3, H, W]``, uint8 or float in 0..1.
+        size: Height and width of the result.
+        box: The part, in pixels of the images: left, top, right, bottom. What is around it is seen by
+            the filter.
+
+    Returns:
+        float32 (float64 for float64 images) ``[B, 3, size, size]`` in 0..1, with gradients to floats.
+    """
+    is_bytes = images.dtype == torch.uint8
+    wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+    pixels = images.to(wide) / 255 if is_bytes else images.to(wide)
+    left, top, right, bottom = box
+    for dim, start, stop in ((-1, left, right), (-2, top, bottom)):
+        matrix = _filter_matrix(images.shape[dim], start, stop, size).to(pixels)
+        pixels = pixels @ matrix.T if dim == -1 else matrix @ pixels
+        pixels = pixels.clamp(0, 1)
+        pixels = pixels.mul(255).round().div(255) if is_bytes else pixels
+    return pixels
+
+
+def _filter_matrix(length: int, start: float, stop: float, size: int) -> Tensor:
+    """Return the bicubic filter's weights ``[size, length]`` from `start`..`stop` to `size` pixels."""
+    scale = (stop - start) / size
+    centers = start + (np.arange(size) + 0.5) * scale
+    distance = (np.arange(length) + 0.5 - centers[:, None]) / max(scale, 1.0)
+    weights = _bicubic(distance)
+    return torch.from_numpy(weights / weights.sum(axis=1, keepdims=True))
 
 
 def _resize_bytes(images: Tensor, height: int, width: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate, pad
 
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import as_rgb
-from diffsynth_metrics.pixels.resizing import STRIP_PIXELS, resize, strips
+from diffsynth_metrics.pixels.resizing import STRIP_PIXELS, resize, resize_part, strips
 
 __all__ = [
     "CLIP_MEAN",
@@ -33,6 +33,7 @@ __all__ = [
     "ShortestEdgeCrop",
     "SmartResize",
     "Transform",
+    "Unresized",
     "normalize_",
 ]
 
@@ -60,6 +61,14 @@ class Transform(Protocol):
         """Map uint8 or float ``[B, 3, H, W]`` to float pixels ``[B, 3, S, S]`` in 0..1, a new tensor."""
 
 
+_EXTREME_RATIO = 512
+"""Of pictures that are longer, only what the crop shows is computed: the rest may take gigabytes."""
+
+
+def _is_extreme(height: int, width: int) -> bool:
+    return max(height, width) > _EXTREME_RATIO * min(height, width)
+
+
 @dataclass(frozen=True)
 class ShortestEdgeCrop:
     """Resize the shorter edge to `size` with bicubic interpolation, then cut out the centre.
@@ -68,6 +77,9 @@ class ShortestEdgeCrop:
     the margin is odd: transformers rounds the offset down (``"floor"``), OpenAI's CLIP and
     torchvision round it half to even (``"half_even"``). They also differ in whether an image that is
     not RGB is converted before or after these steps.
+
+    Of a picture that is more than 512 times as long as wide only the crop is computed, which is equal
+    to within a step of 1/255; otherwise it is equal to the bit.
     """
 
     size: int = 224
@@ -80,13 +92,21 @@ class ShortestEdgeCrop:
         """Map an image of any mode to uint8 pixels ``[3, size, size]``, to the bit as Pillow does."""
         if self.convert == "before":
             image = as_rgb(image)
-        height, width, top, left = self._geometry(image.height, image.width)
-        resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-        cropped = resized.crop((left, top, left + self.size, top + self.size))
+        if _is_extreme(image.height, image.width):
+            window, box = self._window(image.height, image.width)
+            size = (self.size, self.size)
+            cropped = image.crop(window).resize(size, PIL.Image.Resampling.BICUBIC, box)
+        else:
+            height, width, top, left = self._geometry(image.height, image.width)
+            resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+            cropped = resized.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(as_rgb(cropped))).permute(2, 0, 1)
 
     def from_tensor(self, images: Tensor) -> Tensor:
         """Map ``[B, 3, H, W]`` (uint8, or float in 0..1) to float ``[B, 3, size, size]`` in 0..1."""
+        if _is_extreme(*images.shape[-2:]):
+            (first, upper, last, lower), box = self._window(*images.shape[-2:])
+            return resize_part(images[..., upper:lower, first:last], self.size, box)
         height, width, top, left = self._geometry(*images.shape[-2:])
         resized = resize(images, height, width)
         return resized[..., top : top + self.size, left : left + self.size].contiguous()
@@ -96,6 +116,26 @@ class ShortestEdgeCrop:
         short = min(height, width)
         height, width = self.size * height // short, self.size * width // short
         return height, width, self._offset(height), self._offset(width)
+
+    def _window(
+        self, height: int, width: int
+    ) -> tuple[tuple[int, int, int, int], tuple[float, float, float, float]]:
+        """Return the part of an image that its crop is computed from, and the crop's box within it.
+
+        Both are left, top, right, bottom, in pixels of the image. The part reaches as far beyond the box
+        as the filter does.
+        """
+        new_height, new_width, top, left = self._geometry(height, width)
+        window, box = [], []
+        for length, new_length, offset in ((width, new_width, left), (height, new_height, top)):
+            scale = length / new_length
+            start, stop = offset * scale, (offset + self.size) * scale
+            reach = 2 * max(scale, 1.0) + 1
+            first, last = max(0, math.floor(start - reach)), min(length, math.ceil(stop + reach))
+            window.append((first, last))
+            box.append((start - first, min(stop, length) - first))
+        (x, right), (y, bottom) = window
+        return (x, y, right, bottom), (box[0][0], box[1][0], box[0][1], box[1][1])
 
     def _offset(self, length: int) -> int:
         margin = length - self.size
@@ -237,6 +277,23 @@ class SmartResize:
                     f"resizing; got {width}x{height}, resized to {new_width}x{new_height}"
                 )
         return new_height, new_width
+
+
+@dataclass(frozen=True)
+class Unresized:
+    """Leave the size of an image as it is."""
+
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def from_pil(self, image: PIL.Image.Image) -> Tensor:
+        """Return the bytes of an image of any mode in RGB, ``[3, H, W]``."""
+        return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
+
+    def from_tensor(self, images: Tensor) -> Tensor:
+        """Return ``[B, 3, H, W]`` (uint8, or float in 0..1) as new floats in 0..1."""
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        return images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide).clone()
 
 
 def normalize_(pixels: Tensor, transform: Transform) -> Tensor:

@@ -21,6 +21,7 @@ from diffsynth_metrics.testing.encoders import (
     write_fid,
     write_hpsv2,
     write_image_reward,
+    write_lpips,
 )
 from diffsynth_metrics.testing.hpsv3 import write_hpsv3
 from diffsynth_metrics.testing.judges import write_qwen3_5, write_qwen3_vl
@@ -38,6 +39,7 @@ __all__ = ["TINY_CHECKPOINTS", "ScriptedEngine", "clip_vocabulary", "randomize",
 
 TINY_CHECKPOINTS = {
     "aesthetic": write_aesthetic,
+    "bioclip": write_hpsv2,
     "clip": write_clip,
     "cmmd": write_clip_336,
     "fd_dinov2": write_dinov2_l,
@@ -48,6 +50,7 @@ TINY_CHECKPOINTS = {
     "image_similarity": write_clip_vit,
     "image_similarity_dino": write_dino,
     "image_similarity_dinov2": write_dinov2,
+    "lpips": write_lpips,
     "pickscore": write_clip,
     "qwen_image_bench": write_qwen3_5,
     "unified_reward_2": write_qwen3_5,

@@ -19,6 +19,7 @@ __all__ = [
     "write_fid",
     "write_hpsv2",
     "write_image_reward",
+    "write_lpips",
 ]
 
 
@@ -49,7 +50,7 @@ def write_clip(folder: Path, seed: int) -> None:
 
 
 def write_hpsv2(folder: Path, seed: int) -> None:
-    """Write a two-layer CLIP in open_clip's layout."""
+    """Write a two-layer CLIP in open_clip's layout; BioCLIP has the same."""
     import open_clip
 
     config = {
@@ -162,6 +163,31 @@ def write_fid(folder: Path, seed: int) -> None:
                 tensor.uniform_(0.5, 1.5, generator=generator)
             else:
                 tensor.mul_(0.2)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_lpips(folder: Path, seed: int) -> None:
+    """Write LPIPS on AlexNet, which has one size: 10 MB."""
+    write_lpips_of("alex", folder, seed)
+
+
+def write_lpips_of(net: str, folder: Path, seed: int) -> None:
+    """Write LPIPS on one of its networks."""
+    from diffsynth_metrics.networks.lpips import LPIPSNetwork
+
+    model = LPIPSNetwork(net)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            weight.normal_(generator=generator)
+            if name.startswith("lin"):
+                weight.abs_()
+            elif weight.ndim > 1:
+                weight.mul_(math.sqrt(2 / weight[0].numel()))
+            else:
+                weight.mul_(0.1)
+        model.scaling_layer.shift[:] = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+        model.scaling_layer.scale[:] = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 

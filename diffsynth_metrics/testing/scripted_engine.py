@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 
@@ -42,6 +42,15 @@ class ScriptedEngine(Engine):
         first = len(self.questions)
         self.questions += questions
         return [self._answer(index, question) for index, question in enumerate(questions, start=first)]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The script: its texts, and the names of its functions."""
+        script = [
+            f"{line.__module__}.{line.__qualname__}" if callable(line) else str(line)
+            for line in self.answers
+        ]
+        return {"engine": type(self).__name__, "answers": script}
 
     def _answer(self, index: int, question: Question) -> Answer:
         line = self.answers[index % len(self.answers)]

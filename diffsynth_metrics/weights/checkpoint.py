@@ -45,6 +45,10 @@ KNOWN_LAYOUTS = {
     "f9786d06eca5c0f1ece89843b2c4cc66": ("UnifiedReward2Metric",),
     "2d11bf14bba8b4e87477c8199a895403": ("UnifiedRewardEditMetric",),
     "ff4ad0463675e96738483611f6dd551b": ("QwenImageBenchMetric",),
+    "3a020a3e47afb7c5e21c52f2d0692c09": ("BioCLIPMetric",),
+    "08a75c660c9b2e775c530a0955857f1f": ("LPIPSMetric",),
+    "5740953aaa8aba2ecd9b9c23da813591": ("LPIPSMetric",),
+    "ff994b70a30599287a332105396d5004": ("LPIPSMetric",),
     # Of timm's networks, whose files hold their state dicts.
     "e01f1dc7cb145d87030565d6da9588b2": ("ImageSimilarityMetric",),
     "82a6cf7de490aa417468a112b948b915": ("ImageSimilarityMetric",),
@@ -59,10 +63,11 @@ _MARKS = {
     "Mixed_5b.": ("FIDMetric",),
     "blip.": ("ImageRewardMetric",),
     "layers.0.": ("AestheticMetric",),
+    "lin0.": ("LPIPSMetric",),
     "model.visual.": _JUDGES,
     "rm_head.": ("HPSv3Metric",),
     "text_projection.weight": ("PickScoreMetric", "CLIPMetric"),
-    "visual.transformer.": ("HPSv2Metric",),
+    "visual.transformer.": ("BioCLIPMetric", "HPSv2Metric"),
 }
 """Beginning of a tensor's name that only these metrics' checkpoints have, of whatever size."""
 

@@ -1,0 +1,123 @@
+"""What a row is found by again: the content of its sample, and what of a metric changes its scores."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth_metrics.base import BaseMetric
+
+__all__ = [
+    "CHANGES_SCORES",
+    "INERT",
+    "INERT_OPTIONS",
+    "bytes_of",
+    "fingerprint_of",
+    "row_key",
+    "storable",
+]
+
+CHANGES_SCORES = frozenset(
+    {"metric", "weights", "preprocessing", "options", "dtype", "engine", "identity", "reader"}
+)
+"""Fields of a provenance that make another number. A field that is in neither set counts as one of them;
+a test makes sure that every metric's fields are in one."""
+
+INERT = frozenset({"name", "version", "weight_files", "torch"})
+"""Fields of a provenance that do not: names, and versions of libraries, which move the last digits."""
+
+INERT_OPTIONS = frozenset({"batch_size", "cache_text", "num_workers", "on_parse_error"})
+"""Options of metrics that do not change a score."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of a function or object, another in each run
+
+
+def fingerprint_of(metric: BaseMetric, provenance: Mapping[str, Any]) -> str:
+    """Return a sha256 of everything that changes the scores of a metric.
+
+    Args:
+        metric: A loaded metric.
+        provenance: Its ``provenance``, which takes a while to compute for large weights.
+    """
+    made = {field: value for field, value in provenance.items() if field not in INERT}
+    options = made.get("options") or {}
+    made["options"] = {name: value for name, value in options.items() if name not in INERT_OPTIONS}
+    made["metric"] = _definition(type(metric))
+    made["settings"] = _settings(metric)
+    network = getattr(metric, "model", None)
+    if made.get("weights") is None and isinstance(network, nn.Module):
+        made["weights"] = _digest_of_network(network)
+    text = json.dumps(made, sort_keys=True, default=str)
+    return hashlib.sha256(_ADDRESS.sub("", text).encode()).hexdigest()
+
+
+def row_key(id: str, image: str, prompt: str | None, sources: Sequence[str], fingerprint: str) -> str:
+    """Return the identity of a row: equal content gives an equal key, on every machine.
+
+    Args:
+        id: The sample's.
+        image: sha256 of its picture.
+        prompt: Its prompt.
+        sources: sha256 of each of its sources that the metric uses.
+        fingerprint: The metric's, see :func:`fingerprint_of`.
+    """
+    prompt = None if prompt is None else storable(prompt)
+    text = json.dumps([storable(id), image, prompt, list(sources), fingerprint])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def storable(text: str) -> str:
+    """Return a text that can be written as UTF-8: names of files need not be valid Unicode."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """Return the values of a tensor of any dtype, on any device."""
+    values: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return values
+
+
+def _definition(cls: type) -> str:
+    """Return the name of a class; of one that is not the package's own, its module and source as well.
+
+    A metric that somebody writes in a notebook changes from run to run, and its name does not.
+    """
+    if cls.__module__.startswith("diffsynth_metrics."):
+        return cls.__name__
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # typed at a prompt
+        source = ""
+    return f"{cls.__module__}.{cls.__qualname__}\n{source}"
+
+
+def _settings(metric: BaseMetric) -> dict[str, str]:
+    """Return the options of a metric; a provenance has those of ``from_pretrained`` only."""
+    names = {
+        parameter.name
+        for cls in type(metric).__mro__
+        if "__init__" in vars(cls)
+        for parameter in inspect.signature(vars(cls)["__init__"]).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    return {
+        name: str(getattr(metric, name))
+        for name in sorted(names - INERT_OPTIONS)
+        if hasattr(metric, name)
+    }
+
+
+def _digest_of_network(network: nn.Module) -> str:
+    """Return the sha256 of the weights in memory, of which no file says what they are."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""The pictures of samples, each read once: what is hashed is what a metric gets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pyarrow as pa
+from torch import Tensor
+
+from diffsynth_metrics.errors import ImageError
+from diffsynth_metrics.evaluation.fingerprint import bytes_of, storable
+from diffsynth_metrics.evaluation.run_folder import SAMPLES, table_of
+from diffsynth_metrics.evaluation.samples import PackedImage, Sample
+from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, open_image
+
+__all__ = [
+    "OF_SAMPLES",
+    "Item",
+    "SampleReader",
+    "image_name",
+    "prompt_id",
+    "read_image",
+    "reference_of",
+    "sample_row",
+]
+
+OF_SAMPLES = (ImageError, OSError, TypeError, ValueError)
+"""What a bad sample raises."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample that was read.
+
+    Attributes:
+        sample: The sample.
+        images: Its picture and, if they were asked for, its sources: bytes of a file, or pixels in
+            memory; empty where one of them cannot be read.
+        problem: Why not.
+        image_sha256: Of its picture; empty where that cannot be read.
+        sources_sha256: Of its sources, if they were asked for.
+    """
+
+    sample: Sample
+    images: tuple[CheckedImage, ...]
+    problem: Exception | None
+    image_sha256: str
+    sources_sha256: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many bytes were read for it."""
+        return sum(len(image) for image in self.images if isinstance(image, bytes))
+
+
+class SampleReader:
+    """Reads samples and remembers what their contents were.
+
+    Attributes:
+        samples: The samples.
+        images_sha256: Of the picture of each sample; None before it is read, empty where that failed.
+        sources_sha256: Of the sources of each sample, likewise.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        """Begin without having read anything."""
+        self.samples = samples
+        self.images_sha256: list[str | None] = [None] * len(samples)
+        self.sources_sha256: list[tuple[str, ...] | None] = [None] * len(samples)
+
+    def read(self, index: int, *, sources: bool = False) -> Item:
+        """Read a sample; what is wrong with its files is in the item."""
+        sample = self.samples[index]
+        wanted = [(image_name(sample), sample.image)]
+        if sources:
+            wanted += [(f"source {reference_of(image)}", image) for image in sample.sources]
+        images: list[CheckedImage] = []
+        digests: list[str] = []
+        problem: Exception | None = None
+        for name, image in wanted:
+            try:
+                contents, digest = read_image(image, name)
+                images.append(contents)
+            except OF_SAMPLES as error:
+                problem, digest = problem or error, ""
+            digests.append(digest)
+        self.images_sha256[index] = digests[0]
+        if sources:
+            self.sources_sha256[index] = tuple(digests[1:])
+        return Item(sample, () if problem else tuple(images), problem, digests[0], tuple(digests[1:]))
+
+    def table(self) -> pa.Table:
+        """Return the samples, with what is known of their contents."""
+        parts = [
+            table_of([self._row(index) for index in indices], SAMPLES)
+            for indices in _blocks(len(self.samples))
+        ]
+        return pa.concat_tables(parts)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        return {
+            **sample_row(self.samples[index]),
+            "image_sha256": self.images_sha256[index],
+            "sources_sha256": self.sources_sha256[index],
+        }
+
+
+def _blocks(count: int) -> list[range]:
+    """Divide indices into blocks: rows as dicts take much more memory than a table."""
+    return [range(start, min(start + 4096, count)) for start in range(0, count, 4096)]
+
+
+def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage, str]:
+    """Read a picture once: return what a metric gets, and the sha256 of exactly that.
+
+    Args:
+        image: The image of a sample.
+        name: How an error calls it.
+
+    Returns:
+        The bytes of a file, or the image itself where it is pixels in memory; and a sha256 in hex.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImageError: It cannot be read, or is not what a metric accepts.
+        OSError: The file cannot be read.
+        TypeError: It is no image.
+    """
+    if isinstance(image, PackedImage):
+        try:
+            image = image.read()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a damaged archive raises nearly anything
+            raise ImageError(f"{name} cannot be read: {str(error) or repr(error)}") from error
+    try:
+        checked = as_images([image])[0]
+    except FileNotFoundError as error:  # it names the file
+        raise FileNotFoundError(str(error).removeprefix("image 0: ")) from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("image 0", name, 1)) from error
+    if isinstance(checked, Path):
+        checked = checked.read_bytes()
+    return checked, _digest_of_image(checked, name)
+
+
+def image_name(sample: Sample) -> str:
+    """Return how messages call the picture of a sample: by its file, else by the sample."""
+    return reference_of(sample.image) or f"the picture of sample {sample.id!r}"
+
+
+def reference_of(image: ImageInput | PackedImage) -> str:
+    """Return what a row says of where a picture is; empty for pixels in memory."""
+    if isinstance(image, (str, Path, PackedImage)):
+        return str(image)
+    return str(getattr(image, "filename", "") or "")
+
+
+def sample_row(sample: Sample) -> dict[str, str | list[str] | None]:
+    """Return what rows say of a sample."""
+    texts = {
+        "id": sample.id,
+        "prompt_id": prompt_id(sample.prompt_id, sample.prompt, sample.id),
+        "seed": sample.seed,
+        "category": sample.category,
+        "prompt": sample.prompt,
+        "image": reference_of(sample.image),
+    }
+    return {
+        **{name: None if text is None else storable(str(text)) for name, text in texts.items()},
+        "sources": [storable(reference_of(source)) for source in sample.sources],
+    }
+
+
+def prompt_id(prompt_id: str | None, prompt: str | None, id: str) -> str:
+    """Return what pictures of one prompt have in common: as the data says it, or a digest of the prompt.
+
+    Args:
+        prompt_id: As the data says it.
+        prompt: The prompt.
+        id: The sample's id, for one without a prompt.
+    """
+    if prompt_id is not None:
+        return str(prompt_id)
+    if prompt is None:
+        return id
+    return "p-" + hashlib.sha256(storable(prompt).encode()).hexdigest()[:12]
+
+
+def _digest_of_image(image: CheckedImage, name: str) -> str:
+    digest = hashlib.sha256()
+    if isinstance(image, Tensor):
+        digest.update(f"tensor {image.dtype} {tuple(image.shape)}".encode())
+        digest.update(bytes_of(image))
+    elif isinstance(image, PIL.Image.Image):
+        picture = open_image(image, name)
+        colours = (picture.getpalette(), picture.info.get("transparency"))
+        digest.update(f"picture {picture.mode} {picture.size} {colours}".encode())
+        digest.update(picture.tobytes())
+    else:
+        assert isinstance(image, bytes)
+        digest.update(image)
+    return digest.hexdigest()

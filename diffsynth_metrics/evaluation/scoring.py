@@ -1,0 +1,271 @@
+"""Samples and metrics become results: checked first, then scored by one metric after the other."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+
+from diffsynth_metrics.base import BaseMetric, SetMetric, check_batch_size
+from diffsynth_metrics.catalog import find_class, load_metric, name_of
+from diffsynth_metrics.evaluation.reading import SampleReader
+from diffsynth_metrics.evaluation.results import Results
+from diffsynth_metrics.evaluation.run_folder import RunFolder
+from diffsynth_metrics.evaluation.sample_scoring import Run, score_samples
+from diffsynth_metrics.evaluation.samples import Sample
+from diffsynth_metrics.evaluation.set_scoring import Reference, check_reference, score_set
+
+__all__ = ["MetricInput", "OnError", "score"]
+
+MetricInput: TypeAlias = "str | type[BaseMetric] | BaseMetric"
+"""A name such as ``"pickscore"`` or ``"pickscore=folder"``, a class, or a loaded metric."""
+
+OnError = Literal["record", "raise"]
+
+
+def score(
+    samples: Sequence[Sample],
+    metrics: MetricInput | Sequence[MetricInput] | Mapping[str, MetricInput],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    on_error: OnError = "record",
+    resume: bool = True,
+    progress: bool = True,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    reference: Reference | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Results:
+    """Score samples with metrics, one metric after the other.
+
+    With `out`, rows are written as they are made. Stopped at any moment and called again with the same
+    arguments, it goes on; what it has scored is known by content, so that a changed picture, prompt or
+    metric is scored anew, and a data set that has grown or was shuffled only where it is new.
+
+    Example:
+        >>> results = score(read_samples("data.csv"), ["pickscore", "clip"], out="runs/a")
+        >>> print(results.summary())
+
+    Args:
+        samples: What ``read_samples`` returned, or a list of samples of different ids.
+        metrics: Names, classes or loaded metrics; or label to one of these, for two of one kind. What
+            is loaded here is freed before the next is loaded; a loaded metric is left as it is.
+        out: The run folder; None keeps the rows in memory.
+        on_error: ``"record"``: a sample that cannot be scored gets a row with the reason, named in the
+            log. ``"raise"`` stops at the first. What is no sample's fault, such as too little memory,
+            is raised in any case; the rows before it are kept.
+        resume: Whether rows that are in `out` are used; False scores everything anew.
+        progress: Whether a terminal shows a progress bar per metric.
+        batch_size: For metrics that are loaded here, see ``from_pretrained``.
+        limit: Score the first samples only.
+        reference: The real pictures of FID and other metrics of sets: a folder, samples, or an ``.npz``
+            file of statistics.
+        device: For metrics that are loaded here, see ``from_pretrained``.
+        dtype: For metrics that are loaded here, ``torch_dtype`` of ``from_pretrained``.
+
+    Returns:
+        The rows of these samples by the metrics of the run folder, those of earlier calls included.
+
+    Raises:
+        ValueError: There are no samples, two have one id, a metric is not known (the message suggests
+            one) or two have one label, or a metric of sets has no reference.
+        TypeError: Something is no sample or no metric.
+        FileNotFoundError: The reference does not exist.
+        BlockingIOError: Another process is writing to `out`.
+        OSError: `out` cannot be written to, or the disk is full.
+        Exception: What loading a metric raises.
+    """
+    samples = _checked_samples(samples, limit)
+    wanted = _wanted(metrics)
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error must be 'record' or 'raise', got {on_error!r}")
+    if batch_size is not None:
+        check_batch_size(batch_size)
+    _check_sets(reference, wanted)
+
+    def run_in(folder: str | os.PathLike[str]) -> Results:
+        run_folder = RunFolder(folder)
+        with run_folder.locked():
+            run = _begin(
+                run_folder,
+                samples,
+                on_error=on_error,
+                resume=resume,
+                progress=progress,
+                keeps=out is not None,
+            )
+            _score_all(run, wanted, reference, batch_size=batch_size, device=device, torch_dtype=dtype)
+        return Results.open(folder)
+
+    if out is not None:
+        return run_in(out)
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_in(folder)
+    results.path = None
+    results.name = Path(getattr(samples, "source", "")).stem or "run"
+    return results
+
+
+def _checked_samples(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
+    if isinstance(samples, (str, os.PathLike)):
+        raise TypeError(f"pass read_samples({os.fspath(samples)!r}): samples are a sequence of Sample")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit must be a positive int, got {limit!r}")
+    samples = samples[:limit]
+    if not len(samples):
+        raise ValueError("there are no samples to score")
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, Sample):
+            raise TypeError(f"item {index} of samples must be a Sample, got {type(sample).__name__}")
+    id, count = Counter(sample.id for sample in samples).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"give every sample an id of its own: {count} samples are called {id!r}, and rows are found "
+            "by the id"
+        )
+    return samples
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A metric that is to score, not loaded yet unless the caller loaded it."""
+
+    metric: MetricInput
+
+    @property
+    def kind(self) -> type[BaseMetric]:
+        """The class.
+
+        Raises:
+            ValueError: There is no metric of this name; the message suggests one.
+            TypeError: It is no metric.
+        """
+        if isinstance(self.metric, str):
+            return find_class(self.metric.partition("=")[0])
+        if isinstance(self.metric, BaseMetric):
+            return type(self.metric)
+        if isinstance(self.metric, type) and issubclass(self.metric, BaseMetric):
+            return self.metric
+        raise TypeError(f"a metric is a name, a class or a loaded metric, got {self.metric!r}")
+
+    @property
+    def label(self) -> str:
+        """How rows call the metric."""
+        kind = self.kind
+        if isinstance(self.metric, str):
+            name = self.metric.partition("=")[0].strip().lower()
+            return "shapes" if name == "shapes" else name_of(kind)
+        return name_of(kind)
+
+    def load(self, options: Mapping[str, Any]) -> BaseMetric:
+        """Load the metric, or return the caller's."""
+        if isinstance(self.metric, BaseMetric):
+            return self.metric
+        if isinstance(self.metric, str):
+            return load_metric(self.metric, **options)
+        return self.metric.from_pretrained(**options)
+
+
+def _wanted(
+    metrics: MetricInput | Sequence[MetricInput] | Mapping[str, MetricInput],
+) -> dict[str, _Wanted]:
+    """Check what is to score, before anything is loaded."""
+    if isinstance(metrics, Mapping):
+        wanted = {str(label): _Wanted(metric) for label, metric in metrics.items()}
+        for one in wanted.values():
+            _ = one.kind
+    else:
+        listed = [metrics] if isinstance(metrics, (str, type, BaseMetric)) else list(metrics)
+        wanted = {}
+        for one in map(_Wanted, listed):
+            if one.label in wanted:
+                raise ValueError(
+                    f"name them apart by a mapping, such as {{'{one.label}_a': ..., "
+                    f"'{one.label}_b': ...}}: two metrics are called {one.label!r}"
+                )
+            wanted[one.label] = one
+    if not wanted:
+        raise ValueError("there are no metrics to score with")
+    for label in wanted:
+        if not label or label != os.path.basename(label) or label.startswith("."):
+            raise ValueError(f"a label names a folder, and {label!r} cannot")
+    return wanted
+
+
+def _check_sets(reference: Reference | None, wanted: Mapping[str, _Wanted]) -> None:
+    of_sets = [label for label, one in wanted.items() if issubclass(one.kind, SetMetric)]
+    if of_sets and reference is None:
+        raise ValueError(
+            "pass reference=, the real pictures (a folder, samples, or an .npz file of statistics): "
+            f"{of_sets[0]} compares two sets of pictures"
+        )
+    if reference is not None and not of_sets:
+        raise ValueError(
+            f"reference= is for metrics of sets such as fid, and there is none among {', '.join(wanted)}"
+        )
+    if reference is not None:
+        check_reference(reference)
+
+
+def _begin(folder: RunFolder, samples: Sequence[Sample], *, resume: bool, **settings: Any) -> Run:
+    """Find out what a folder has already; it is locked."""
+    metrics: dict[str, dict[str, Any]] = {}
+    sets: list[dict[str, Any]] = []
+    known: dict[str, dict[str, bool]] = {}
+    if (folder.path / "run.json").exists():
+        description = folder.read_description()
+        metrics, sets = description["metrics"], description["sets"]
+    for part in folder.parts(repair=True):
+        columns = [part.column(name).to_pylist() for name in ("metric", "key", "error_type")]
+        for label, key, error_type in zip(*columns, strict=True):
+            if resume:
+                known.setdefault(label, {})[key] = error_type is None
+    return Run(
+        folder=folder,
+        reader=SampleReader(samples),
+        resume=resume,
+        known=known,
+        metrics=metrics,
+        sets=sets,
+        **settings,
+    )
+
+
+def _score_all(
+    run: Run, wanted: Mapping[str, _Wanted], reference: Reference | None, **options: Any
+) -> None:
+    """Score with one metric after the other."""
+    run.folder.write_description(run.metrics, run.sets)
+    run.folder.write_samples(run.reader.table())
+    try:
+        for label, one in wanted.items():
+            device = _score_one(run, label, one.load(options), reference)
+            # What was loaded is held by nobody now, and its memory serves the next.
+            gc.collect()
+            _empty_cache(device)
+    finally:
+        run.folder.write_samples(run.reader.table())
+
+
+def _score_one(run: Run, label: str, metric: BaseMetric, reference: Reference | None) -> torch.device:
+    """Score all samples with a metric, and return where it ran."""
+    if isinstance(metric, SetMetric):
+        assert reference is not None
+        score_set(run, label, metric, reference)
+    else:
+        score_samples(run, label, metric)
+    return metric.device
+
+
+def _empty_cache(device: torch.device) -> None:
+    """Give memory back that torch keeps for tensors to come."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()

@@ -1,0 +1,225 @@
+"""What the readers of answers share: plain text, words that change a score, and JSON in a text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffsynth_metrics.judges.engine import Answer
+
+__all__ = [
+    "CONDITION",
+    "DOUBTS",
+    "NUMBER",
+    "NoJson",
+    "Reading",
+    "Unreadable",
+    "because",
+    "check_lines",
+    "check_words",
+    "final_text",
+    "has_digit",
+    "json_object",
+    "may_precede",
+    "plain",
+    "plain_name",
+    "read_or_explain",
+]
+
+NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_IF = r"(?<!as )if(?! you (?:look|need|want|zoom))"
+CONDITION = (
+    rf"\b(?:{_IF}|unless|assum(?:e|ing|ption)|suppos(?:e|ing)|imagine|maybe|perhaps|possibly"
+    r"|hypothetical(?:ly)?|template|format|(?<!for )example|had (?:\w+ ){1,4}been)\b"
+)
+_TAKES_BACK = (
+    # At the beginning of a sentence or a part of it.
+    r"(?:^|[.!?,;:(-] ?)(?:wait|hmm+|oops|sorry|actually|correct(?:ion|ed)|scratch|never ?mind"
+    r"|on (?:second thought|reflection)\b(?!:)|i (?:take|was|mis|first (?:th|s))|my mistake"
+    rf"|let me (?:re|correct|change)|(?:only )?(?:{_IF}|unless|assuming)\b|rather the"
+    r"|no ?(?=[,.!;:-]|$))"
+    # Anywhere.
+    r"|\btoo (?:high|low|generous|harsh|kind|lenient|strict|optimistic)\b|\b(?:reconsider|revis)"
+    r"|\b(?:disregard|ignore) (?:th|my)|\bchanged? my\b|\b(?:kidding|joking|swapped)\b"
+    r"|\b(?:is|are|was) (?:just |only )?(?:an? (?:mistake|example|draft|placeholder)|wrong|incorrect)\b"
+    r"|(?:\bnot|n't) (?:true|so|correct|right|the case|final|my|sure|certain|believe)\b|\bcannot tell\b"
+    r"|\b(?:score|rating|verdict)s? (?:sh|w|c)ould\b|\bholds? only\b|\bopposite is\b"
+    r"|\b(?:w|sh)ould (?:lower|raise|reduce|correct|only)\b"
+)
+DOUBTS = re.compile(f"{CONDITION}|{_TAKES_BACK}", re.IGNORECASE)
+# A number in a sentence that may be another score.
+_CLAIM = re.compile(
+    r"(?:^[^\w(]*(?:(?:of|at) )?|^(?=[^a-z]*$)\W*|[:=\[] ?|\bto "
+    r"|\b(?:scores?|ratings?|rated?|should|would|deserves?|final|first|second|previously)\b[^.]{0,60}?)"
+    rf"(?P<number>{NUMBER})|\bor (?:\w+ )?(?:[0-9]|one|two|three|four|five|half)",
+    re.IGNORECASE,
+)
+# What may stand before a label in its sentence, and what may not.
+_BEFORE = re.compile(
+    r"(?:^|[^\w\s]|[0-9])\s?(?:(?:and|the|my|final|overall|total|output|edited|scores?|of|for) )*$",
+    re.IGNORECASE,
+)
+_SUPPOSES = re.compile(
+    rf"{CONDITION}|\b(?:would|could|might|were|not|never|than|example|typical|like)\b",
+    re.IGNORECASE,
+)
+_SAME = str.maketrans("：＝−“”’{", ':=-""\'\n') | {ord("–"): " - ", ord("—"): " - "}
+_EXCERPT = 40
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer says.
+
+    Attributes:
+        values: Name to value; None is what the answer does not say.
+        problem: Why a value is None, or None where everything was read.
+    """
+
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+class Unreadable(Exception):
+    """Carries the reason from where it is found to the end of a reader."""
+
+
+class NoJson(Unreadable):
+    """There is no JSON object, or it is not valid."""
+
+
+def read_or_explain(answer: Answer, names: Sequence[str], read: Callable[[], dict[str, Any]]) -> Reading:
+    """Return what is read, or nothing and why."""
+    try:
+        return Reading(read())
+    except Unreadable as error:
+        return Reading(dict.fromkeys(names), because(answer, [str(error)]))
+
+
+def because(answer: Answer, problems: list[str]) -> str | None:
+    """Join the problems, and say where the limit of tokens is their likely cause."""
+    if not problems:
+        return None
+    cut = "the answer was cut off by max_new_tokens: " if answer.finish == "length" else ""
+    return cut + "; ".join(problems)
+
+
+def final_text(answer: Answer) -> tuple[str, bool]:
+    """Return what follows the model's thinking, and whether it stands in ``<answer>``."""
+    if answer.error is not None:
+        raise Unreadable(answer.error)
+    _, thought, text = answer.text.rpartition("</think>")
+    if not thought and "<think>" in answer.text:
+        raise Unreadable("it never stopped thinking")
+    tags = re.findall("</?answer>", text.lower())
+    tagged = bool(tags) and tags == ["<answer>", "</answer>"] * (len(tags) // 2)
+    parts = re.split("</?answer>", text, flags=re.IGNORECASE)
+    return "\n".join(parts[1::2] if tagged else parts), tagged
+
+
+def plain(text: str) -> str:
+    """Return a text without emphasis, with single blanks and line breaks, and one sign for each thing.
+
+    A blank takes the place of emphasis, so that digits on both sides stay apart.
+    """
+    text = re.sub(r"[*`]|(?<![^\W_])_+|_+(?![^\W_])", " ", text.translate(_SAME))
+    return re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", text))
+
+
+def plain_name(key: str) -> str:
+    """Return a name without its scale, emphasis, signs and case."""
+    key = re.sub(r"\([^()]*\)", "", key).replace("&", " and ")
+    return " ".join(re.sub(r"[\W_]+", " ", key).casefold().split())
+
+
+def has_digit(text: str) -> bool:
+    """Whether a text has a digit of any script, a fraction such as ½, or the like."""
+    return any(character.isnumeric() for character in text)
+
+
+def may_precede(before: str) -> bool:
+    """Whether a label that follows these words is neither inside a sentence nor a supposition."""
+    sentence = _last_sentence(before)
+    return _BEFORE.search(sentence) is not None and not _supposes(before)
+
+
+def _last_sentence(before: str) -> str:
+    sentence = re.split(r"[.!?][\"']?,? |[\"'], ?|(?<!\w[:,])\n", before[-300:])[-1]
+    return re.sub(r"\([^()]*\)", "", sentence)
+
+
+def _supposes(before: str) -> bool:
+    """Whether words before something say that it is not, or would be under other circumstances."""
+    imagines = re.search(r"\b(?:suppose|imagine)\b", before[-300:], re.IGNORECASE)
+    return imagines is not None or _SUPPOSES.search(_last_sentence(before)) is not None
+
+
+def check_words(words: str, scores: Sequence[float]) -> None:
+    """Check that words around scores may explain them, but neither doubt them nor give others.
+
+    Raises:
+        Unreadable: They do.
+    """
+    for line in map(str.strip, words.split("\n")):
+        claims = [claim["number"] for claim in _CLAIM.finditer(line)]
+        if DOUBTS.search(line) or any(claim is None or float(claim) not in scores for claim in claims):
+            raise Unreadable(f"{line.strip()[:_EXCERPT]!r} may change it")
+
+
+def check_lines(lines: Sequence[str]) -> None:
+    """Check that lines below scores do not take them back; they may be about anything else.
+
+    Raises:
+        Unreadable: They do.
+    """
+    for line in lines:
+        if re.search(_TAKES_BACK, line, re.IGNORECASE):
+            raise Unreadable(f"{line[:_EXCERPT]!r} may change the scores")
+
+
+def json_object(text: str) -> tuple[dict[str, Any], str]:
+    """Return the JSON object of a text, and what stands behind it.
+
+    All of its numbers are floats; one with an exponent is refused, because its value is not in the text.
+
+    Raises:
+        NoJson: There is none that is valid.
+        Unreadable: It is valid and contradicts itself, or the words before it make it a supposition.
+    """
+    opening = re.search(r"\{(?=\s*[\"'}*])", text)
+    if opening is None:
+        raise NoJson("there is no JSON object")
+    if _supposes(plain(text[: opening.start()][-300:])):
+        raise Unreadable("the JSON object is part of a supposition")
+    # The form that the prompts show has a comma before the closing brace; numbers may be emphasized.
+    text = re.sub(
+        r'("(?:\\.|[^"\\])*(?:"|\Z))|,(?=\s*[}\]])|[*`](?=[\s*`0-9\]},])',
+        lambda found: found.group(1) or "",
+        text[opening.start() :],
+        flags=re.DOTALL,
+    )
+    decoder = json.JSONDecoder(
+        strict=False, object_pairs_hook=_without_contradiction, parse_float=_plain_float, parse_int=float
+    )
+    try:
+        value, end = decoder.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        raise NoJson(f"its JSON is not valid: {str(error)[:_EXCERPT]}") from error
+    return value, text[end:]
+
+
+def _plain_float(number: str) -> float:
+    if "e" in number.lower():
+        raise Unreadable(f"{number[:_EXCERPT]} is no plain number")
+    return float(number)
+
+
+def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if repr(result.setdefault(key, value)) != repr(value):  # true equals 1 in Python
+            raise Unreadable(f"{key!r} has two values")
+    return result

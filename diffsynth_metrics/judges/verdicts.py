@@ -1,0 +1,125 @@
+"""Sentences that say which of two edited images is better."""
+
+from __future__ import annotations
+
+import re
+
+from diffsynth_metrics.judges.reading import CONDITION, DOUBTS, Unreadable
+
+__all__ = ["find_verdicts"]
+
+_WINNER = r"(?:the )?(?:edited )?image ?(?P<winner>[12])"
+_EDIT = r"(?:the )?(?:edited )?image ?[12]"
+_ANSWER = (
+    r"(?:my |the )?(?:final |overall )?(?:answer|choice|conclusion|decision|judge?ment|output|preference"
+    r"|result|verdict|winner)(?: is)?"
+)
+_SUMS_UP = (
+    r"so|thus|therefore|hence|overall|finally|in (?:conclusion|summary|the end)|to sum up|on balance"
+    r"|all in all|all things considered|(?:based on|considering|given) (?:all|both|these|the)(?: above)?"
+    r"(?: evaluations?| criteria| analysis| comparison| assessment)"
+    rf"|after (?:careful )?(?:comparison|consideration|evaluation)|{_ANSWER}"
+)
+_OPENING = (
+    rf"(?:(?P<final>{_SUMS_UP})[,:]* |i (?:think|believe|conclude|find)(?: that)? "
+    rf"|(?:compared (?:to|with)|comparing|between) {_EDIT}(?: and {_EDIT})?, )*"
+)
+_NOUN = r"(?: (?:one|(?:edited )?image|edit|result|choice))?"
+_DEGREE = r"(?:(?:clearly|much|slightly|significantly|overall|generally|the|a|an) )*"
+_THAN = r"(?: (?:than|over|to|compared (?:to|with)) (?:the )?(?:edited )?image ?(?P<other>[12]))?"
+_ENDING = (
+    r"(?: overall| in (?:every|all) (?:respects?|ways?|aspects?|criteria))?"
+    r"(?:(?:,? (?:because|since|as|while|whereas|due to)|, the best)\b(?P<reason>.*))?"
+)
+# A sentence has to be one of these as a whole, without what would make it a part of a verdict, a
+# concession, a condition or a denial.
+_VERDICTS = [
+    re.compile(_OPENING + verdict + _THAN + _ENDING, re.IGNORECASE)
+    for verdict in (
+        rf"{_WINNER} is {_DEGREE}(?:better|best|superior|preferred|preferable|winner){_NOUN}",
+        rf"{_WINNER} wins",
+        rf"(?:the )?(?:better|best|preferred|superior|winning){_NOUN}(?: is:?|:) {_WINNER}",
+        rf"(?:i )?prefer {_WINNER}",
+        rf"(?(final){_WINNER}|(?!))",
+        rf"{_ANSWER}:? (?P<winner>[12])",
+    )
+]
+_TIE = re.compile(
+    rf"{_OPENING}(?:(?:it is |it's )?(?:a )?(?:tie|draw)"
+    r"|neither (?:of (?:them|the (?:two )?(?:edited )?images) |(?:edited )?image 1 nor (?:edited )?"
+    rf"(?:image )?2 |(?:edited )?image |edit )?is {_DEGREE}(?:better|superior|best)"
+    r"(?: than the other(?: one)?)?|(?:both|they|(?:both |the |the two |two )?"
+    r"(?:edited )?(?:images|edits|images? [12] and (?:edited )?(?:image )?[12])) are "
+    r"(?:equally (?:good|well|bad|successful)|tied|equal|equivalent)(?: overall)?)",
+    re.IGNORECASE,
+)
+_BARE = re.compile(r"(?:(?:edited )?image ?)?([12])", re.IGNORECASE)
+_PREFERS = re.compile(
+    r"\b(?:better|best|prefer\w*|cho(?:ice|ose|oses|sen|osing)|picks?|selects?|wins?|winner|superior"
+    r"|verdict|answer|deserves)\b",
+    re.IGNORECASE,
+)
+_DENIES = re.compile(
+    r"^(?:but|however|although|though|yet|except|not)\b|\b(?:though|however)$"
+    r"|\b(?:worse|worst|inferior|opposite|kidding|joking)\b"
+    r"|(?:\bnot|n't|\bnever|\bno longer)\b.*(?:better|best|prefer|win)",
+    re.IGNORECASE,
+)
+
+
+def find_verdicts(text: str, *, bare: bool) -> list[int]:
+    """Return who wins by each verdict of a text, 1, 2 or 0 for a tie; the final ones, where the last is.
+
+    Args:
+        text: A plain text.
+        bare: Whether a number or the name of an image alone is a verdict.
+
+    Raises:
+        Unreadable: What follows the last verdict may change it.
+    """
+    verdicts: list[tuple[int, bool]] = []
+    turned = supposing = False
+    for found in re.finditer(r"([^.!?;\n]+)([.!?;\n]?)", text):
+        sentence = (
+            re.sub(r'["}]', "", found[1]).replace(" :", ":").replace(" ,", ",").strip().lstrip("#->•| ")
+        )
+        verdict = None if found[2] == "?" or supposing else _verdict(sentence, bare=bare)
+        if verdict is not None:
+            verdicts.append(verdict)
+            turned = False
+        elif verdicts:
+            turned = turned or found[2] == "?" or _turns(sentence, verdicts[-1][0])
+        supposing = re.match(CONDITION, sentence, re.IGNORECASE) is not None
+    if turned:
+        raise Unreadable("what follows the verdict may change it")
+    last_is_final = bool(verdicts) and verdicts[-1][1]
+    return [winner for winner, is_final in verdicts if is_final or not last_is_final]
+
+
+def _verdict(sentence: str, *, bare: bool) -> tuple[int, bool] | None:
+    """Return who wins by a sentence, and whether it sums up; None where it is no verdict, or more."""
+    if tie := _TIE.fullmatch(sentence):
+        return 0, tie["final"] is not None
+    if bare and (number := _BARE.fullmatch(sentence)):
+        return int(number[1]), True
+    for pattern in _VERDICTS:
+        found = pattern.fullmatch(sentence)
+        if (
+            found
+            and found["winner"] != found["other"]
+            and not _turns(found["reason"], int(found["winner"]))
+        ):
+            return int(found["winner"]), found["final"] is not None
+    return None
+
+
+def _turns(words: str | None, winner: int) -> bool:
+    """Whether words behind a verdict could deny it or prefer another image."""
+    words = (words or "").strip(" ,")
+    other = rf"\bimage ?(?!{winner})[0-9]|\b(?:other|former|latter|first|second)\b"
+    if re.match(rf"(?:the )?(?:edited )?(?:{other})", words, re.IGNORECASE):
+        return DOUBTS.search(words) is not None or _PREFERS.search(words) is not None
+    names_other = re.search(other, words, re.IGNORECASE) is not None
+    prefers = names_other and _PREFERS.search(words) is not None
+    denies = words.lower().endswith(" not") and not names_other
+    return prefers or denies or DOUBTS.search(words) is not None or _DENIES.search(words) is not None
