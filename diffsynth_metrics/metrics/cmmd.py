@@ -68,6 +68,9 @@ class CMMDMetric(SetMetric):
         code_license="Apache-2.0",
         weights_license="MIT",
         notes="The authors drop the last incomplete batch of images; here every image counts.",
+        good_for="how close a set of pictures is to a reference set, with fewer pictures than FID",
+        download="1.2 GB",
+        memory="1.2 GB",
     )
     default_model = ModelConfig(
         model_id="timm/vit_large_patch14_clip_336.openai",

@@ -56,6 +56,9 @@ class FDDINOv2Metric(FIDMetric):
             "Compare numbers of the same reference set and number of images only; it agrees with people "
             "better than FID where pictures are not of ImageNet's classes."
         ),
+        good_for="how close a set of pictures is to a reference set, nearer to people than FID",
+        download="1.2 GB",
+        memory="1.2 GB",
     )
     default_model = ModelConfig(
         model_id="timm/vit_large_patch14_dinov2.lvd142m",
