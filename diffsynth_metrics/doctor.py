@@ -23,6 +23,7 @@ from diffsynth_metrics.pixels.resizing import cpu_count
 from diffsynth_metrics.weights.placement import choose_device
 from diffsynth_metrics.weights.published import (
     downloads_are_off,
+    find_parts,
     models_folder,
     on_disk,
     size_text,
@@ -143,7 +144,9 @@ def _free_memory(device: torch.device) -> int | None:
 
 
 def _bytes(size: str) -> float:
-    """Return the bytes of a size on a card, such as ``"3.9 GB"``."""
+    """Return the bytes of a size on a card, such as ``"3.9 GB"`` or ``"none"``."""
+    if size == "none":
+        return 0.0
     number, _, unit = size.partition(" ")
     return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
 
@@ -256,6 +259,8 @@ def _look_at_metrics() -> Iterator[Finding]:
         elif found.state == "partly":
             fix = f"diffsynth-metrics download {name}"
             yield Finding(name, "problem", f"partly on disk, in {found.folder}: {found.problem}", fix)
+        elif not find_parts(name):
+            yield Finding(name, "hint", f"not installed: {found.problem}")
         else:
             get = f"diffsynth-metrics download {name} takes {find_card(name).download}"
             yield Finding(name, "hint", f"not on disk: {get}")

@@ -44,9 +44,8 @@ LAYOUT_OF = {
     "lpips": "lpips_alex",
     "pickscore": "clip_h14",
 }
-ON_TIMM = ("cmmd", "fd_dinov2", "image_similarity")
-"""What timm publishes: of these the network is the layout."""
-PUBLISHED = tuple(name for name in NAMES if name not in ("shapes", "text_rendering"))
+IN_PACKAGES = ("shapes", "text_rendering")
+PUBLISHED = tuple(name for name in NAMES if name not in IN_PACKAGES)
 
 
 @pytest.fixture(autouse=True)
@@ -92,13 +91,13 @@ def detail(checks: list[Check], what: str) -> str:
 
 def test_the_download_size_of_a_card_is_that_of_the_published_layout() -> None:
     for name in PUBLISHED:
-        if name in ON_TIMM:
-            tensors = metric_class(name).build(None).state_dict().values()
-            elements = sum(tensor.numel() for tensor in tensors)
-        else:
-            layout = json.loads((LAYOUTS / f"{LAYOUT_OF.get(name, name)}.json").read_text())
-            elements = sum(map(math.prod, layout.values()))
-        size = elements * metric_class(name).official_dtype.itemsize
+        file = LAYOUT_OF.get(name, name)
+        if (LAYOUTS / f"{file}.json").is_file():
+            layout = json.loads((LAYOUTS / f"{file}.json").read_text())
+        else:  # timm's files are the state dicts of its networks
+            weights = metric_class(name).build(None).state_dict()
+            layout = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        size = sum(map(math.prod, layout.values())) * metric_class(name).official_dtype.itemsize
         assert find_card(name).download == size_text(size), name
 
 
@@ -126,6 +125,32 @@ def test_nothing_of_a_metric_is_on_disk_at_first() -> None:
         found = on_disk(name)
         assert (found.state, found.size) == ("absent", 0), name
     assert on_disk("shapes").state == "whole"
+
+
+def test_networks_that_a_package_ships_are_found_in_it() -> None:
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    assert on_disk("text_rendering").state == "whole"
+    checks = verify("text_rendering")
+    assert results(checks) == {"files": "ok", "sha256": "not checked"}
+    assert "2 of weights, 31 MB" in detail(checks, "files")
+    assert find_parts("text_rendering") == () and download("text_rendering") == []
+    with pytest.raises(ValueError, match="reads with the networks of rapidocr, and not with"):
+        verify("text_rendering=models/mine")
+
+
+def test_without_the_package_its_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    found = on_disk("text_rendering")
+    assert found.state == "absent" and "pip install 'diffsynth-metrics[ocr]'" in found.problem
+    (check,) = verify("text_rendering")
+    assert check.result == "failed" and "pip install" in check.detail
+
+
+def test_weights_of_one_hub_are_asked_of_it_whatever_is_said() -> None:
+    for source in (None, "modelscope"):
+        assert find_parts("cmmd", source)[0].repository.source == "huggingface"
+    assert find_parts("pickscore", "huggingface")[0].repository.source == "huggingface"
 
 
 def test_files_that_are_whole_are_said_to_be(pickscore: Path) -> None:

@@ -23,7 +23,7 @@ from PIL import ImageDraw, ImageFont
 
 from diffsynth_metrics import ImageError, ModelConfig, RewardError, TextRenderingMetric
 from diffsynth_metrics.catalog import load_metric
-from diffsynth_metrics.rewards import Component, RewardSet
+from diffsynth_metrics.rewards import Component, RewardSet, to_flow_grpo
 from diffsynth_metrics.text_matching import (
     character_accuracy,
     edit_distance,
@@ -324,6 +324,9 @@ class TestMetric:
         assert theirs.compute(prompt, picture) == pytest.approx([6 / 7])
         scaled = RewardSet({"text": Component(metric, scale="flow_grpo")}).score([prompt], [picture])
         assert scaled.reward.tolist() == pytest.approx([6 / 7])
+        reward = to_flow_grpo(metric, scale="flow_grpo")("cpu")
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
+        assert reward(pixels, [prompt], [{}]) == ([pytest.approx(6 / 7)], {})
         row = theirs.evaluate("a sign “OPENING”", picture)[0]
         assert row["score"] is None and "no text in straight quotation marks" in row["error"]
         assert math.isnan(theirs.compute("a sign “OPENING”", picture)[0])

@@ -68,7 +68,7 @@ class CMMDMetric(SetMetric):
         code_license="Apache-2.0",
         weights_license="MIT",
         notes="The authors drop the last incomplete batch of images; here every image counts.",
-        good_for="how close a set is to a reference set, also with few pictures",
+        good_for="how close a set of pictures is to a reference set, with fewer pictures than FID",
         download="1.2 GB",
         memory="1.2 GB",
     )

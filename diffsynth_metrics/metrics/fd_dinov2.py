@@ -56,7 +56,7 @@ class FDDINOv2Metric(FIDMetric):
             "Compare numbers of the same reference set and number of images only; it agrees with people "
             "better than FID where pictures are not of ImageNet's classes."
         ),
-        good_for="how close a set is to a reference set, as people see it",
+        good_for="how close a set of pictures is to a reference set, nearer to people than FID",
         download="1.2 GB",
         memory="1.2 GB",
     )

@@ -311,10 +311,10 @@ class FIDMetric(SetMetric):
         return self._extract("", self._open("", images, batch_size, num_workers, **options))[0]
 
     def encode_image(self, images: ImageSource, *, progress: bool = False) -> Tensor:
-        """Compute the pool3 features that everything here is made of.
+        """Compute the features that everything here is made of.
 
         Returns:
-            float32 ``[N, 2048]`` on the CPU, of at least 0.
+            float32 ``[N, D]`` on the CPU; of Inception 2,048 of at least 0.
 
         Raises:
             TypeError: It is no source of images.

@@ -100,7 +100,7 @@ class ImageSimilarityMetric(ReferenceMetric):
         code_license="MIT (CLIP), Apache-2.0 (DINO, DINOv2)",
         weights_license="MIT (CLIP), Apache-2.0 (DINO, DINOv2)",
         notes="It also rises with equal backgrounds and poses; a copy of the reference scores 1.",
-        good_for="whether the subject of the references comes back",
+        good_for="whether the subject of reference pictures comes back",
         download="351 MB",
         memory="351 MB",
     )

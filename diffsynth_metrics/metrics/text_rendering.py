@@ -56,9 +56,9 @@ class TextRenderingMetric(RowMetric):
         code_license="Apache-2.0",
         weights_license="Apache-2.0",
         notes="What OCR cannot read counts as wrong: ornate, tiny or steeply rotated letters.",
-        good_for="whether the text that the prompt quotes is in the picture",
-        download="none (in the wheel of rapidocr)",
-        memory="32 MB",
+        good_for="whether a picture says what the prompt quotes",
+        download="none",
+        memory="0.8 GB",
     )
     default_batch_size = 1
     numbers = ("score", *_SCALES)

@@ -15,7 +15,7 @@ import PIL.Image
 
 from diffsynth_metrics.errors import ImageError
 
-__all__ = ["Line", "TextReader"]
+__all__ = ["Line", "TextReader", "installed_networks"]
 
 _FILES = {"Det": "PP-OCRv6_det_small.onnx", "Rec": "PP-OCRv6_rec_small.onnx"}
 _MAX_RATIO = 20  # rapidocr enlarges the shorter side, and the longer one with it
@@ -32,13 +32,36 @@ Line = dict[str, Any]
 """A line: ``"text"``, ``"confidence"`` in 0..1, and ``"box"``, its four corners (x, y) in pixels."""
 
 
+def installed_networks() -> tuple[Path, ...]:
+    """Return the files of the networks: detection, and recognition of Chinese and Latin script.
+
+    Raises:
+        ImportError: rapidocr or onnxruntime is not installed, or rapidocr has other networks.
+    """
+    try:
+        import_module("onnxruntime")
+        rapidocr = import_module("rapidocr")
+    except ImportError as error:
+        raise ImportError(
+            "pip install 'diffsynth-metrics[ocr]': text in pictures is read with rapidocr and "
+            f"onnxruntime ({error})"
+        ) from None
+    files = tuple(Path(str(rapidocr.__file__)).parent / "models" / name for name in _FILES.values())
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ImportError(
+            "pip install --force-reinstall rapidocr==3.10.0: other networks give other scores, and "
+            f"the installed {version('rapidocr')} has no {missing[0]}"
+        )
+    return files
+
+
 class TextReader:
     """Reads the lines of a picture, from top to bottom and from left to right.
 
     It may be called from several threads, copied, pickled and used after a fork.
 
     Attributes:
-        files: The networks: detection, and recognition of Chinese and Latin script.
+        files: See :func:`installed_networks`.
         made_with: The packages that run them, with their versions.
     """
 
@@ -46,24 +69,10 @@ class TextReader:
         """Load the networks.
 
         Raises:
-            ImportError: rapidocr or onnxruntime is not installed, or rapidocr has other networks.
+            ImportError: See :func:`installed_networks`.
         """
-        try:
-            import_module("onnxruntime")
-            rapidocr = import_module("rapidocr")
-        except ImportError as error:
-            raise ImportError(
-                "pip install 'diffsynth-metrics[ocr]': text in pictures is read with rapidocr and "
-                f"onnxruntime ({error})"
-            ) from None
-        folder = Path(str(rapidocr.__file__)).parent / "models"
-        self.files = tuple(folder / name for name in _FILES.values())
+        self.files = installed_networks()
         self.made_with = {name: version(name) for name in ("rapidocr", "onnxruntime")}
-        if missing := [file.name for file in self.files if not file.is_file()]:
-            raise ImportError(
-                "pip install --force-reinstall rapidocr==3.10.0: other networks give other scores, and "
-                f"the installed {self.made_with['rapidocr']} has no {missing[0]}"
-            )
         self._load()
 
     def __call__(self, picture: PIL.Image.Image) -> list[Line]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diffsynth_metrics.catalog import find_class, find_name
 from diffsynth_metrics.errors import CheckpointError, DownloadError
+from diffsynth_metrics.networks.ocr import installed_networks
 from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint, read_layout, weight_files
 from diffsynth_metrics.weights.files import sha256_of
 from diffsynth_metrics.weights.hub import LocalFiles, Repository
@@ -179,6 +180,13 @@ def size_text(size: float) -> str:
     return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
+_IN_PACKAGES: dict[str, Callable[[], Sequence[str | Path]]] = {
+    "shapes": lambda: ModelConfig.embedded("shapes").resolve(),
+    "text_rendering": installed_networks,
+}
+"""Metrics whose files come with an installed package, to what finds them."""
+
+
 def models_folder() -> Path:
     """Return the folder of downloads, as :class:`ModelConfig` chooses it by default."""
     return Path(
@@ -192,10 +200,7 @@ def downloads_are_off() -> bool:
 
 
 def find_parts(name: str, source: str | None = None) -> tuple[Part, ...]:
-    """Return the published files of a metric.
-
-    There are none for ``"shapes"``, which is inside the package, and for a metric whose networks another
-    package brings.
+    """Return the published files of a metric; none where a package ships them, as for ``"shapes"``.
 
     Args:
         name: One of :data:`diffsynth_metrics.catalog.NAMES`.
@@ -204,13 +209,12 @@ def find_parts(name: str, source: str | None = None) -> tuple[Part, ...]:
     Raises:
         ValueError: There is no such metric or source.
     """
-    if find_name(name) == "shapes":
+    if find_name(name) in _IN_PACKAGES:
         return ()
     metric = find_class(name)
-    if not hasattr(metric, "default_model"):
-        return ()
-    source = source or metric.default_model.download_source
-    parts = [Part("weights", replace(metric.default_model, download_source=source))]
+    # Some weights are on one hub only.
+    hub = metric.default_model.download_source or source
+    parts = [Part("weights", replace(metric.default_model, download_source=hub))]
     if metric.default_processor is not None:
         processor = replace(metric.default_processor, download_source=source)
         parts.append(Part("processor", processor, metric.processor_files))
@@ -224,10 +228,11 @@ def on_disk(name: str) -> OnDisk:
         ValueError: There is no such metric.
     """
     parts = find_parts(name)
-    if not parts and find_name(name) != "shapes":
-        return OnDisk("whole", Path(), 0)
     if not parts:
-        files = ModelConfig.embedded("shapes").resolve()
+        try:
+            files = _IN_PACKAGES[find_name(name)]()
+        except ImportError as error:
+            return OnDisk("absent", Path(), 0, str(error))
         return OnDisk("whole", Path(files[0]).parent, sum(map(os.path.getsize, files)))
     folder = (parts[0].repository.folder / str(parts[0].config.origin_file_pattern)).parent
     names = {name for part in parts for name in part.files.names()}
@@ -398,6 +403,8 @@ def verify(
     name = find_name(name)
     if path.startswith(("http://", "https://")):
         raise ValueError(f"Verify the files on the machine that serves them: {path} is a server")
+    if name == "text_rendering":
+        return _check_ocr(path)
     parts = () if path else find_parts(name, source)
     checks: list[Check] = []
     for check in _checks(name, _local_config(name, path), parts, pictures):
@@ -405,6 +412,21 @@ def verify(
         if check.result == "failed":
             break
     return checks
+
+
+def _check_ocr(path: str) -> list[Check]:
+    """Check the networks of the metric that reads text, which no hub lists."""
+    if path:
+        raise ValueError(f"text_rendering reads with the networks of rapidocr, and not with {path}")
+    try:
+        files = installed_networks()
+    except ImportError as error:
+        return [Check("files", "failed", str(error))]
+    size = size_text(sum(map(os.path.getsize, files)))
+    return [
+        Check("files", "ok", f"{len(files)} of weights, {size}, in {files[0].parent}"),
+        Check("sha256", "not checked", f"no hub lists these files; it is {sha256_of(files)}"),
+    ]
 
 
 def _local_config(name: str, path: str) -> ModelConfig:
