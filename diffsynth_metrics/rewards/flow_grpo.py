@@ -24,6 +24,7 @@ from diffsynth_metrics.rewards.normalization import find_normalization
 from diffsynth_metrics.rewards.reward_set import Component, RewardSet
 from diffsynth_metrics.rewards.scoring import (
     FailurePolicy,
+    Scored,
     Update,
     apply_failure_policy,
     check_policy,
@@ -34,10 +35,6 @@ from diffsynth_metrics.rewards.scoring import (
 __all__ = ["to_ddpo", "to_flow_grpo", "to_multi_score"]
 
 RewardFunction = Callable[..., tuple[Any, dict[str, Any]]]
-
-DROPPED = -10.0
-"""flow_grpo's evaluation leaves out scores that are exactly this, in every column for itself; a sum into
-which it went would not be left out."""
 
 
 def to_flow_grpo(
@@ -126,9 +123,7 @@ def to_multi_score(
             training and one for evaluation; to save them, build a :class:`RewardSet` and pass it to
             :func:`to_flow_grpo`.
         scale: The scale of every metric that is not a :class:`Component` with a scale of its own.
-        on_failure: What a sample gets in the column of a metric that fails and, unless it is
-            ``"mean"``, in ``"avg"``. A component's own policy comes first; where it says ``"raise"`` or
-            ``"nan"``, this one decides.
+        on_failure: What a sample gets in the column of a metric that fails, and in ``"avg"``.
         update: As in :func:`to_flow_grpo`.
 
     Returns:
@@ -136,7 +131,7 @@ def to_multi_score(
         calls it; it returns the reward function.
     """
     check_policy(on_failure)
-    own = {name: _component(metric, scale, on_failure) for name, metric in metrics.items()}
+    own = {name: _component(metric, scale) for name, metric in metrics.items()}
 
     def multi_score(device: str | torch.device, score_dict: Mapping[str, float]) -> RewardFunction:
         if unknown := sorted({*score_dict} - {*own}):
@@ -149,13 +144,9 @@ def to_multi_score(
     return multi_score
 
 
-def _component(
-    metric: BaseMetric | Component, scale: ScaleInput, on_failure: FailurePolicy
-) -> Component:
+def _component(metric: BaseMetric | Component, scale: ScaleInput) -> Component:
     """Return a component whose statistics every set that it goes into shares."""
-    if not isinstance(metric, Component):
-        # The mean of the group is neutral in the sum; any other policy is about the sample as a whole.
-        metric = Component(metric, on_failure="mean" if on_failure == "mean" else "raise")
+    metric = metric if isinstance(metric, Component) else Component(metric)
     return replace(
         metric,
         scale=scale if metric.scale is None else metric.scale,
@@ -166,14 +157,9 @@ def _component(
 def _details(
     rewards: RewardSet, prompts: Sequence[str], images: Any, policy: FailurePolicy, update: bool
 ) -> dict[str, list[float]]:
-    """Score with a set, in the form of multi_score."""
+    """Score with a set, in the form of multi_score; the policy holds for every column."""
     with torch.no_grad():
-        parts = rewards.parts(prompts, images, update=update)
-        total: list[float] = apply_failure_policy(parts.scored, policy, rewards.name).tolist()
-    columns = {**parts.result.raw, **parts.settled}
-    details = {name: stand_in(values, policy).tolist() for name, values in columns.items()}
-    for name, component in rewards.components.items():
-        if component.on_failure == DROPPED:
-            for index in parts.result.failures.get(name, {}):
-                total[index] = DROPPED
-    return {**details, "avg": total}
+        result = rewards.result(prompts, images, update=update)
+        total = apply_failure_policy(Scored(result.reward, result.errors), policy, rewards.name)
+    columns = {name: stand_in(values, policy).tolist() for name, values in result.raw.items()}
+    return {**columns, "avg": total.tolist()}

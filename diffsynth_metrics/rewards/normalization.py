@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress, filterfalse
 from typing import TypeAlias
 
 from torch import Tensor
@@ -52,14 +51,7 @@ class Normalization(ABC):
         return True
 
     @abstractmethod
-    def __call__(
-        self,
-        scored: Scored,
-        groups: Groups,
-        *,
-        update: bool,
-        counted: Sequence[bool] | None = None,
-    ) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Normalise scores; gradients flow to the scores, and none through statistics of them.
 
         Args:
@@ -67,8 +59,6 @@ class Normalization(ABC):
                 device is waited for once, and not after each operation on a few numbers.
             groups: The samples of each group; every sample is in one.
             update: Whether running statistics learn from these scores.
-            counted: N times whether statistics are of that score; by default of all. The others are
-                normalised with what is known without them.
         """
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -95,14 +85,7 @@ class Normalization(ABC):
 class Raw(Normalization):
     """Leaves scores as they are."""
 
-    def __call__(
-        self,
-        scored: Scored,
-        groups: Groups,
-        *,
-        update: bool,
-        counted: Sequence[bool] | None = None,
-    ) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Return the scores."""
         return scored.values
 
@@ -124,14 +107,7 @@ class FixedScale(Normalization):
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(f"mean must be finite and std positive, got {self.mean!r} and {self.std!r}")
 
-    def __call__(
-        self,
-        scored: Scored,
-        groups: Groups,
-        *,
-        update: bool,
-        counted: Sequence[bool] | None = None,
-    ) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Return (scores - mean) / std."""
         return (scored.values - self.mean) / self.std
 
@@ -211,20 +187,11 @@ class RunningZScore(Normalization):
         """Whether a score has been seen."""
         return self.moments.count > 0
 
-    def __call__(
-        self,
-        scored: Scored,
-        groups: Groups,
-        *,
-        update: bool,
-        counted: Sequence[bool] | None = None,
-    ) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Learn if wanted, and return z-scores; 0 while all scores seen are equal, NaN before any."""
         with _LOCK:
             if update:
-                numbers = scored.numbers
-                new = Moments.of(numbers if counted is None else compress(numbers, counted))
-                self._local = self._local.merge(new)
+                self._local = self._local.merge(Moments.of(scored.numbers))
             moments = self.moments
         if not moments.count:
             return scored.values.new_full(scored.values.shape, math.nan)
@@ -292,19 +259,12 @@ class GroupRelative(Normalization):
         if self.correction not in (0, 1):
             raise ValueError(f"correction must be 0 or 1, got {self.correction!r}")
 
-    def __call__(
-        self,
-        scored: Scored,
-        groups: Groups,
-        *,
-        update: bool,
-        counted: Sequence[bool] | None = None,
-    ) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
         values, numbers = scored.values, scored.numbers
         means, divisors = [0.0] * len(numbers), [1.0] * len(numbers)
         for group in groups:
-            mean, divisor = self._mean_and_divisor(_known(numbers, group, counted))
+            mean, divisor = self._mean_and_divisor(_known(numbers, group))
             for index in group:
                 means[index], divisors[index] = mean, divisor
         return (values - values.new_tensor(means)) / values.new_tensor(divisors)
@@ -325,33 +285,25 @@ class Rank(Normalization):
     differentiable = False
     within_groups = True
 
-    def __call__(
-        self,
-        scored: Scored,
-        groups: Groups,
-        *,
-        update: bool,
-        counted: Sequence[bool] | None = None,
-    ) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Return ranks."""
         numbers = scored.numbers
         ranks = [0.0] * len(numbers)
         for group in groups:
-            known = sorted(_known(numbers, group, counted))
+            known = sorted(_known(numbers, group))
             for index in group:
-                itself = counted is None or counted[index]
-                ranks[index] = _rank(numbers[index], known, itself=itself)
+                ranks[index] = _rank(numbers[index], known)
         return scored.values.new_tensor(ranks)
 
 
-def _rank(score: float, others: list[float], *, itself: bool) -> float:
-    """Return the rank of a score among sorted ones, of which one may be itself."""
+def _rank(score: float, group: list[float]) -> float:
+    """Return the rank of a score among the sorted ones of its group, of which it is one."""
     if math.isnan(score):
         return score
-    below = bisect_left(others, score)
-    equal = bisect_right(others, score) - below - itself
-    count = len(others) - itself
-    return (below + equal / 2) / count if count else 0.5
+    others = len(group) - 1
+    below = bisect_left(group, score)
+    equal = bisect_right(group, score) - below - 1
+    return (below + equal / 2) / others if others else 0.5
 
 
 _BY_NAME: dict[str, Callable[[], Normalization]] = {
@@ -387,12 +339,9 @@ def collapsed(scores: list[float], groups: Groups) -> list[int]:
     return [index for index, values in enumerate(known) if len(values) > 1 and _all_equal(values)]
 
 
-def _known(
-    scores: list[float], group: Sequence[int], counted: Sequence[bool] | None = None
-) -> list[float]:
-    """Return the scores of a group that count and are not NaN."""
-    values = [scores[index] for index in group if counted is None or counted[index]]
-    return list(filterfalse(math.isnan, values))
+def _known(scores: list[float], group: Sequence[int]) -> list[float]:
+    """Return the scores of a group that are not NaN."""
+    return [scores[index] for index in group if not math.isnan(scores[index])]
 
 
 def _all_equal(values: list[float]) -> bool:

@@ -1,11 +1,10 @@
-"""Several metrics as one reward: weighted, normalised, and watched."""
+"""Several metrics as one reward, weighted and normalised."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,7 @@ from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric
 from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.inputs import SharedImages, as_prompts
 from diffsynth_metrics.modes import wants_gradients
-from diffsynth_metrics.rewards.divergence import DivergenceMonitor
 from diffsynth_metrics.rewards.normalization import (
-    Groups,
     Moments,
     Normalization,
     RunningZScore,
@@ -36,9 +33,7 @@ from diffsynth_metrics.rewards.scoring import (
     check_policy,
 )
 
-__all__ = ["Component", "Parts", "RewardResult", "RewardSet"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Component", "RewardResult", "RewardSet"]
 
 _NOTHING_LEARNED = (
     "its running statistics have seen no score yet; score with update=True first, or load a state"
@@ -55,17 +50,12 @@ class Component:
         normalize: ``"none"``, ``"zscore"`` (running), ``"group"``, ``"rank"``, or an object such as
             ``FixedScale(mean, std)``.
         scale: The scale of the score before it is normalised, see ``rewards.SCALES``.
-        on_failure: What a sample gets, on that scale, that has no score; see ``FailurePolicy``.
-            ``"mean"`` is the mean of the readable samples of its group, or of the call; it counts in
-            no statistic. ``"raise"`` is an error of the set's ``score`` and ``reward``; in an adapter
-            such a sample has no reward, and the adapter's own `on_failure` decides.
     """
 
     metric: BaseMetric | Callable[[list[str], Any], Any]
     weight: float = 1.0
     normalize: str | Normalization = "none"
     scale: str | float | Scale | None = None
-    on_failure: FailurePolicy = "raise"
 
 
 @dataclass(frozen=True)
@@ -73,14 +63,15 @@ class RewardResult:
     """What a :class:`RewardSet` says about a batch of N samples.
 
     Attributes:
-        reward: ``[N]``, the weighted sum of `normalized`; NaN where a component is NaN.
-        raw: Name of a component or held-out metric to its scores ``[N]`` on its scale; NaN where
-            it failed, whatever the policy put in their place.
+        reward: ``[N]``, the weighted sum of `normalized`. A sample of which a component failed is NaN,
+            or what the call's `on_failure` says.
+        raw: Name of a component or held-out metric to its scores ``[N]`` on its scale; NaN where it
+            failed.
         normalized: Name of a component to what was weighted, ``[N]``.
         failures: Name to {number of the sample: the reason}; only what failed.
         collapsed: Name of a component to the groups (as given, or their prompts) whose scores are all
             equal, from which nothing can be learned. The sum is listed as ``"reward"``.
-        diverging: Name of a held-out metric that falls to the components that rise meanwhile.
+        errors: N entries, why a sample has no reward; None where it has one.
     """
 
     reward: Tensor
@@ -88,23 +79,12 @@ class RewardResult:
     normalized: dict[str, Tensor]
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
     collapsed: dict[str, list[Hashable]] = field(default_factory=dict)
-    diverging: dict[str, list[str]] = field(default_factory=dict)
+    errors: list[Exception | None] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What an adapter gets of a batch of N samples.
-
-    Attributes:
-        result: As of :meth:`RewardSet.score`.
-        scored: The reward, with the reason where it is NaN.
-        settled: Name of a component to its scores ``[N]`` with what its policy put in place of missing
-            ones; NaN where it says ``"raise"`` or ``"nan"``.
-    """
-
-    result: RewardResult
-    scored: Scored
-    settled: dict[str, Tensor]
+    @property
+    def means(self) -> dict[str, float]:
+        """Name to the mean of its readable scores in `raw`; NaN where there is none."""
+        return {name: float(values.detach().nanmean()) for name, values in self.raw.items()}
 
 
 class RewardSet:
@@ -123,16 +103,12 @@ class RewardSet:
         components: Mapping[str, Component | BaseMetric],
         *,
         held_out: Mapping[str, BaseMetric] | None = None,
-        window: int = 50,
-        threshold: float = 3.0,
     ) -> None:
         """Combine metrics.
 
         Args:
             components: Name to component; a metric alone has weight 1 and is not normalised.
-            held_out: Metrics that are computed and watched, and do not count.
-            window: How many calls the watch over `held_out` looks at.
-            threshold: How clear trends must be for an alarm, see ``divergence.trend``.
+            held_out: Metrics that are computed, and do not count.
 
         Raises:
             ValueError: There is no component, a name is used twice, or a setting is wrong.
@@ -157,11 +133,9 @@ class RewardSet:
         for name, component in self.components.items():
             if not math.isfinite(component.weight):
                 raise ValueError(f"the weight of {name!r} must be finite, got {component.weight!r}")
-            check_policy(component.on_failure)
             self._normalizations[name] = find_normalization(component.normalize)
         if len(set(map(id, self._normalizations.values()))) < len(self._normalizations):
             raise ValueError("two components share one normalisation object; give each its own")
-        self._monitor = DivergenceMonitor(window=window, threshold=threshold)
 
     def score(
         self,
@@ -170,6 +144,7 @@ class RewardSet:
         *,
         groups: Sequence[Hashable] | Tensor | None = None,
         update: bool = True,
+        on_failure: FailurePolicy = "raise",
     ) -> RewardResult:
         """Score N samples with every metric.
 
@@ -178,8 +153,9 @@ class RewardSet:
             images: One image or several, see ``PromptMetric.compute``.
             groups: What group each sample belongs to, anything hashable or a tensor ``[N]``; by default
                 samples of one prompt are a group. All samples of a group must be in this call.
-            update: Whether running statistics and the watch learn from this call; False for
+            update: Whether running statistics learn from the readable scores of this call; False for
                 evaluation.
+            on_failure: What becomes of a sample's reward where a component has no score for it.
 
         Returns:
             The reward with everything it is made of. Gradients flow to the pixels as in a metric's
@@ -188,63 +164,57 @@ class RewardSet:
         Raises:
             ValueError: The numbers of prompts, images and groups differ; or gradients are wanted
                 through ranks, which have none.
-            RewardError: A sample has no score, or `update` is False and running statistics have seen
-                none yet, and the component says ``"raise"``. Nothing has learned from the call then.
+            RewardError: A sample has no reward, and `on_failure` is ``"raise"``.
             TypeError: A group is not hashable.
         """
+        check_policy(on_failure)
         prompts, images = _aligned(prompt, images)
-        keys: list[Hashable] = [*prompts] if groups is None else _keys(groups)
-        return self._result(prompts, images, keys, update=update, may_raise=True)[0]
+        result = self.result(prompts, images, groups=groups, update=update)
+        scored = Scored(result.reward, result.errors)
+        return replace(result, reward=apply_failure_policy(scored, on_failure, self.name))
 
-    def reward(self, prompt: str | Sequence[str], images: Any) -> Tensor:
+    def reward(self, prompt: str | Sequence[str], images: Any, **options: Any) -> Tensor:
         """Score like :meth:`score`, and return the reward alone."""
-        return self.score(prompt, images).reward
+        return self.score(prompt, images, **options).reward
 
     def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
         """Score a batch for an adapter: a sample that fails is NaN with its reason, and not raised."""
-        return self.parts(prompts, images, update=update).scored
+        result = self.result(prompts, images, update=update)
+        return Scored(result.reward, result.errors)
 
-    def parts(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Parts:
-        """Score like :meth:`scored`, and return everything that the reward is made of."""
-        texts = as_prompts(as_batch(prompts, images))
-        result, scores, settled = self._result(texts, images, [*texts], update=update, may_raise=False)
-        missing = {name: scores[name] for name in self.components if name in result.failures}
-        return Parts(result, Scored(result.reward, _errors(result.reward, missing)), settled)
-
-    def _result(
-        self, prompts: list[str], images: Any, groups: list[Hashable], *, update: bool, may_raise: bool
-    ) -> tuple[RewardResult, dict[str, Scored], dict[str, Tensor]]:
-        """Return the result, what each metric said, and that with what stands in for missing scores."""
-        members = _members(groups, len(prompts))
+    def result(
+        self,
+        prompts: Sequence[str],
+        images: Any,
+        *,
+        groups: Sequence[Hashable] | Tensor | None = None,
+        update: bool = True,
+    ) -> RewardResult:
+        """Score like :meth:`score`; a sample without a score is NaN, and `errors` says why."""
+        prompts = as_prompts(as_batch(prompts, images))
+        members = _members([*prompts] if groups is None else _keys(groups), len(prompts))
         keys, samples = [*members], [*members.values()]
         self._check_gradients(images)
-        scores = self._scores(prompts, images, update=update, may_raise=may_raise)
-        flat_groups: dict[str, list[Hashable]] = {}
-
-        def note_collapse(name: str, scored: Scored) -> None:
-            if len(keys) < len(prompts) and (flat := collapsed(scored.numbers, samples)):
-                flat_groups[name] = [keys[index] for index in flat]
-
-        settled: dict[str, Tensor] = {}
+        scores = self._scores(prompts, images, update=update)
         normalized: dict[str, Tensor] = {}
         total: Tensor | None = None
         for name, component in self.components.items():
-            scored = scores[name]
-            note_collapse(name, scored)
-            settled[name] = self._settled(name, scored, samples)
-            normalized[name] = self._normalized(name, scored, settled[name], samples, update)
+            normalized[name] = self._normalizations[name](scores[name], samples, update=update)
             part = component.weight * normalized[name]
             total = part if total is None else total + part.to(total.device)
         assert total is not None
-        note_collapse("reward", Scored(total, []))
+        flat_groups: dict[str, list[Hashable]] = {}
+        if len(keys) < len(prompts):
+            summed = Scored(total, [])
+            for name, scored in {**{n: scores[n] for n in self.components}, "reward": summed}.items():
+                if flat := collapsed(scored.numbers, samples):
+                    flat_groups[name] = [keys[index] for index in flat]
+        failed = {n: scores[n] for n in self.components if any(scores[n].errors)}
         raw = {name: scored.values for name, scored in scores.items()}
-        diverging = self._watched(scores, update) if self._held_out else {}
-        result = RewardResult(total, raw, normalized, _failures(scores), flat_groups, diverging)
-        return result, scores, settled
+        errors = _errors(total, failed)
+        return RewardResult(total, raw, normalized, _failures(scores), flat_groups, errors)
 
-    def _scores(
-        self, prompts: list[str], images: Any, *, update: bool, may_raise: bool
-    ) -> dict[str, Scored]:
+    def _scores(self, prompts: list[str], images: Any, *, update: bool) -> dict[str, Scored]:
         """Ask every metric, the held-out ones without gradients."""
         scorers = (*self._scorers.values(), *self._held_out.values())
         shared = _shared(images, scorers) if len(scorers) > 1 else images
@@ -253,28 +223,13 @@ class RewardSet:
             takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
             return scorer.scored(prompts, shared if takes_shared else images)
 
-        scores: dict[str, Scored] = {}
-        for name, scorer in self._scorers.items():
-            scores[name] = ask(scorer)
-            if not (update or self._normalizations[name].is_ready):
+        scores = {name: ask(scorer) for name, scorer in self._scorers.items()}
+        for name, normalize in self._normalizations.items():
+            if not (update or normalize.is_ready):
                 values, errors = scores[name].values, scores[name].errors
                 scores[name] = Scored(values, [e or RewardError(_NOTHING_LEARNED) for e in errors])
-            if may_raise and self.components[name].on_failure == "raise":
-                apply_failure_policy(scores[name], "raise", name)
-        if self._held_out:
-            with torch.no_grad():
-                scores.update({name: ask(scorer) for name, scorer in self._held_out.items()})
-        return scores
-
-    def _watched(self, scores: dict[str, Scored], update: bool) -> dict[str, list[str]]:
-        """Return the held-out metrics that diverge, and tell of them."""
-        if update:
-            means = {name: self._improving_mean(name, one.numbers) for name, one in scores.items()}
-            self._monitor.add(means)
-        diverging = self._monitor.diverging(self._optimized(), list(self._held_out))
-        for name, rising in diverging.items():
-            logger.warning("%s falls while %s rises: look at the images", name, ", ".join(rising))
-        return diverging
+        with torch.no_grad():
+            return scores | {name: ask(scorer) for name, scorer in self._held_out.items()}
 
     @property
     def needs_prompts(self) -> bool:
@@ -316,14 +271,13 @@ class RewardSet:
             normalization.add_shared([Moments(*row) for row in rows[:, index].tolist()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running statistics and the watch's history as plain numbers, for a checkpoint.
+        """Return the running statistics as plain numbers, for a checkpoint.
 
         With several processes, call :meth:`synchronize` first and save the state of one rank.
         """
         return {
             "settings": self._settings(),
             "normalization": {name: n.state_dict() for name, n in self._normalizations.items()},
-            "history": self._monitor.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -336,7 +290,7 @@ class RewardSet:
             ValueError: Something is missing, or it belongs to a set with other components, scales or
                 normalisations.
         """
-        if missing := [key for key in ("settings", "normalization", "history") if key not in state]:
+        if missing := [key for key in ("settings", "normalization") if key not in state]:
             raise ValueError(
                 f"the state of a RewardSet has {missing[0]!r}, this one has {sorted(state)}"
             )
@@ -355,10 +309,8 @@ class RewardSet:
                     )
         for name, normalization in self._normalizations.items():
             normalization.check_state_dict(theirs[name])
-        self._monitor.check_state_dict(state["history"])
         for name, normalization in self._normalizations.items():
             normalization.load_state_dict(theirs[name])
-        self._monitor.load_state_dict(state["history"])
 
     def _settings(self) -> dict[str, dict[str, Any]]:
         """Return what the statistics of a component depend on, as plain values."""
@@ -373,27 +325,6 @@ class RewardSet:
             for name, normalize in self._normalizations.items()
         }
 
-    def _settled(self, name: str, scored: Scored, groups: Groups) -> Tensor:
-        """Return the scores with what the component's policy puts in place of missing ones."""
-        policy = self.components[name].on_failure
-        if policy == "raise" or not any(scored.errors):
-            return scored.values
-        values = apply_failure_policy(scored, "nan" if policy == "mean" else policy, name)
-        return _with_group_means(values, groups) if policy == "mean" else values
-
-    def _normalized(
-        self, name: str, scored: Scored, values: Tensor, groups: Groups, update: bool
-    ) -> Tensor:
-        normalize = self._normalizations[name]
-        # Statistics are of scores, not of what stands in for them. A number that was declared for
-        # failures takes part in its group all the same: measured by the spread of the others, often
-        # tiny, it would be an advantage of hundreds.
-        takes_part = normalize.within_groups and self.components[name].on_failure != "mean"
-        if not any(scored.errors):
-            return normalize(scored, groups, update=update)
-        counted = None if takes_part else [not math.isnan(number) for number in scored.numbers]
-        return normalize(Scored(values, scored.errors), groups, update=update, counted=counted)
-
     def _check_gradients(self, images: Any) -> None:
         ranked = [n for n, normalize in self._normalizations.items() if not normalize.differentiable]
         if ranked and wants_gradients(images):
@@ -401,18 +332,6 @@ class RewardSet:
                 f"{ranked[0]!r} is normalised by ranks, which have no gradient; use another "
                 "normalisation, or call it under torch.no_grad()"
             )
-
-    def _optimized(self) -> list[str]:
-        return [name for name, component in self.components.items() if component.weight != 0]
-
-    def _improving_mean(self, name: str, scores: list[float]) -> float:
-        """Return the mean, negated where training or the metric wants less."""
-        moments = Moments.of(scores)
-        mean = moments.mean if moments.count else math.nan
-        if name in self.components:
-            return mean if self.components[name].weight >= 0 else -mean
-        card = getattr(self._held_out[name].metric, "card", None)
-        return mean if card is None or card.higher_is_better else -mean
 
 
 def _aligned(prompt: str | Sequence[str], images: Any) -> tuple[list[str], Any]:
@@ -486,16 +405,3 @@ def _members(groups: list[Hashable], count: int) -> dict[Hashable, list[int]]:
     for index, group in enumerate(groups):
         members[group].append(index)
     return members
-
-
-def _with_group_means(values: Tensor, groups: Groups) -> Tensor:
-    """Put the mean of the group in the place of NaN, or that of the call where the group has none."""
-    filled = values
-    missing = values.isnan().tolist()
-    for group in groups:
-        places = [index for index in group if missing[index]]
-        if places:
-            mean = values[list(group)].detach().nanmean()
-            mean = values.detach().nanmean() if mean.isnan() else mean
-            filled = filled.index_put((torch.tensor(places, device=values.device),), mean)
-    return filled

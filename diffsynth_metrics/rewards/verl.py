@@ -16,7 +16,6 @@ from diffsynth_metrics.rewards.callables import (
     refuse_groups,
     scorer_of,
 )
-from diffsynth_metrics.rewards.reward_set import RewardSet
 from diffsynth_metrics.rewards.scoring import FailurePolicy, Update, check_policy
 
 __all__ = ["to_verl", "to_verl_omni"]
@@ -121,13 +120,8 @@ def _one_at_a_time(
     update: Update,
 ) -> Callable[[str, Any], Awaitable[dict[str, Any]]]:
     check_policy(on_failure)
-    components = source.components if isinstance(source, RewardSet) else {}
-    means = [name for name, component in components.items() if component.on_failure == "mean"]
-    if on_failure == "mean" or means:
-        whose = f" of {means[0]!r}" if means else ""
-        raise ValueError(
-            f"on_failure='mean'{whose} needs a batch, and verl asks for one sample per call"
-        )
+    if on_failure == "mean":
+        raise ValueError("on_failure='mean' needs a batch, and verl asks for one sample per call")
     refuse_groups(source, "verl asks for one sample per call")
     scorer = scorer_of(source, scale)
     batcher = DynamicBatcher(scorer, max_batch=max_batch, max_wait_ms=max_wait_ms, update=update)
