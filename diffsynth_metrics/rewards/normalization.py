@@ -6,8 +6,9 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TypeAlias
 
 from torch import Tensor
@@ -18,7 +19,6 @@ __all__ = [
     "FixedScale",
     "GroupRelative",
     "Groups",
-    "Moments",
     "Normalization",
     "Rank",
     "Raw",
@@ -43,12 +43,9 @@ class Normalization(ABC):
 
     differentiable = True
     within_groups = False
-    """Whether a sample's value depends on the other samples of its call."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it can normalise scores without learning from them."""
-        return True
+    """Whether a sample's value depends on the other samples of its group."""
+    group_size: int | None = None
+    """How many samples a group must have; None where nobody said it."""
 
     @abstractmethod
     def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
@@ -60,26 +57,6 @@ class Normalization(ABC):
             groups: The samples of each group; every sample is in one.
             update: Whether running statistics learn from these scores.
         """
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return the running statistics as plain numbers; most normalisations have none."""
-        return {}
-
-    def check_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Check that :meth:`load_state_dict` can take a state.
-
-        Raises:
-            ValueError: It belongs to another normalisation.
-        """
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(
-                f"the state of {type(self).__name__} has {sorted(self.state_dict())}, "
-                f"got {sorted(state)}"
-            )
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Take what :meth:`state_dict` returned, see :meth:`check_state_dict`."""
-        self.check_state_dict(state)
 
 
 class Raw(Normalization):
@@ -112,133 +89,51 @@ class FixedScale(Normalization):
         return (scored.values - self.mean) / self.std
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Number, mean and sum of squared deviations of some scores, in float64.
-
-    Attributes:
-        count: How many scores.
-        mean: Their mean.
-        squares: The sum of their squared distances from the mean.
-    """
-
-    count: float = 0.0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    @classmethod
-    def of(cls, scores: Iterable[float]) -> Moments:
-        """Return the moments of the scores that are not NaN."""
-        values = [score for score in scores if not math.isnan(score)]
-        if not values:
-            return cls()
-        mean = math.fsum(values) / len(values)
-        return cls(float(len(values)), mean, math.fsum((value - mean) ** 2 for value in values))
-
-    def merge(self, other: Moments) -> Moments:
-        """Return the moments of both lots together."""
-        if not other.count:
-            return self
-        if not self.count:
-            return other
-        count = self.count + other.count
-        distance = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + distance * other.count / count,
-            self.squares + other.squares + distance**2 * self.count * other.count / count,
-        )
-
-    @property
-    def std(self) -> float:
-        """The standard deviation (of the population)."""
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
-
-    def as_list(self) -> list[float]:
-        """Return the three numbers."""
-        return [self.count, self.mean, self.squares]
-
-
 class RunningZScore(Normalization):
     """(score - mean) / std over all scores seen so far, those of this call included.
 
-    Statistics are those of this process until :meth:`RewardSet.synchronize` is called; what was
-    learned since the last time is kept apart, so that nothing is counted twice.
+    Statistics are those of this process until :meth:`RewardSet.synchronize` is called.
+
+    Attributes:
+        shared: Number, sum and sum of squares of what all processes know.
+        local: The same of what this process has learned since the last synchronisation.
     """
 
     def __init__(self) -> None:
         """Start without statistics."""
-        self.shared = Moments()
-        self._offered = Moments()  # what a synchronisation that has not succeeded yet tells the others
-        self._local = Moments()
+        self.shared: tuple[float, ...] = (0.0, 0.0, 0.0)
+        self.local: tuple[float, ...] = (0.0, 0.0, 0.0)
 
     @property
-    def since_synchronization(self) -> Moments:
-        """What this process learned since the last synchronisation."""
-        return self._offered.merge(self._local)
-
-    @property
-    def moments(self) -> Moments:
-        """Everything that this process knows."""
-        return self.shared.merge(self.since_synchronization)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a score has been seen."""
-        return self.moments.count > 0
+    def sums(self) -> tuple[float, ...]:
+        """Number, sum and sum of squares of everything that this process knows."""
+        return _added(self.shared, self.local)
 
     def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Learn if wanted, and return z-scores; 0 while all scores seen are equal, NaN before any."""
+        known = [number for number in scored.numbers if update and not math.isnan(number)]
+        new = (float(len(known)), math.fsum(known), math.fsum(number**2 for number in known))
         with _LOCK:
-            if update:
-                self._local = self._local.merge(Moments.of(scored.numbers))
-            moments = self.moments
-        if not moments.count:
+            self.local = _added(self.local, new)
+            count, total, squares = self.sums
+        if not count:
             return scored.values.new_full(scored.values.shape, math.nan)
-        if moments.std <= 1e-6 * max(1.0, abs(moments.mean)):
-            return (scored.values - moments.mean) * 0
-        return (scored.values - moments.mean) / moments.std
+        mean = total / count
+        std = math.sqrt(max(0.0, squares / count - mean**2))
+        if std <= 1e-6 * max(1.0, abs(mean)):
+            return (scored.values - mean) * 0
+        return (scored.values - mean) / std
 
-    def offer_local(self) -> Moments:
-        """Return what was learned since the last synchronisation, to be told to all processes.
-
-        It is kept until :meth:`add_shared`, so that a synchronisation that fails loses nothing.
-        """
+    def share(self, own: tuple[float, ...], everybody: Sequence[float]) -> None:
+        """Know what all processes told, of which `own` is the part of this one."""
         with _LOCK:
-            self._offered, self._local = self.since_synchronization, Moments()
-            return self._offered
+            self.local = _added(self.local, [-number for number in own])
+            self.shared = _added(self.shared, everybody)
 
-    def add_shared(self, others: Sequence[Moments]) -> None:
-        """Learn what all processes offered, this one included, in the order of their ranks."""
+    def load(self, sums: Sequence[float]) -> None:
+        """Start with what all processes know."""
         with _LOCK:
-            self._offered = Moments()
-            for moments in others:
-                self.shared = self.shared.merge(moments)
-
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return the statistics as plain numbers."""
-        with _LOCK:
-            return {
-                "shared": self.shared.as_list(),
-                "since_synchronization": self.since_synchronization.as_list(),
-            }
-
-    def check_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Check that the state has three sound numbers for each of the two moments."""
-        super().check_state_dict(state)
-        for name, numbers in state.items():
-            if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or min(numbers[::2]) < 0:
-                raise ValueError(f"{name!r} must be a count, a mean and squares, got {numbers!r}")
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Take what :meth:`state_dict` returned, all of it as shared.
-
-        Every rank loads the same file: told to the others again, it would count once per rank.
-        """
-        super().load_state_dict(state)
-        with _LOCK:
-            self.shared = Moments(*state["shared"]).merge(Moments(*state["since_synchronization"]))
-            self._offered = self._local = Moments()
+            self.shared, self.local = _added(sums, (0, 0, 0)), (0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -248,14 +143,17 @@ class GroupRelative(Normalization):
     Attributes:
         epsilon: Keeps small spreads small; 1e-4 as in flow_grpo and TRL.
         correction: 0 divides the squares by N, as flow_grpo does; 1 by N - 1, as TRL does.
+        group_size: How many samples every group must have; a call with another number is an error.
     """
 
     epsilon: float = 1e-4
     correction: int = 0
+    group_size: int | None = None
     within_groups = True
 
     def __post_init__(self) -> None:
-        """Check the correction."""
+        """Check the settings."""
+        _check_group_size(self.group_size)
         if self.correction not in (0, 1):
             raise ValueError(f"correction must be 0 or 1, got {self.correction!r}")
 
@@ -272,18 +170,28 @@ class GroupRelative(Normalization):
     def _mean_and_divisor(self, values: list[float]) -> tuple[float, float]:
         if not values or _all_equal(values):
             return (values or [0.0])[0], math.inf
-        moments = Moments.of(values)
-        return moments.mean, math.sqrt(moments.squares / (len(values) - self.correction)) + self.epsilon
+        mean = fmean(values)
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        return mean, math.sqrt(squares / (len(values) - self.correction)) + self.epsilon
 
 
+@dataclass
 class Rank(Normalization):
     """The rank in the group, from 0 (worst) to 1 (best); equal scores share the mean of their ranks.
 
     A sample that is alone in its group gets 0.5. Ranks have no gradient.
+
+    Attributes:
+        group_size: How many samples every group must have; a call with another number is an error.
     """
 
+    group_size: int | None = None
     differentiable = False
     within_groups = True
+
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        _check_group_size(self.group_size)
 
     def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Return ranks."""
@@ -294,6 +202,11 @@ class Rank(Normalization):
             for index in group:
                 ranks[index] = _rank(numbers[index], known)
         return scored.values.new_tensor(ranks)
+
+
+def _check_group_size(group_size: int | None) -> None:
+    if group_size is not None and (isinstance(group_size, bool) or group_size < 2):
+        raise ValueError(f"group_size must be at least 2, got {group_size!r}")
 
 
 def _rank(score: float, group: list[float]) -> float:
@@ -318,25 +231,30 @@ def find_normalization(normalize: str | Normalization) -> Normalization:
     """Return a normalisation of one's own, by its short name or as it is.
 
     Raises:
-        ValueError: The name is unknown.
-        TypeError: It is no normalisation.
+        ValueError: It is neither a name nor a normalisation.
     """
     if isinstance(normalize, Normalization):
         return normalize
-    if not isinstance(normalize, str):
-        raise TypeError(f"normalize must be a name or a Normalization, got {normalize!r}")
     if normalize not in _BY_NAME:
         raise ValueError(
-            f"normalize must be one of {', '.join(_BY_NAME)}, or FixedScale(mean, std); "
-            f"got {normalize!r}"
+            f"normalize must be one of {', '.join(_BY_NAME)}, or a Normalization such as "
+            f"FixedScale(mean, std); got {normalize!r}"
         )
     return _BY_NAME[normalize]()
 
 
-def collapsed(scores: list[float], groups: Groups) -> list[int]:
-    """Return which groups of two readable samples or more have scores that are all equal."""
+def collapsed(scores: list[float], groups: Groups, *, alone: bool) -> list[int]:
+    """Return which groups say nothing: their readable scores are all equal.
+
+    A group of one readable score is among them if `alone` says so.
+    """
+    fewest = 1 if alone else 2
     known = [_known(scores, group) for group in groups]
-    return [index for index, values in enumerate(known) if len(values) > 1 and _all_equal(values)]
+    return [i for i, values in enumerate(known) if len(values) >= fewest and _all_equal(values)]
+
+
+def _added(one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(a + b) for a, b in zip(one, other, strict=True))
 
 
 def _known(scores: list[float], group: Sequence[int]) -> list[float]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["FRAMEWORKS", "SCALES", "Scale", "find_scale"]
+__all__ = ["FRAMEWORKS", "SCALES", "Scale", "ScaleInput", "find_scale"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,20 @@ class Scale:
         return values if self.at_least is None else values.clamp_min(self.at_least)
 
 
+ScaleInput: TypeAlias = "str | float | Scale | None"
+"""A name of :data:`SCALES` or :data:`FRAMEWORKS`, a factor, a scale of one's own, or None for the score
+that the metric's ``compute`` returns."""
+
 OWN_SCORE = Scale()
 
 FRAMEWORKS = (
+    "cosmos_rl",
     "dance_grpo",
     "ddpo",
     "diffusion_nft",
     "flow_factory",
     "flow_grpo",
+    "mixgrpo",
     "pref_grpo",
     "srpo",
     "unirl",
@@ -59,7 +65,7 @@ there as their authors define them."""
 
 _OFFICIAL = {"official": Scale(), "paper": Scale()}
 _BY_26 = dict.fromkeys(
-    ("diffusion_nft", "flow_factory", "flow_grpo", "unirl", "verl_omni"), Scale(divide=26)
+    ("cosmos_rl", "diffusion_nft", "flow_factory", "flow_grpo", "unirl", "verl_omni"), Scale(divide=26)
 )
 _COSINE = Scale(component="cosine")
 
@@ -70,6 +76,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         "diffsynth": Scale(),
         "diffusion_nft": Scale(divide=100),
         "flow_grpo": Scale(divide=100),
+        "mixgrpo": _COSINE,
         "pyiqa": Scale(component="cosine", multiply=2.5, at_least=0.0, prefix="A photo depicts "),
         "torchmetrics": Scale(component="cosine", multiply=100, at_least=0.0),
     },
@@ -85,6 +92,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         **_BY_26,
         "dance_grpo": _COSINE,
         "diffsynth": Scale(),
+        "mixgrpo": Scale(subtract=18, divide=8),
         "pref_grpo": _COSINE,
         "srpo": Scale(divide=20),
     },
@@ -99,17 +107,12 @@ SCALES: dict[str, dict[str, Scale]] = {
 """Class of a metric to its scales by name."""
 
 
-def find_scale(metric: Any, scale: str | float | Scale | None) -> Scale:
-    """Return how a metric's score is scaled.
-
-    Args:
-        metric: A metric, or any callable that gives scores.
-        scale: A name of :data:`SCALES` or :data:`FRAMEWORKS`, a factor, a scale of your own, or None
-            for the score that the metric's ``compute`` returns.
+def find_scale(metric: Any, scale: ScaleInput) -> Scale:
+    """Return how the score of a metric, or of any callable, is scaled.
 
     Raises:
         ValueError: The name is unknown, or the metric has no such scale.
-        TypeError: It is none of these.
+        TypeError: It is no :data:`ScaleInput`.
     """
     if scale is None:
         return OWN_SCORE
