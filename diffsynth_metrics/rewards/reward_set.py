@@ -258,7 +258,7 @@ class RewardSet:
             return scorer.scored(shared if takes_shared else batch)
 
         scores = {name: ask(scorer) for name, scorer in self._scorers.items()}
-        for name, running in self._running().items():
+        for name, running in self.running.items():
             if not (update or running.sums[0]):
                 scored = scores[name]
                 errors = [error or RewardError(_NOTHING_LEARNED) for error in scored.errors]
@@ -286,7 +286,9 @@ class RewardSet:
             )
         return {name: [keys[index] for index in flat] for name, flat in found.items() if flat}
 
-    def _running(self) -> dict[str, RunningZScore]:
+    @property
+    def running(self) -> dict[str, RunningZScore]:
+        """The running statistics of the components that have them."""
         running = self._normalizations.items()
         return {name: one for name, one in running if isinstance(one, RunningZScore)}
 
@@ -318,7 +320,7 @@ class RewardSet:
         Every rank must call it; afterwards all of them normalise alike. Without
         ``torch.distributed`` it does nothing. If it fails, nothing is lost.
         """
-        running = self._running().values()
+        running = self.running.values()
         if not (running and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         backend = str(torch.distributed.get_backend(group))
@@ -336,7 +338,7 @@ class RewardSet:
         """
         return {
             name: {"scale": asdict(self._scorers[name].scale), "sums": list(running.sums)}
-            for name, running in self._running().items()
+            for name, running in self.running.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,7 +350,7 @@ class RewardSet:
         Raises:
             ValueError: It belongs to a set with other components, scales or normalisations.
         """
-        own, running = self.state_dict(), self._running()
+        own, running = self.state_dict(), self.running
         if state.keys() != own.keys():
             raise ValueError(
                 f"the state has running statistics of {sorted(state)}, and this set has them of "

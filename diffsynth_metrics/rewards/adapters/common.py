@@ -39,12 +39,12 @@ class Function:
     def __init__(self, name: str) -> None:
         """Take the name."""
         self.__name__ = self.__qualname__ = name
-        self.__signature__ = inspect.signature(self.__call__)
+        self.__signature__ = inspect.signature(self.__call__)  # type: ignore[operator]
 
     @property
     def __code__(self) -> CodeType:
         """The code of ``__call__``, which may be a coroutine's or have an argument ``device``."""
-        code: CodeType = type(self).__call__.__code__  # type: ignore[operator]
+        code: CodeType = type(self).__call__.__code__
         return code
 
 
