@@ -38,7 +38,7 @@ RANKS, BATCH, K, PROMPT_COUNT = 8, 9, 24, 50
 
 
 def sampler(rank: int, seed: int = 0) -> Iterator[list[int]]:
-    """Yield the prompts of a rank as yifan123/flow_grpo ac4c86e8 deals them out (train_sd3.py:76-118)."""
+    """Yield the prompts of a rank as flow_grpo ac4c86e8 deals them out (scripts/train_sd3.py:76-118)."""
     total = RANKS * BATCH
     assert total % K == 0
     for epoch in range(3):

@@ -10,7 +10,6 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import cloudpickle
 import pytest
 import torch
 from stand_ins import Brightness
@@ -125,6 +124,7 @@ BY_FRAMEWORK: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("framework", BY_FRAMEWORK)
 def test_a_reward_can_be_sent_after_it_was_used(framework: str, kind: str) -> None:
     make, call = BY_FRAMEWORK[framework]
+    cloudpickle = pytest.importorskip("cloudpickle")
     send = {
         "pickle": lambda it: pickle.loads(pickle.dumps(it)),
         "cloudpickle": lambda it: pickle.loads(cloudpickle.dumps(it)),
@@ -149,7 +149,7 @@ def test_rewards_of_real_metrics_can_be_sent(metrics: Callable[[str], Any]) -> N
     tokens = torch.tensor([[101, 5, 102]]), torch.ones(1, 3, dtype=torch.long)
     flow_grpo = to_flow_grpo(rewards)
     flow_grpo("cpu")(pixels, ["a cat"], None)
-    for dumps in (pickle.dumps, cloudpickle.dumps):
+    for dumps in (pickle.dumps, pytest.importorskip("cloudpickle").dumps):
         outputs = pickle.loads(dumps(srpo)).SRP_cfg(["a cat"], ["a dog"], pixels, 0.5)
         torch.testing.assert_close(outputs, srpo.SRP_cfg(["a cat"], ["a dog"], pixels, 0.5))
         squares = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
