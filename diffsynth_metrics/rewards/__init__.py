@@ -35,30 +35,23 @@ if TYPE_CHECKING:
     from diffsynth_metrics.rewards.scales import Scale
     from diffsynth_metrics.rewards.scoring import FailurePolicy
 
-_MODULES = {
-    "adapters.alignprop": ("to_alignprop",),
-    "adapters.dance_grpo": ("to_dance_grpo",),
-    "adapters.ddpo": ("to_ddpo",),
-    "adapters.flow_factory": ("to_flow_factory",),
-    "adapters.flow_grpo": ("to_flow_grpo", "to_multi_score"),
-    "adapters.mixgrpo": ("to_mixgrpo",),
-    "adapters.ms_swift": ("to_ms_swift", "to_ms_swift_async"),
-    "adapters.pref_grpo": ("to_pref_grpo",),
-    "adapters.refl": ("to_refl",),
-    "adapters.srpo": ("to_srpo",),
-    "adapters.trl": ("to_trl", "to_trl_async"),
-    "adapters.unirl": ("to_unirl",),
-    "adapters.verl": ("to_verl",),
-    "adapters.verl_omni": ("to_verl_omni",),
-    "batcher": ("DynamicBatcher",),
-    "batches": ("Frames",),
-    "losses": ("as_loss",),
-    "normalization": ("FixedScale", "GroupRelative", "Rank", "Raw", "RunningZScore"),
-    "reward_set": ("Component", "RewardResult", "RewardSet"),
-    "scales": ("Scale",),
-    "scoring": ("FailurePolicy",),
+_HOME = {
+    "Component": "reward_set",
+    "DynamicBatcher": "batcher",
+    "FailurePolicy": "scoring",
+    "FixedScale": "normalization",
+    "Frames": "batches",
+    "GroupRelative": "normalization",
+    "Rank": "normalization",
+    "Raw": "normalization",
+    "RewardResult": "reward_set",
+    "RewardSet": "reward_set",
+    "RunningZScore": "normalization",
+    "Scale": "scales",
+    "as_loss": "losses",
+    "to_multi_score": "adapters.flow_grpo",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+"""Where the names are that are not those of their adapter's module."""
 
 __all__ = [
     "Component",
@@ -96,9 +89,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from the module that defines it, and keep it."""
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    adapter = f"adapters.{name.removeprefix('to_').removesuffix('_async')}"
+    value = getattr(import_module(f"{__name__}.{_HOME.get(name, adapter)}"), name)
     globals()[name] = value
     return value
 

@@ -59,9 +59,6 @@ class DynamicBatcher:
             max_wait_ms: How long a sample waits for others, in milliseconds, at most a minute.
             frames: What becomes of the frames of a video, see :meth:`RewardSet.score`.
             update: Whether running statistics of a set learn from a batch.
-
-        Raises:
-            ValueError: A number is out of range.
         """
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch must be a positive int, got {max_batch!r}")

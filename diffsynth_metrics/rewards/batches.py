@@ -22,12 +22,9 @@ Frames: TypeAlias = Literal["mean", "min", "first", "middle"]
 class Batch:
     """N samples to be scored.
 
-    Attributes:
-        prompts: Their prompts.
-        images: Their images, or errors where there is none; of videos, the frames of all of them.
-        sources: For each sample the images that it was made from; empty where no sample has any.
-        frames: Of videos, how many frames each has.
-        lowest: Whether a video has the lowest score of its frames, and not their mean.
+    An image may be an exception that says why there is none. Of videos, `images` are the frames of all
+    of them, `frames` says how many each has, and `lowest` that the lowest score of its frames counts and
+    not the mean. `sources` are the images that each sample was made from; empty where none has any.
     """
 
     prompts: list[str]
@@ -68,16 +65,13 @@ def as_batch(
 
     Args:
         prompts: N prompts.
-        images: N images: a tensor ``[N, 3, H, W]``, an array ``[N, H, W, 3]`` or a list, in which an
-            exception says why there is no image. Or N videos: a tensor ``[N, T, 3, H, W]``, an array
-            ``[N, T, H, W, 3]``, or a list of such videos and of lists of images.
+        images: N images: a tensor ``[N, 3, H, W]``, an array ``[N, H, W, 3]`` or a list. Or N videos: a
+            tensor ``[N, T, 3, H, W]``, an array ``[N, T, H, W, 3]``, or a list of such and of lists.
         sources: For each sample an image, several, or None; None where there are none.
         frames: What becomes of a video.
 
-    Raises:
-        TypeError: The prompts are a single one, whose letters would be taken for prompts.
-        ValueError: There is a single picture, whose rows would be taken for pictures; the numbers
-            differ, or are 0; or there is a video, and `frames` is None.
+    A single prompt or picture, whose letters or rows would be taken for many, is a TypeError or
+    ValueError, and so are numbers that differ or are 0, and a video where `frames` is None.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list, one per image, got the str {prompts!r}")

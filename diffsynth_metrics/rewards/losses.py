@@ -30,10 +30,7 @@ class Loss(Function):
     images alone may be called; and for metrics of edits N source images of any kind. It returns loss and
     reward, both float32 ``[N]`` (float64 for metrics in float64) with a graph to the pixels where these
     require a gradient and the caller has gradients enabled. The caller's autocast is left for the call;
-    ``backward()`` belongs outside of it, as torch says, for it rounds gradients to its dtype.
-
-    A call raises ValueError where the pixels are not a batch or of another range or prompts are missing,
-    and RewardError where a sample has no reward.
+    ``backward()`` belongs outside of it. A sample without a reward is a RewardError.
     """
 
     def __init__(
@@ -51,8 +48,7 @@ class Loss(Function):
         """Take a source.
 
         Args:
-            source: A metric with gradients, or a :class:`RewardSet` of such, which normalises within
-                groups only with a `group_size`.
+            source: A metric with gradients, or a set of such; a judge is a TypeError.
             input_range: The range of the pixels: ``(0, 1)``, or ``(-1, 1)`` as a VAE decodes them. What
                 leaves the range is clamped, and gets no gradient; what is farther out than half of its
                 width is of another range, and an error.
@@ -62,11 +58,7 @@ class Loss(Function):
             grad_scale: What the loss is multiplied with.
             scale: The scale of the reward.
             name: ``__name__``; by default that of the metric with ``_loss``.
-            update: Whether the running statistics of a :class:`RewardSet` learn from a call.
-
-        Raises:
-            TypeError: The source is a judge, which has no gradients.
-            ValueError: A setting is unknown, or there is a margin too many or too few.
+            update: Whether the running statistics of a set learn from a call.
         """
         if tuple(input_range) not in ((0, 1), (-1, 1)):
             raise ValueError(f"input_range must be (0, 1) or (-1, 1), got {input_range!r}")

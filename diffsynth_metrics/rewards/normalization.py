@@ -9,8 +9,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from diffsynth_metrics.rewards.scoring import Scored
@@ -49,13 +50,10 @@ class Normalization(ABC):
 
     @abstractmethod
     def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
-        """Normalise scores; gradients flow to the scores, and none through statistics of them.
+        """Normalise N scores; gradients flow to the scores, and none through statistics of them.
 
-        Args:
-            scored: N scores, NaN where there is none. Statistics are computed from its plain numbers: a
-                device is waited for once, and not after each operation on a few numbers.
-            groups: The samples of each group; every sample is in one.
-            update: Whether running statistics learn from these scores.
+        Statistics are of the plain numbers: a device is waited for once, and not after each operation.
+        Every sample is in one of `groups`; running statistics learn if `update` says so.
         """
 
 
@@ -69,12 +67,7 @@ class Raw(Normalization):
 
 @dataclass
 class FixedScale(Normalization):
-    """(score - mean) / std with numbers that never change.
-
-    Attributes:
-        mean: What becomes 0.
-        std: What becomes 1; positive.
-    """
+    """(score - mean) / std with numbers that never change."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -92,48 +85,38 @@ class FixedScale(Normalization):
 class RunningZScore(Normalization):
     """(score - mean) / std over all scores seen so far, those of this call included.
 
-    Statistics are those of this process until :meth:`RewardSet.synchronize` is called.
-
-    Attributes:
-        shared: Number, sum and sum of squares of what all processes know.
-        local: The same of what this process has learned since the last synchronisation.
+    `shared` is the number, sum and sum of squares of what all processes know, and `local` the same of
+    what this one has learned since :meth:`RewardSet.synchronize` was called.
     """
 
     def __init__(self) -> None:
         """Start without statistics."""
-        self.shared: tuple[float, ...] = (0.0, 0.0, 0.0)
-        self.local: tuple[float, ...] = (0.0, 0.0, 0.0)
+        self.shared, self.local = np.zeros(3), np.zeros(3)
 
     @property
-    def sums(self) -> tuple[float, ...]:
+    def sums(self) -> list[float]:
         """Number, sum and sum of squares of everything that this process knows."""
-        return _added(self.shared, self.local)
+        sums: list[float] = (self.shared + self.local).tolist()
+        return sums
 
     def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
         """Learn if wanted, and return z-scores; 0 while all scores seen are equal, NaN before any."""
         known = [number for number in scored.numbers if update and not math.isnan(number)]
-        new = (float(len(known)), math.fsum(known), math.fsum(number**2 for number in known))
+        new = (len(known), math.fsum(known), math.fsum(number**2 for number in known))
         with _LOCK:
-            self.local = _added(self.local, new)
+            self.local = self.local + new
             count, total, squares = self.sums
         if not count:
             return scored.values.new_full(scored.values.shape, math.nan)
         mean = total / count
         std = math.sqrt(max(0.0, squares / count - mean**2))
-        if std <= 1e-6 * max(1.0, abs(mean)):
-            return (scored.values - mean) * 0
-        return (scored.values - mean) / std
+        is_flat = std <= 1e-6 * max(1.0, abs(mean))
+        return (scored.values - mean) * 0 if is_flat else (scored.values - mean) / std
 
-    def share(self, own: tuple[float, ...], everybody: Sequence[float]) -> None:
+    def share(self, own: Any, everybody: Any) -> None:
         """Know what all processes told, of which `own` is the part of this one."""
         with _LOCK:
-            self.local = _added(self.local, [-number for number in own])
-            self.shared = _added(self.shared, everybody)
-
-    def load(self, sums: Sequence[float]) -> None:
-        """Start with what all processes know."""
-        with _LOCK:
-            self.shared, self.local = _added(sums, (0, 0, 0)), (0.0, 0.0, 0.0)
+            self.local, self.shared = self.local - own, self.shared + everybody
 
 
 @dataclass
@@ -251,10 +234,6 @@ def collapsed(scores: list[float], groups: Groups, *, alone: bool) -> list[int]:
     fewest = 1 if alone else 2
     known = [_known(scores, group) for group in groups]
     return [i for i, values in enumerate(known) if len(values) >= fewest and _all_equal(values)]
-
-
-def _added(one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(a + b) for a, b in zip(one, other, strict=True))
 
 
 def _known(scores: list[float], group: Sequence[int]) -> list[float]:

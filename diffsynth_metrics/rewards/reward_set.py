@@ -67,15 +67,14 @@ class RewardResult:
     """What a :class:`RewardSet` says about a batch of N samples.
 
     Attributes:
-        reward: ``[N]``, the weighted sum of `normalized`. A sample of which a component failed is NaN,
-            or what the call's `on_failure` says.
-        raw: Name of a component or held-out metric to its scores ``[N]`` on its scale; NaN where it
-            failed.
+        reward: ``[N]``, the weighted sum of `normalized`; for a sample of which a component failed what
+            the call's `on_failure` says.
+        raw: Name of a component or held-out metric to its scores ``[N]``, NaN where it failed.
         normalized: Name of a component to what was weighted, ``[N]``.
         failures: Name to {number of the sample: the reason}; only what failed.
-        collapsed: Name of a component to the groups (as given, or their prompts) from which nothing
-            can be learned: their scores are all equal, or there is one score only and the component is
-            normalised within groups. The sum is listed as ``"reward"``.
+        collapsed: Name of a component, and ``"reward"``, to the groups (as given, or their prompts) from
+            which nothing can be learned: their scores are all equal, or there is one score only and it
+            is normalised within groups.
         errors: N entries, why a sample has no reward; None where it has one.
     """
 
@@ -114,10 +113,6 @@ class RewardSet:
         Args:
             components: Name to component; a metric alone has weight 1 and is not normalised.
             held_out: Metrics that are computed, and do not count.
-
-        Raises:
-            ValueError: There is no component, a name is used twice, or a setting is wrong.
-            TypeError: Something is no metric, or the components have no names.
         """
         held_out = {} if held_out is None else held_out
         for named in (components, held_out):
@@ -180,11 +175,9 @@ class RewardSet:
             ``reward``; statistics carry none.
 
         Raises:
-            ValueError: The numbers of prompts, images, sources and groups differ; a group has another
-                number of samples than a normalisation's `group_size`; or gradients are wanted through
-                ranks, which have none.
+            ValueError: The numbers of prompts, images, sources and groups differ; a group does not have
+                the `group_size` of a normalisation; or gradients are wanted through ranks.
             RewardError: A sample has no reward, and `on_failure` is ``"raise"``.
-            TypeError: A group is not hashable.
         """
         check_policy(on_failure)
         images = [images] if is_one_image(images) else images
@@ -325,10 +318,10 @@ class RewardSet:
             return
         backend = str(torch.distributed.get_backend(group))
         device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
-        own = [one.local for one in running]
-        sums = torch.tensor(own, dtype=torch.float64, device=device)
+        own = np.array([one.local for one in running])
+        sums = torch.tensor(own, device=device)
         torch.distributed.all_reduce(sums, group=group)
-        for one, mine, everybody in zip(running, own, sums.tolist(), strict=True):
+        for one, mine, everybody in zip(running, own, sums.cpu().numpy(), strict=True):
             one.share(mine, everybody)
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,20 +330,17 @@ class RewardSet:
         With several processes, call :meth:`synchronize` first and save the state of one rank.
         """
         return {
-            name: {"scale": asdict(self._scorers[name].scale), "sums": list(running.sums)}
+            name: {"scale": asdict(self._scorers[name].scale), "sums": running.sums}
             for name, running in self.running.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned; all of it, or after an error nothing.
+        """Take what :meth:`state_dict` returned; all of it, or after a ValueError nothing.
 
         Every rank loads the same state. It counts as shared: the next :meth:`synchronize` merges only
-        what is learned from here on.
-
-        Raises:
-            ValueError: It belongs to a set with other components, scales or normalisations.
+        what is learned from here on. A state of other components, scales or normalisations is an error.
         """
-        own, running = self.state_dict(), self.running
+        own = self.state_dict()
         if state.keys() != own.keys():
             raise ValueError(
                 f"the state has running statistics of {sorted(state)}, and this set has them of "
@@ -364,8 +354,8 @@ class RewardSet:
             sums = theirs.get("sums", ())
             if len(sums) != 3 or not all(map(math.isfinite, sums)) or min(sums[::2]) < 0:
                 raise ValueError(f"{name!r} must have a count, a sum and squares, got {sums!r}")
-        for name, one in running.items():
-            one.load(state[name]["sums"])
+        for name, one in self.running.items():
+            one.shared, one.local = np.array(state[name]["sums"], float), np.zeros(3)
 
 
 def _shared(batch: Batch, scorers: Sequence[MetricScorer]) -> Batch:
@@ -395,11 +385,9 @@ def _members(groups: Any, count: int) -> dict[Hashable, list[int]]:
         raise TypeError(f"groups must be a sequence with one entry per sample, got {groups!r}")
     if len(entries) != count:
         raise ValueError(f"got {len(entries)} groups for {count} samples")
-    members: dict[Hashable, list[int]] = {}
+    members: dict[Any, list[int]] = {}
     for index, group in enumerate(entries):
-        # Tensors are equal only to themselves.
-        key: Any = group.tolist() if isinstance(group, Tensor) else group
-        members.setdefault(key, []).append(index)
+        members.setdefault(group.item() if isinstance(group, Tensor) else group, []).append(index)
     return members
 
 

@@ -14,13 +14,8 @@ __all__ = ["FRAMEWORKS", "SCALES", "Scale", "ScaleInput", "find_scale"]
 class Scale:
     """A dialect of a score: max((component - subtract) * multiply / divide, at_least).
 
-    Attributes:
-        component: What it starts from, a number that the metric's ``evaluate`` gives for a pair alone.
-        subtract: Taken from the component first.
-        multiply: What the difference is multiplied with.
-        divide: What the product is divided by.
-        at_least: The smallest value, or None.
-        prefix: Put in front of every prompt.
+    `component` is a number that the metric's ``evaluate`` gives for a sample; `prefix` is put in front
+    of every prompt.
     """
 
     component: str = "score"
@@ -32,20 +27,12 @@ class Scale:
 
     def apply(self, values: Tensor) -> Tensor:
         """Map values of the component to this scale, with gradients."""
-        if self.subtract:
-            values = values - self.subtract
-        if self.multiply != 1:
-            values = values * self.multiply
-        if self.divide != 1:
-            values = values / self.divide
+        values = (values - self.subtract) * self.multiply / self.divide
         return values if self.at_least is None else values.clamp_min(self.at_least)
 
 
 ScaleInput: TypeAlias = "str | float | Scale | None"
-"""A name of :data:`SCALES` or :data:`FRAMEWORKS`, a factor, a scale of one's own, or None for the score
-that the metric's ``compute`` returns."""
-
-OWN_SCORE = Scale()
+"""A name of :data:`SCALES` or :data:`FRAMEWORKS`, a factor, a scale, or None for the score itself."""
 
 FRAMEWORKS = (
     "cosmos_rl",
@@ -108,27 +95,17 @@ SCALES: dict[str, dict[str, Scale]] = {
 
 
 def find_scale(metric: Any, scale: ScaleInput) -> Scale:
-    """Return how the score of a metric, or of any callable, is scaled.
-
-    Raises:
-        ValueError: The name is unknown, or the metric has no such scale.
-        TypeError: It is no :data:`ScaleInput`.
-    """
-    if scale is None:
-        return OWN_SCORE
-    if isinstance(scale, Scale):
-        return scale
+    """Return how the score of a metric is scaled; a ValueError or TypeError if it has no such scale."""
+    if scale is None or isinstance(scale, Scale):
+        return scale or Scale()
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
         return Scale(multiply=float(scale))
     if not isinstance(scale, str):
         raise TypeError(f"scale must be a name, a number, a Scale or None, got {scale!r}")
-    own: dict[str, Scale] = {}
-    for base in type(metric).__mro__:
-        own = own or SCALES.get(base.__name__, {})
-    if scale in own:
-        return own[scale]
-    if scale in FRAMEWORKS:
-        return own.get("official", OWN_SCORE)
+    named = (SCALES[base.__name__] for base in type(metric).__mro__ if base.__name__ in SCALES)
+    own: dict[str, Scale] = next(named, {})
+    if scale in own or scale in FRAMEWORKS:
+        return own.get(scale, own.get("official", Scale()))
     raise ValueError(
         f"{type(metric).__name__} has no scale {scale!r}; it has "
         f"{', '.join(sorted({*own, *FRAMEWORKS}))}, or pass a factor"

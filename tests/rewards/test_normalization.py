@@ -158,7 +158,7 @@ def test_threads_lose_no_statistics() -> None:
             list(pool.map(lambda _: normalize(scored(SCORES), GROUPS, update=True), range(2000)))
     finally:
         sys.setswitchinterval(before)
-    assert normalize.sums[:2] == (2000 * len(SCORES), pytest.approx(2000 * float(SCORES.sum())))
+    assert normalize.sums[:2] == [2000 * len(SCORES), pytest.approx(2000 * float(SCORES.sum()))]
 
 
 def test_names_are_short_forms() -> None:

@@ -49,11 +49,7 @@ class Function:
 
 
 class Reward(Function):
-    """A source as what a framework calls.
-
-    Attributes:
-        scorer: What scores.
-    """
+    """A source as what a framework calls; `scorer` is what scores."""
 
     framework: ClassVar[str | None] = None
     """Whose scale is the default."""
@@ -72,23 +68,18 @@ class Reward(Function):
         name: str | None = None,
         update: Update = True,
     ) -> None:
-        """Take a source with the settings that all adapters have.
+        """Take a metric, a :class:`RewardSet`, or a callable, with the settings that all adapters have.
 
         Args:
-            source: A metric, a :class:`RewardSet`, or a callable of (prompts, images).
-            scale: The scale of a metric's score: by default that of the adapter's framework; a name, a
-                factor or a ``Scale``; or None for the score that ``compute`` returns. The components of
-                a set have their own.
-            on_failure: What a sample gets that has no score, see ``FailurePolicy``. By default
+            source: What becomes a reward; a set that normalises within groups may be a ValueError.
+            scale: The scale of a metric's score: the framework's, another's name, a factor, a ``Scale``,
+                or None for the score that ``compute`` returns. The components of a set have their own.
+            on_failure: What a sample gets that has no score, see ``FailurePolicy``; by default
                 ``"raise"``, or ``"nan"`` where the framework leaves such samples out.
             frames: What becomes of the frames of a video, see :meth:`RewardSet.score`.
             name: ``__name__``; by default the metric's, as flow_grpo spells it.
             update: Whether the running statistics of a set learn from a call, or a function that tells;
                 ``update=False`` makes a reward for evaluation.
-
-        Raises:
-            TypeError: The source is none.
-            ValueError: A setting is wrong, or a set normalises within groups that are not whole here.
         """
         scale = self.framework if scale == "framework" else scale
         self.scorer = scorer_of(source, scale, name, parts_of_groups=self.parts_of_groups)

@@ -32,16 +32,14 @@ def to_flow_factory(
 
     Args:
         load: Called with the ``device=`` and ``torch_dtype=`` of the YAML file when the framework makes
-            its reward model; for instance ``PickScoreMetric.from_pretrained``. A :class:`RewardSet` must
-            not normalise within groups.
+            its reward model; for instance ``PickScoreMetric.from_pretrained``.
         base: Flow-Factory's ``PointwiseRewardModel``.
         output: Flow-Factory's ``RewardModelOutput``.
         **options: What :class:`Reward` takes; `name` is that of the class, ``MetricReward`` by default.
 
     Returns:
-        A subclass of `base`. Called with ``prompt`` (N strings), ``image`` or ``video`` (N of them) and
-        ``condition_images`` (the sources of edits), it returns ``output(rewards=N floats,
-        extra_info={"failures": {sample: reason}})``. Its ``to`` moves the metric.
+        A subclass of `base`, called with ``prompt``, ``image`` or ``video``, and ``condition_images``
+        (the sources of edits). It tells failures as ``extra_info={"failures": {sample: reason}}``.
     """
 
     class MetricReward(base):  # type: ignore[misc]

@@ -37,35 +37,27 @@ class _MixGRPOReward(Reward):
             return [math.nan] * len(images)
 
 
-# MixGRPO's own names. It calls each class as it is called there, and finds its weight by the name.
-class HPSClipRewardModel(_MixGRPOReward):
-    """HPSv2."""
-
-
-class ImageRewardModel(_MixGRPOReward):
-    """ImageReward."""
-
-
-class PickScoreRewardModel(_MixGRPOReward):
-    """PickScore."""
-
-
-class CLIPScoreRewardModel(_MixGRPOReward):
-    """CLIP, whose prompts come first."""
-
-    def __call__(self, prompts: Sequence[Any], images: Sequence[Any]) -> Any:  # type: ignore[override]
-        """Return rewards."""
+class _CLIPReward(_MixGRPOReward):
+    def __call__(self, prompts: Any, images: Any) -> Any:  # type: ignore[override]
         return super().__call__(images, prompts)
 
 
-class UnifiedRewardModel(_MixGRPOReward):
-    """UnifiedReward, which also says which rewards there are: MixGRPO would make the others 0."""
-
+class _UnifiedReward(_MixGRPOReward):
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
-        """Return rewards, and that there are all of them."""
+        # It says that all rewards are there: MixGRPO would make the others 0.
         return super().__call__(images, prompts), [True] * len(images)
 
 
+def _named(name: str, base: type[_MixGRPOReward]) -> type[_MixGRPOReward]:
+    return type(name, (base,), {"__module__": __name__})
+
+
+# By MixGRPO's own names, which say how it calls them and what their weights are.
+HPSClipRewardModel = _named("HPSClipRewardModel", _MixGRPOReward)
+ImageRewardModel = _named("ImageRewardModel", _MixGRPOReward)
+PickScoreRewardModel = _named("PickScoreRewardModel", _MixGRPOReward)
+CLIPScoreRewardModel = _named("CLIPScoreRewardModel", _CLIPReward)
+UnifiedRewardModel = _named("UnifiedRewardModel", _UnifiedReward)
 _CLASSES = {
     "CLIPMetric": CLIPScoreRewardModel,
     "HPSv2Metric": HPSClipRewardModel,
@@ -80,10 +72,9 @@ def to_mixgrpo(source: RewardSource, *, stands_for: str | None = None, **options
 
     Args:
         source: A metric, a :class:`RewardSet` without normalisation within groups, or a callable.
-        stands_for: The metric of MixGRPO whose name and weight it has, such as ``"HPSv2Metric"``; by
-            default its own class. One that MixGRPO does not have is a ValueError.
-        **options: What :class:`Reward` takes; `on_failure` is ``"nan"`` by default, which ends a
-            training that nobody looks after, and must not be ``"raise"``.
+        stands_for: The metric whose name and weight it has in MixGRPO, such as ``"HPSv2Metric"``; by
+            default its own class.
+        **options: What :class:`Reward` takes; `on_failure` is ``"nan"`` by default, and not ``"raise"``.
     """
     stands_for = stands_for or type(source).__name__
     if stands_for not in _CLASSES:

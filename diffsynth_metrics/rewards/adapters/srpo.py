@@ -17,15 +17,9 @@ class _SRPOReward:
     """SRPO's ``reward_model``, with the methods of a Module that it calls."""
 
     def __init__(self, metric: DualEncoderMetric, *, scale: ScaleInput = "srpo") -> None:
-        """Take a metric.
+        """Take CLIP, PickScore or HPSv2, whose scores are linear in the cosine.
 
-        Args:
-            metric: CLIP, PickScore or HPSv2: a metric whose score is linear in the cosine.
-            scale: The scale of the score; PickScore is divided by 20 in SRPO.
-
-        Raises:
-            TypeError: The metric is no dual encoder.
-            ValueError: The scale is not linear.
+        PickScore is divided by 20 in SRPO. Other metrics are a TypeError, other scales a ValueError.
         """
         if not isinstance(metric, DualEncoderMetric):
             raise TypeError(f"SRPO needs separate features, and {type(metric).__name__} has none")
@@ -36,13 +30,9 @@ class _SRPOReward:
     def SRP_cfg(
         self, prompt: str | Sequence[str], neg_prompt: str | Sequence[str], images: Tensor, k: float
     ) -> Tensor:
-        """Return scores ``[N]`` for the features (1 + k) · text - negative text, with a graph.
+        """Score N prompts (or one) and pixels ``[N, 3, H, W]`` in 0..1, with a graph to the pixels.
 
-        Args:
-            prompt: N prompts, or one.
-            neg_prompt: As many.
-            images: Pixels ``[N, 3, H, W]`` in 0..1.
-            k: How much more the wanted prompt counts.
+        The features of the text are (1 + k) · text - negative text.
         """
         metric = self.metric
         with in_float32(metric.device):

@@ -38,11 +38,9 @@ class ColumnReward(Reward):
         Args:
             source: A metric, a :class:`RewardSet` or a callable.
             image: Where the image of a completion comes from: a column, or a function
-                ``image(completion, **row)``. None, or a function that raises ValueError or OSError,
-                says that this completion has no image.
+                ``image(completion, **row)``. None, a ValueError or an OSError says that there is none.
             prompt: Where its prompt comes from: a column, or a function ``prompt(prompt, **row)``; by
-                default the prompt itself. It is a text, or a conversation, of which the last message
-                is taken; anything else says that this completion has no prompt.
+                default the prompt itself, a text or a conversation that ends with it.
             source_image: Where the image comes from that was edited, as `image`.
             **options: What :class:`Reward` takes.
         """

@@ -31,7 +31,7 @@ def to_unirl(load: Callable[..., RewardSource], base: type, **options: Any) -> t
 
     Args:
         load: Called with ``device=`` when the backend is made, for instance
-            ``PickScoreMetric.from_pretrained``. A :class:`RewardSet` must not normalise within groups.
+            ``PickScoreMetric.from_pretrained``.
         base: UniRL's ``LocalRewardBackend``.
         **options: What :class:`Reward` takes; `name` is that of the class, ``MetricBackend`` by default.
             With `frames`, the backend asks for videos.

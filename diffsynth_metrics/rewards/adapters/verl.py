@@ -37,8 +37,7 @@ class SingleReward(Reward):
 
         Args:
             source: A metric, a :class:`RewardSet` or a callable.
-            source_image: Where the image comes from that was edited: a key of ``extra_info``, or a
-                function of it.
+            source_image: What was edited: a key of ``extra_info``, or a function of it.
             max_batch: The largest batch, in samples.
             max_wait_ms: How long a sample waits for others, in milliseconds, at most a minute.
             **options: What :class:`Reward` takes.
@@ -71,13 +70,9 @@ class _VerlReward(SingleReward):
     """A ``compute_score`` for verl's ``custom_reward_function``; the prompt is ``ground_truth``."""
 
     def __init__(self, source: RewardSource, image: Callable[..., Any], **options: Any) -> None:
-        """Take a source.
+        """Take a source, and ``image(solution_str, extra_info)``, which returns the image of a solution.
 
-        Args:
-            source: A metric, a :class:`RewardSet` or a callable.
-            image: ``image(solution_str, extra_info)`` returns the image of a solution; what it raises is
-                a failure of the sample. It runs in the event loop.
-            **options: What :class:`SingleReward` takes.
+        What that raises is a failure of the sample. It runs in the event loop.
         """
         super().__init__(source, **{"name": "compute_score", **options})
         self.image = image
