@@ -14,8 +14,9 @@ from diffsynth_metrics.inputs import as_images, is_one_image, rounded
 
 __all__ = ["Batch", "Frames", "as_batch", "as_bytes", "check_frames"]
 
-Frames: TypeAlias = Literal["mean", "min", "first", "middle"]
-"""The score of a video: the mean or the lowest of its frames' scores, or the score of one frame."""
+Frames: TypeAlias = Literal["mean", "min", "first", "middle", "all"]
+"""The score of a video: the mean or the lowest of its frames' scores, the score of one frame, or what a
+function makes of all frames together."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def _with_frames(batch: Batch, frames: Frames | None) -> Batch:
     videos = [_images_of(video) for video in batch.images]
     if [] in videos:
         raise ValueError(f"the video of sample {videos.index([])} has no frames")
+    if frames == "all":
+        return replace(batch, images=videos)
     if frames in ("first", "middle"):
         return replace(batch, images=[v[0 if frames == "first" else len(v) // 2] for v in videos])
     flat = [image for video in videos for image in video]

@@ -165,7 +165,7 @@ class RewardSet:
                 samples of one prompt (and of the same source files or objects) are a group. All samples
                 of a group must be in this call.
             frames: What becomes of the frames of a video: the ``"mean"`` or ``"min"`` of their scores,
-                or the ``"first"`` or ``"middle"`` frame alone.
+                the ``"first"`` or ``"middle"`` frame alone, or ``"all"`` as one list for a function.
             update: Whether running statistics learn from the readable scores of this call; False for
                 evaluation.
             on_failure: What becomes of a sample's reward where a component has no score for it.

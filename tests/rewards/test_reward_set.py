@@ -500,6 +500,17 @@ class TestFrames:
         result = RewardSet({"b": Brightness()}).score("a", videos, frames="mean", on_failure="nan")
         assert result.reward.isnan().tolist() == [False, True] and [*result.failures["b"]] == [1]
 
+    def test_a_function_may_score_all_frames_together(self, videos: torch.Tensor) -> None:
+        def steady(prompts: list[str], images: list[list[torch.Tensor]]) -> list[float]:
+            return [-float(torch.stack(frames).mean(dim=(1, 2, 3)).std()) for frames in images]
+
+        rewards = RewardSet({"steady": steady, "bright": Brightness()})
+        for pictures in (videos, list(videos), [list(video) for video in videos]):
+            result = rewards.score("a", pictures, frames="all", on_failure="nan")
+            expected = [-float(video.mean(dim=(1, 2, 3)).std()) for video in videos]
+            assert result.raw["steady"].tolist() == pytest.approx(expected)
+            assert [*result.failures] == ["bright"], "a metric of images does not know videos"
+
     def test_gradients_flow_to_the_frames(self, videos: torch.Tensor) -> None:
         RewardSet({"b": Brightness()}).reward(
             "a", videos.requires_grad_(), frames="min"
@@ -515,10 +526,8 @@ class TestFrames:
         for pictures in (videos, list(videos), [[PIL.Image.new("RGB", (8, 8))] * 2] * 2):
             with pytest.raises(ValueError, match="there are videos: pass frames= as one of mean, min"):
                 rewards.score("a", pictures)
-        with pytest.raises(
-            ValueError, match="frames must be one of mean, min, first, middle, got 'all'"
-        ):
-            rewards.score("a", videos, frames="all")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="frames must be one of mean, min, first, middle, all, got"):
+            rewards.score("a", videos, frames="median")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="the video of sample 1 has no frames"):
             rewards.score("a", [[PIL.Image.new("RGB", (8, 8))], []], frames="mean")
         assert rewards.score("a", videos[:, 0], frames="mean").reward.shape == (2,)

@@ -53,7 +53,7 @@ class ColumnReward(Reward):
         """Return the reward of each completion; None where there is none."""
         rows = _rows(columns, len(completions))
         for column in (self.image, self.prompt, self.source_image):
-            if isinstance(column, str) and column not in rows[0]:
+            if isinstance(column, str) and rows and column not in rows[0]:
                 known = ", ".join(rows[0])
                 raise ValueError(f"the data set has no column {column!r}; it has {known}")
         samples = [self._sample(*one) for one in zip(prompts, completions, rows, strict=True)]
