@@ -100,7 +100,7 @@ class TestMsSwift:
         row = {"messages": messages, "prompt_id": none, "is_truncated": none, "rollout_infos": none}
         reward_kwargs = {"trainer_state": object(), **row, **columns}
         for i, func in enumerate(functions):
-            is_async = asyncio.iscoroutinefunction(func) or asyncio.iscoroutinefunction(func.__call__)
+            is_async = inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__)
             output = func(completions, **reward_kwargs)
             if is_async:
                 output = asyncio.run(self.gathered(output))[0]
