@@ -13,7 +13,7 @@ from torch.nn.functional import relu
 from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, ReferenceMetric
 from diffsynth_metrics.inputs import extremes
 from diffsynth_metrics.modes import plain_modes
-from diffsynth_metrics.rewards.adapters.common import Function, RewardSource, scorer_of
+from diffsynth_metrics.rewards.adapters.common import Reward, RewardSource
 from diffsynth_metrics.rewards.batches import as_batch
 from diffsynth_metrics.rewards.scales import ScaleInput
 from diffsynth_metrics.rewards.scoring import Update, apply_failure_policy, learns
@@ -23,7 +23,7 @@ __all__ = ["as_loss", "in_float32"]
 Kind = Literal["one_minus", "relu_margin", "neg"]
 
 
-class Loss(Function):
+class Loss(Reward):
     """A loss function ``(pixels, prompts, sources) -> (loss, reward)``.
 
     It takes pixels ``[N, 3, H, W]`` (float of any precision); N prompts or one, without which metrics of
@@ -66,13 +66,13 @@ class Loss(Function):
             raise ValueError(f"loss must be one of {', '.join(get_args(Kind))}, got {loss!r}")
         if (margin is None) == (loss == "relu_margin"):
             raise ValueError("margin belongs to loss='relu_margin', which needs one")
-        self.scorer = scorer_of(source, scale, name)
         differentiable = (PromptMetric, ImageMetric, ReferenceMetric)
         if isinstance(source, BaseMetric) and not isinstance(source, differentiable):
             raise TypeError(f"a loss needs gradients, and {type(source).__name__} has none")
+        super().__init__(source, scale=scale, name=name, update=update)
         self.input_range, self.kind, self.margin = input_range, loss, margin
-        self.grad_scale, self.update = grad_scale, update
-        super().__init__(name or f"{self.scorer.name}_loss")
+        self.grad_scale = grad_scale
+        self.__name__ = name or f"{self.scorer.name}_loss"
 
     def __call__(
         self, pixels: Tensor, prompts: str | Sequence[str] | None = None, sources: Any = None

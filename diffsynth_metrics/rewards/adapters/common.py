@@ -71,7 +71,8 @@ class Reward(Function):
         """Take a metric, a :class:`RewardSet`, or a callable, with the settings that all adapters have.
 
         Args:
-            source: What becomes a reward; a set that normalises within groups may be a ValueError.
+            source: What becomes a reward. A set that normalises within groups is a ValueError where a
+                call has no whole groups, or where it has no `group_size` that makes sure of them.
             scale: The scale of a metric's score: the framework's, another's name, a factor, a ``Scale``,
                 or None for the score that ``compute`` returns. The components of a set have their own.
             on_failure: What a sample gets that has no score, see ``FailurePolicy``; by default
@@ -82,7 +83,14 @@ class Reward(Function):
                 ``update=False`` makes a reward for evaluation.
         """
         scale = self.framework if scale == "framework" else scale
-        self.scorer = scorer_of(source, scale, name, parts_of_groups=self.parts_of_groups)
+        self.scorer = source if isinstance(source, RewardSet) else MetricScorer(source, scale, name)
+        if isinstance(source, RewardSet) and source.group_sizes and self.parts_of_groups:
+            raise ValueError(f"leave 'group' and 'rank' to the trainer: {self.parts_of_groups}")
+        if isinstance(source, RewardSet) and None in source.group_sizes:
+            raise ValueError(
+                "say how large groups are, as in normalize=GroupRelative(group_size=8): a call that has "
+                "parts of groups is then an error"
+            )
         self.on_failure = check_policy(self.failures_get if on_failure is None else on_failure)
         self.frames = check_frames(frames)
         self.update = update
@@ -97,26 +105,6 @@ class Reward(Function):
         with torch.no_grad():
             scored = self.scorer.scored(batch, update=learn and learns(self.update))
             return apply_failure_policy(scored, self.on_failure, self.scorer.name), scored
-
-
-def scorer_of(
-    source: RewardSource, scale: ScaleInput, name: str | None, *, parts_of_groups: str = ""
-) -> MetricScorer | RewardSet:
-    """Return the scorer of a source.
-
-    A set that normalises within groups is a ValueError that says who does it instead, where a call has
-    no whole groups (`parts_of_groups` says why) or the set has no `group_size` to make sure of it.
-    """
-    if not isinstance(source, RewardSet):
-        return MetricScorer(source, scale, name)
-    if source.group_sizes and parts_of_groups:
-        raise ValueError(f"leave 'group' and 'rank' to the trainer: {parts_of_groups}")
-    if None in source.group_sizes:
-        raise ValueError(
-            "say how large groups are, as in normalize=GroupRelative(group_size=8): a call that has "
-            "parts of groups is then an error"
-        )
-    return source
 
 
 def as_member(made: _Class, name: str, asked_by: Any) -> _Class:

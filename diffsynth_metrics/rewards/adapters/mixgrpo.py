@@ -24,7 +24,6 @@ class _MixGRPOReward(Reward):
     parts_of_groups = "MixGRPO scores one image per call, and normalises the gathered rewards itself"
 
     def __init__(self, source: RewardSource, **options: Any) -> None:
-        """Take a source, see :class:`Reward`."""
         super().__init__(source, **options)
         if self.on_failure == "raise":
             raise ValueError("on_failure must not be 'raise': MixGRPO would make it the reward 0")

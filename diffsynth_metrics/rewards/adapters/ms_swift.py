@@ -20,7 +20,6 @@ class _SwiftReward(ColumnReward):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """Take what :class:`ColumnReward` takes."""
         super().__init__(*arguments, **options)
         self.__class__ = type(self.__name__, (type(self),), {})
 

@@ -16,7 +16,6 @@ class _UniRLReward(Reward):
     parts_of_groups = "UniRL deals samples out to its workers, and normalises over groups itself"
 
     def __init__(self, source: RewardSource, **options: Any) -> None:
-        """Take a source, see :class:`Reward`."""
         super().__init__(source, **options)
         if self.on_failure == "nan":
             raise ValueError("on_failure must not be 'nan': UniRL would train on NaN")

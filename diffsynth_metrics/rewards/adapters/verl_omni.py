@@ -19,7 +19,6 @@ class _VerlOmniReward(SingleReward):
     framework = "verl_omni"
 
     def __init__(self, source: RewardSource, *, name: str | None = None, **options: Any) -> None:
-        """Take what :class:`SingleReward` takes."""
         super().__init__(source, **options)
         self.__name__ = name or f"compute_score_{self.__name__}"
 
