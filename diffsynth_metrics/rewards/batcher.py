@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections import deque
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from threading import Condition
 from typing import Any, TypeAlias
 
 import torch
 
-from diffsynth_metrics.rewards.scoring import ERRORS_OF_A_SAMPLE, Scorer, Update, learns
+from diffsynth_metrics.rewards.batches import Frames, as_batch, check_frames
+from diffsynth_metrics.rewards.reward_set import RewardSet
+from diffsynth_metrics.rewards.scoring import ERRORS_OF_A_SAMPLE, MetricScorer, Update, learns
 
 __all__ = ["DynamicBatcher"]
 
 _LONGEST_WAIT_MS = 60_000
 
-_Sample: TypeAlias = "tuple[float, str, Any, Future[float]]"
-"""When it came, its prompt, its image, and its score in the future."""
+_Sample: TypeAlias = "tuple[float, str, Any, Any, Future[float]]"
+"""When it came, its prompt, its image, its source images, and its score in the future."""
+
+
+class _Queue:
+    """The samples that wait in one process, and the thread that scores them."""
+
+    def __init__(self) -> None:
+        self.samples: deque[_Sample] = deque()
+        self.arrived = Condition()
+        self.thread = ThreadPoolExecutor(1, "diffsynth_rewards")
 
 
 class DynamicBatcher:
@@ -26,21 +39,26 @@ class DynamicBatcher:
 
     A batch is scored when it is full, or when its first sample has waited long enough. Samples that
     arrive while the network works make the next batch. There is one batch in the network at a time.
+    A forked or a pickled copy has samples and a thread of its own.
     """
 
     def __init__(
-        self, scorer: Scorer, *, max_batch: int = 16, max_wait_ms: float = 5.0, update: Update = True
+        self,
+        scorer: MetricScorer | RewardSet,
+        *,
+        max_batch: int = 16,
+        max_wait_ms: float = 5.0,
+        frames: Frames | None = None,
+        update: Update = True,
     ) -> None:
         """Serve a scorer.
 
         Args:
             scorer: What scores a batch.
             max_batch: The largest batch.
-            max_wait_ms: How long a sample waits for company, in milliseconds, at most a minute.
+            max_wait_ms: How long a sample waits for others, in milliseconds, at most a minute.
+            frames: What becomes of the frames of a video, see :meth:`RewardSet.score`.
             update: Whether running statistics of a set learn from a batch.
-
-        Raises:
-            ValueError: A number is out of range.
         """
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch must be a positive int, got {max_batch!r}")
@@ -51,78 +69,71 @@ class DynamicBatcher:
         self.scorer = scorer
         self.max_batch = max_batch
         self.max_wait_ms = max_wait_ms
+        self.frames = check_frames(frames)
         self.update = update
-        self._waiting: deque[_Sample] = deque()
-        self._changed = threading.Condition()
-        self._worker: threading.Thread | None = None  # as long as there are samples
+        self._queues: dict[int, _Queue] = {}  # by process: a forked child has no threads of its parent
 
-    def submit(self, prompt: str, image: Any) -> Future[float]:
-        """Queue a sample.
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings alone."""
+        names = ("max_batch", "max_wait_ms", "frames", "update")
+        return partial(type(self), **{name: getattr(self, name) for name in names}), (self.scorer,)
+
+    def submit(self, prompt: str, image: Any, sources: Any = None) -> Future[float]:
+        """Queue a sample, with the images that it was made from.
 
         Returns:
             Its score in the future, or its own error; another sample's error is not among them. In a
             coroutine, await ``asyncio.wrap_future(...)``.
         """
         future: Future[float] = Future()
-        with self._changed:
-            # In a process that was forked while samples were scored, the worker is dead.
-            if self._worker is None or not self._worker.is_alive():
-                worker = threading.Thread(target=self._work, name="diffsynth_rewards")
-                worker.start()  # it waits for the lock; if it cannot start, nobody waits for it
-                self._worker = worker
-            self._waiting.append((time.monotonic(), prompt, image, future))
-            self._changed.notify()
+        queue = self._queues.setdefault(os.getpid(), _Queue())
+        with queue.arrived:
+            queue.samples.append((time.monotonic(), prompt, image, sources, future))
+            queue.arrived.notify()
+            queue.thread.submit(self._work, queue)  # per sample: who finds none has nothing to do
         return future
 
-    def _work(self) -> None:
-        """Score batches until nobody waits."""
-        batch: list[_Sample] = []
-        try:
-            while batch := self._next_batch():
-                if running := [sample for sample in batch if sample[3].set_running_or_notify_cancel()]:
-                    self._score(running)
-        except BaseException as error:  # whatever it is, nobody may wait for ever
-            with self._changed:
-                batch += self._waiting
-                self._waiting.clear()
-                self._worker = None
-            _fail([sample for sample in batch if not sample[3].done()], error)
+    def _work(self, queue: _Queue) -> None:
+        batch = self._next_batch(queue)
+        if running := [sample for sample in batch if sample[-1].set_running_or_notify_cancel()]:
+            self._score(running)
 
-    def _next_batch(self) -> list[_Sample]:
-        with self._changed:
-            if not self._waiting:
-                self._worker = None
+    def _next_batch(self, queue: _Queue) -> list[_Sample]:
+        waiting = queue.samples
+        with queue.arrived:
+            if not waiting:
                 return []
-            deadline = self._waiting[0][0] + self.max_wait_ms / 1000
-            while len(self._waiting) < self.max_batch and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
-            return [self._waiting.popleft() for _ in range(min(self.max_batch, len(self._waiting)))]
+            deadline = waiting[0][0] + self.max_wait_ms / 1000
+            while len(waiting) < self.max_batch and (left := deadline - time.monotonic()) > 0:
+                queue.arrived.wait(left)
+            return [waiting.popleft() for _ in range(min(self.max_batch, len(waiting)))]
 
     def _score(self, batch: list[_Sample]) -> None:
-        prompts, images = [sample[1] for sample in batch], [sample[2] for sample in batch]
         try:
+            _, prompts, images, sources, _ = zip(*batch, strict=True)
             with torch.no_grad():
-                scored = self.scorer.scored(prompts, images, update=learns(self.update))
+                samples = as_batch(prompts, list(images), list(sources), self.frames)
+                scored = self.scorer.scored(samples, update=learns(self.update))
             outcomes = list(zip(batch, scored.values.tolist(), scored.errors, strict=True))
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, nobody may wait for ever
             if isinstance(error, ERRORS_OF_A_SAMPLE) and len(batch) > 1:
                 for sample in batch:  # the fault of one, such as a prompt that is no text
                     self._score([sample])
             else:
-                _fail(batch, error)
+                for sample in batch:
+                    _fail(sample, error)
             return
         for sample, value, problem in outcomes:
             if problem is None:
-                sample[3].set_result(value)
+                sample[-1].set_result(value)
             else:
-                _fail([sample], problem)
+                _fail(sample, problem)
 
 
-def _fail(batch: list[_Sample], error: BaseException) -> None:
-    """Give samples an error."""
+def _fail(sample: _Sample, error: BaseException) -> None:
+    """Give a sample an error."""
     if isinstance(error, StopIteration):
         # A coroutine that awaits this one would wait for ever: asyncio cannot raise it there.
         error = RuntimeError(f"the reward raised {error!r}").with_traceback(error.__traceback__)
-    for *_, future in batch:
-        with suppress(InvalidStateError):  # cancelled in the meantime
-            future.set_exception(error)
+    with suppress(InvalidStateError):  # cancelled in the meantime
+        sample[-1].set_exception(error)

@@ -1,11 +1,12 @@
-"""Several metrics as one reward: weighted, normalised, and watched."""
+"""Several metrics as one reward, weighted and normalised."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,30 +14,27 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric
+from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, ReferenceMetric
 from diffsynth_metrics.errors import RewardError
-from diffsynth_metrics.inputs import SharedImages, as_prompts
+from diffsynth_metrics.inputs import SharedImages, as_prompts, is_one_image
 from diffsynth_metrics.modes import wants_gradients
-from diffsynth_metrics.rewards.divergence import DivergenceMonitor
+from diffsynth_metrics.rewards.batches import Batch, Frames, as_batch, check_frames
 from diffsynth_metrics.rewards.normalization import (
-    Groups,
-    Moments,
     Normalization,
     RunningZScore,
     collapsed,
     find_normalization,
 )
-from diffsynth_metrics.rewards.scales import Scale
+from diffsynth_metrics.rewards.scales import ScaleInput
 from diffsynth_metrics.rewards.scoring import (
     FailurePolicy,
     MetricScorer,
     Scored,
     apply_failure_policy,
-    as_batch,
     check_policy,
 )
 
-__all__ = ["Component", "Parts", "RewardResult", "RewardSet"]
+__all__ = ["Component", "RewardResult", "RewardSet"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,22 +48,18 @@ class Component:
     """One metric of a :class:`RewardSet`.
 
     Attributes:
-        metric: A metric, or a callable of (prompts, images) that returns one number per sample.
+        metric: A metric, or a callable of (prompts, images) that returns one number per sample; if it
+            has a parameter ``sources``, it also gets the source images of each sample.
         weight: What the normalised score is multiplied with; negative where less is wanted.
         normalize: ``"none"``, ``"zscore"`` (running), ``"group"``, ``"rank"``, or an object such as
-            ``FixedScale(mean, std)``.
+            ``FixedScale(mean, std)`` or ``GroupRelative(group_size=8)``.
         scale: The scale of the score before it is normalised, see ``rewards.SCALES``.
-        on_failure: What a sample gets, on that scale, that has no score; see ``FailurePolicy``.
-            ``"mean"`` is the mean of the readable samples of its group, or of the call; it counts in
-            no statistic. ``"raise"`` is an error of the set's ``score`` and ``reward``; in an adapter
-            such a sample has no reward, and the adapter's own `on_failure` decides.
     """
 
-    metric: BaseMetric | Callable[[list[str], Any], Any]
+    metric: BaseMetric | Callable[..., Any]
     weight: float = 1.0
     normalize: str | Normalization = "none"
-    scale: str | float | Scale | None = None
-    on_failure: FailurePolicy = "raise"
+    scale: ScaleInput = None
 
 
 @dataclass(frozen=True)
@@ -73,14 +67,15 @@ class RewardResult:
     """What a :class:`RewardSet` says about a batch of N samples.
 
     Attributes:
-        reward: ``[N]``, the weighted sum of `normalized`; NaN where a component is NaN.
-        raw: Name of a component or held-out metric to its scores ``[N]`` on its scale; NaN where
-            it failed, whatever the policy put in their place.
+        reward: ``[N]``, the weighted sum of `normalized`; for a sample of which a component failed what
+            the call's `on_failure` says.
+        raw: Name of a component or held-out metric to its scores ``[N]``, NaN where it failed.
         normalized: Name of a component to what was weighted, ``[N]``.
         failures: Name to {number of the sample: the reason}; only what failed.
-        collapsed: Name of a component to the groups (as given, or their prompts) whose scores are all
-            equal, from which nothing can be learned. The sum is listed as ``"reward"``.
-        diverging: Name of a held-out metric that falls to the components that rise meanwhile.
+        collapsed: Name of a component, and ``"reward"``, to the groups (as given, or their prompts) from
+            which nothing can be learned: their scores are all equal, or there is one score only and it
+            is normalised within groups.
+        errors: N entries, why a sample has no reward; None where it has one.
     """
 
     reward: Tensor
@@ -88,23 +83,12 @@ class RewardResult:
     normalized: dict[str, Tensor]
     failures: dict[str, dict[int, str]] = field(default_factory=dict)
     collapsed: dict[str, list[Hashable]] = field(default_factory=dict)
-    diverging: dict[str, list[str]] = field(default_factory=dict)
+    errors: list[Exception | None] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What an adapter gets of a batch of N samples.
-
-    Attributes:
-        result: As of :meth:`RewardSet.score`.
-        scored: The reward, with the reason where it is NaN.
-        settled: Name of a component to its scores ``[N]`` with what its policy put in place of missing
-            ones; NaN where it says ``"raise"`` or ``"nan"``.
-    """
-
-    result: RewardResult
-    scored: Scored
-    settled: dict[str, Tensor]
+    @property
+    def means(self) -> dict[str, float]:
+        """Name to the mean of its readable scores in `raw`; NaN where there is none."""
+        return {name: float(values.detach().nanmean()) for name, values in self.raw.items()}
 
 
 class RewardSet:
@@ -120,27 +104,25 @@ class RewardSet:
 
     def __init__(
         self,
-        components: Mapping[str, Component | BaseMetric],
+        components: Mapping[str, Component | BaseMetric | Callable[..., Any]],
         *,
-        held_out: Mapping[str, BaseMetric] | None = None,
-        window: int = 50,
-        threshold: float = 3.0,
+        held_out: Mapping[str, BaseMetric | Callable[..., Any]] | None = None,
     ) -> None:
         """Combine metrics.
 
         Args:
             components: Name to component; a metric alone has weight 1 and is not normalised.
-            held_out: Metrics that are computed and watched, and do not count.
-            window: How many calls the watch over `held_out` looks at.
-            threshold: How clear trends must be for an alarm, see ``divergence.trend``.
-
-        Raises:
-            ValueError: There is no component, a name is used twice, or a setting is wrong.
-            TypeError: Something is no metric.
+            held_out: Metrics that are computed, and do not count.
         """
+        held_out = {} if held_out is None else held_out
+        for named in (components, held_out):
+            if not isinstance(named, Mapping):
+                raise TypeError(
+                    'a RewardSet takes a dict of names and metrics, such as {"pickscore": metric}; got '
+                    f"{type(named).__name__}"
+                )
         if not components:
             raise ValueError("a RewardSet needs at least one component")
-        held_out = dict(held_out or {})
         if both := sorted({*components} & {*held_out}) or [n for n in components if n == "reward"]:
             raise ValueError(f"the name {both[0]!r} is used twice; 'reward' is the name of the sum")
         self.components = {
@@ -153,128 +135,155 @@ class RewardSet:
             for name, component in self.components.items()
         }
         self._held_out = {name: MetricScorer(metric, None, name) for name, metric in held_out.items()}
-        self._normalizations: dict[str, Normalization] = {}
         for name, component in self.components.items():
             if not math.isfinite(component.weight):
                 raise ValueError(f"the weight of {name!r} must be finite, got {component.weight!r}")
-            check_policy(component.on_failure)
-            self._normalizations[name] = find_normalization(component.normalize)
+        self._normalizations = {
+            name: find_normalization(component.normalize) for name, component in self.components.items()
+        }
         if len(set(map(id, self._normalizations.values()))) < len(self._normalizations):
             raise ValueError("two components share one normalisation object; give each its own")
-        self._monitor = DivergenceMonitor(window=window, threshold=threshold)
 
     def score(
         self,
         prompt: str | Sequence[str],
         images: Any,
+        sources: Any = None,
         *,
         groups: Sequence[Hashable] | Tensor | None = None,
+        frames: Frames | None = None,
         update: bool = True,
+        on_failure: FailurePolicy = "raise",
     ) -> RewardResult:
         """Score N samples with every metric.
 
         Args:
             prompt: One prompt for all images, or as many prompts as images.
-            images: One image or several, see ``PromptMetric.compute``.
+            images: One image or several, see ``PromptMetric.compute``; or a list of videos.
+            sources: For each sample the image that it was made from, several, or None.
             groups: What group each sample belongs to, anything hashable or a tensor ``[N]``; by default
-                samples of one prompt are a group. All samples of a group must be in this call.
-            update: Whether running statistics and the watch learn from this call; False for
+                samples of one prompt (and of the same source files or objects) are a group. All samples
+                of a group must be in this call.
+            frames: What becomes of the frames of a video: the ``"mean"`` or ``"min"`` of their scores,
+                the ``"first"`` or ``"middle"`` frame alone, or ``"all"`` as one list for a function.
+            update: Whether running statistics learn from the readable scores of this call; False for
                 evaluation.
+            on_failure: What becomes of a sample's reward where a component has no score for it.
 
         Returns:
             The reward with everything it is made of. Gradients flow to the pixels as in a metric's
             ``reward``; statistics carry none.
 
         Raises:
-            ValueError: The numbers of prompts, images and groups differ; or gradients are wanted
-                through ranks, which have none.
-            RewardError: A sample has no score, or `update` is False and running statistics have seen
-                none yet, and the component says ``"raise"``. Nothing has learned from the call then.
-            TypeError: A group is not hashable.
+            ValueError: The numbers of prompts, images, sources and groups differ; a group does not have
+                the `group_size` of a normalisation; or gradients are wanted through ranks.
+            RewardError: A sample has no reward, and `on_failure` is ``"raise"``.
         """
-        prompts, images = _aligned(prompt, images)
-        keys: list[Hashable] = [*prompts] if groups is None else _keys(groups)
-        return self._result(prompts, images, keys, update=update, may_raise=True)[0]
+        check_policy(on_failure)
+        images = [images] if is_one_image(images) else images
+        prompts = as_prompts(prompt) * (len(images) if isinstance(prompt, str) else 1)
+        batch = as_batch(prompts, images, sources, check_frames(frames))
+        result = self.result(batch, groups=groups, update=update)
+        scored = Scored(result.reward, result.errors)
+        return replace(result, reward=apply_failure_policy(scored, on_failure, self.name))
 
-    def reward(self, prompt: str | Sequence[str], images: Any) -> Tensor:
-        """Score like :meth:`score`, and return the reward alone."""
-        return self.score(prompt, images).reward
+    def reward(
+        self, prompt: str | Sequence[str], images: Any, sources: Any = None, **options: Any
+    ) -> Tensor:
+        """Score like :meth:`score`, which takes the same arguments, and return the reward alone."""
+        return self.score(prompt, images, sources, **options).reward
 
-    def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
+    def scored(self, batch: Batch, *, update: bool = True) -> Scored:
         """Score a batch for an adapter: a sample that fails is NaN with its reason, and not raised."""
-        return self.parts(prompts, images, update=update).scored
+        result = self.result(batch, update=update)
+        return Scored(result.reward, result.errors)
 
-    def parts(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Parts:
-        """Score like :meth:`scored`, and return everything that the reward is made of."""
-        texts = as_prompts(as_batch(prompts, images))
-        result, scores, settled = self._result(texts, images, [*texts], update=update, may_raise=False)
-        missing = {name: scores[name] for name in self.components if name in result.failures}
-        return Parts(result, Scored(result.reward, _errors(result.reward, missing)), settled)
-
-    def _result(
-        self, prompts: list[str], images: Any, groups: list[Hashable], *, update: bool, may_raise: bool
-    ) -> tuple[RewardResult, dict[str, Scored], dict[str, Tensor]]:
-        """Return the result, what each metric said, and that with what stands in for missing scores."""
-        members = _members(groups, len(prompts))
-        keys, samples = [*members], [*members.values()]
-        self._check_gradients(images)
-        scores = self._scores(prompts, images, update=update, may_raise=may_raise)
-        flat_groups: dict[str, list[Hashable]] = {}
-
-        def note_collapse(name: str, scored: Scored) -> None:
-            if len(keys) < len(prompts) and (flat := collapsed(scored.numbers, samples)):
-                flat_groups[name] = [keys[index] for index in flat]
-
-        settled: dict[str, Tensor] = {}
+    def result(
+        self, batch: Batch, *, groups: Sequence[Hashable] | Tensor | None = None, update: bool = True
+    ) -> RewardResult:
+        """Score like :meth:`score`; a sample without a score is NaN, and `errors` says why."""
+        as_prompts(batch.prompts)
+        members = _members(_groups_of(batch) if groups is None else groups, len(batch))
+        self._check(batch, members)
+        scores = self._scores(batch, update=update)
         normalized: dict[str, Tensor] = {}
         total: Tensor | None = None
         for name, component in self.components.items():
-            scored = scores[name]
-            note_collapse(name, scored)
-            settled[name] = self._settled(name, scored, samples)
-            normalized[name] = self._normalized(name, scored, settled[name], samples, update)
+            normalize = self._normalizations[name]
+            normalized[name] = normalize(scores[name], [*members.values()], update=update)
             part = component.weight * normalized[name]
             total = part if total is None else total + part.to(total.device)
         assert total is not None
-        note_collapse("reward", Scored(total, []))
-        raw = {name: scored.values for name, scored in scores.items()}
-        diverging = self._watched(scores, update) if self._held_out else {}
-        result = RewardResult(total, raw, normalized, _failures(scores), flat_groups, diverging)
-        return result, scores, settled
+        reasons = {name: scored.reasons for name, scored in scores.items() if any(scored.errors)}
+        return RewardResult(
+            total,
+            {name: scored.values for name, scored in scores.items()},
+            normalized,
+            {name: {i: why for i, why in enumerate(of) if why} for name, of in reasons.items()},
+            self._collapsed(scores, Scored(total, []), members),
+            _errors(total, {name: scores[name] for name in self.components if name in reasons}),
+        )
 
-    def _scores(
-        self, prompts: list[str], images: Any, *, update: bool, may_raise: bool
-    ) -> dict[str, Scored]:
+    def _check(self, batch: Batch, members: Mapping[Hashable, Sequence[int]]) -> None:
+        """Check what normalisations need: whole groups, and no gradient through ranks."""
+        for name, normalize in self._normalizations.items():
+            for key, samples in members.items():
+                if normalize.group_size not in (None, len(samples)):
+                    raise ValueError(
+                        f"pass whole groups: {name!r} is normalised within groups of "
+                        f"{normalize.group_size}, and this call has {len(samples)} samples of {key!r}; "
+                        "where a trainer gathers groups over several calls or processes, leave the "
+                        "normalisation to it"
+                    )
+            if not normalize.differentiable and wants_gradients(batch.images):
+                raise ValueError(
+                    f"{name!r} is normalised by ranks, which have no gradient; use another "
+                    "normalisation, or call it under torch.no_grad()"
+                )
+
+    def _scores(self, batch: Batch, *, update: bool) -> dict[str, Scored]:
         """Ask every metric, the held-out ones without gradients."""
         scorers = (*self._scorers.values(), *self._held_out.values())
-        shared = _shared(images, scorers) if len(scorers) > 1 else images
+        shared = _shared(batch, scorers) if len(scorers) > 1 else batch
 
         def ask(scorer: MetricScorer) -> Scored:
-            takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric))
-            return scorer.scored(prompts, shared if takes_shared else images)
+            takes_shared = isinstance(scorer.metric, (PromptMetric, ImageMetric, ReferenceMetric))
+            return scorer.scored(shared if takes_shared else batch)
 
-        scores: dict[str, Scored] = {}
-        for name, scorer in self._scorers.items():
-            scores[name] = ask(scorer)
-            if not (update or self._normalizations[name].is_ready):
-                values, errors = scores[name].values, scores[name].errors
-                scores[name] = Scored(values, [e or RewardError(_NOTHING_LEARNED) for e in errors])
-            if may_raise and self.components[name].on_failure == "raise":
-                apply_failure_policy(scores[name], "raise", name)
-        if self._held_out:
-            with torch.no_grad():
-                scores.update({name: ask(scorer) for name, scorer in self._held_out.items()})
-        return scores
+        scores = {name: ask(scorer) for name, scorer in self._scorers.items()}
+        for name, running in self.running.items():
+            if not (update or running.sums[0]):
+                scored = scores[name]
+                errors = [error or RewardError(_NOTHING_LEARNED) for error in scored.errors]
+                scores[name] = Scored(scored.values, [*errors])
+        with torch.no_grad():
+            return scores | {name: ask(scorer) for name, scorer in self._held_out.items()}
 
-    def _watched(self, scores: dict[str, Scored], update: bool) -> dict[str, list[str]]:
-        """Return the held-out metrics that diverge, and tell of them."""
-        if update:
-            means = {name: self._improving_mean(name, one.numbers) for name, one in scores.items()}
-            self._monitor.add(means)
-        diverging = self._monitor.diverging(self._optimized(), list(self._held_out))
-        for name, rising in diverging.items():
-            logger.warning("%s falls while %s rises: look at the images", name, ", ".join(rising))
-        return diverging
+    def _collapsed(
+        self, scores: Mapping[str, Scored], total: Scored, members: Mapping[Hashable, Sequence[int]]
+    ) -> dict[str, list[Hashable]]:
+        """Return the groups that say nothing, and tell of those that have a single sample."""
+        keys, samples = [*members], [*members.values()]
+        found = {}
+        for name in self.components:
+            within = self._normalizations[name].within_groups
+            found[name] = collapsed(scores[name].numbers, samples, alone=within)
+        found["reward"] = collapsed(total.numbers, samples, alone=bool(self.group_sizes))
+        single = [keys[index] for index in found["reward"] if len(samples[index]) == 1]
+        if single:
+            logger.warning(
+                "%s: %d of %d groups have a single sample in this call, which is compared with nothing, "
+                "the first is %r; pass all samples of a group in one call, or leave the normalisation "
+                "to the trainer",
+                *(self.name, len(single), len(samples), single[0]),
+            )
+        return {name: [keys[index] for index in flat] for name, flat in found.items() if flat}
+
+    @property
+    def running(self) -> dict[str, RunningZScore]:
+        """The running statistics of the components that have them."""
+        running = self._normalizations.items()
+        return {name: one for name, one in running if isinstance(one, RunningZScore)}
 
     @property
     def needs_prompts(self) -> bool:
@@ -283,9 +292,14 @@ class RewardSet:
         return any(scorer.needs_prompts for scorer in scorers)
 
     @property
-    def within_groups(self) -> bool:
-        """Whether a sample's reward depends on the other samples of its call."""
-        return any(normalize.within_groups for normalize in self._normalizations.values())
+    def group_sizes(self) -> list[int | None]:
+        """The size that each normalisation within groups wants; empty where there is none."""
+        return [one.group_size for one in self._normalizations.values() if one.within_groups]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first metric, where rewards are."""
+        return next(iter(self._scorers.values())).device
 
     def to(self, device: str | torch.device) -> RewardSet:
         """Move every metric to a device and return the set."""
@@ -297,171 +311,84 @@ class RewardSet:
         """Merge the running statistics of all processes; a collective call, the only one.
 
         Every rank must call it; afterwards all of them normalise alike. Without
-        ``torch.distributed`` it does nothing.
+        ``torch.distributed`` it does nothing. If it fails, nothing is lost.
         """
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return
-        running = [n for n in self._normalizations.values() if isinstance(n, RunningZScore)]
-        if not running:
+        running = self.running.values()
+        if not (running and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         backend = str(torch.distributed.get_backend(group))
         device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
-        world, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        # One row per rank, summed over ranks: everybody gets all rows and merges them in one order. What
-        # is told is forgotten only afterwards, for the call may fail.
-        rows = torch.zeros(world, len(running), 3, dtype=torch.float64, device=device)
-        rows[rank] = torch.tensor([n.offer_local().as_list() for n in running], dtype=torch.float64)
-        torch.distributed.all_reduce(rows, group=group)
-        for index, normalization in enumerate(running):
-            normalization.add_shared([Moments(*row) for row in rows[:, index].tolist()])
+        own = np.array([one.local for one in running])
+        sums = torch.tensor(own, device=device)
+        torch.distributed.all_reduce(sums, group=group)
+        for one, mine, everybody in zip(running, own, sums.cpu().numpy(), strict=True):
+            one.share(mine, everybody)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running statistics and the watch's history as plain numbers, for a checkpoint.
+        """Return the running statistics as plain numbers, for a checkpoint.
 
         With several processes, call :meth:`synchronize` first and save the state of one rank.
         """
         return {
-            "settings": self._settings(),
-            "normalization": {name: n.state_dict() for name, n in self._normalizations.items()},
-            "history": self._monitor.state_dict(),
+            name: {"scale": asdict(self._scorers[name].scale), "sums": running.sums}
+            for name, running in self.running.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned; all of it, or after an error nothing.
+        """Take what :meth:`state_dict` returned; all of it, or after a ValueError nothing.
 
         Every rank loads the same state. It counts as shared: the next :meth:`synchronize` merges only
-        what is learned from here on.
-
-        Raises:
-            ValueError: Something is missing, or it belongs to a set with other components, scales or
-                normalisations.
+        what is learned from here on. A state of other components, scales or normalisations is an error.
         """
-        if missing := [key for key in ("settings", "normalization", "history") if key not in state]:
+        own = self.state_dict()
+        if state.keys() != own.keys():
             raise ValueError(
-                f"the state of a RewardSet has {missing[0]!r}, this one has {sorted(state)}"
+                f"the state has running statistics of {sorted(state)}, and this set has them of "
+                f"{sorted(own)}"
             )
-        theirs, settings = state["normalization"], state["settings"]
-        if not theirs.keys() == settings.keys() == self.components.keys():
-            raise ValueError(
-                f"the state is of the components {sorted(theirs)}, this set has "
-                f"{sorted(self.components)}"
-            )
-        for name, own in self._settings().items():
-            for setting, value in own.items():
-                if settings[name].get(setting) != value:
-                    raise ValueError(
-                        f"{name!r} has {setting} = {value}, and in the state "
-                        f"{settings[name].get(setting)}"
-                    )
-        for name, normalization in self._normalizations.items():
-            normalization.check_state_dict(theirs[name])
-        self._monitor.check_state_dict(state["history"])
-        for name, normalization in self._normalizations.items():
-            normalization.load_state_dict(theirs[name])
-        self._monitor.load_state_dict(state["history"])
-
-    def _settings(self) -> dict[str, dict[str, Any]]:
-        """Return what the statistics of a component depend on, as plain values."""
-        return {
-            name: {
-                "scale": asdict(self._scorers[name].scale),
-                "normalize": {
-                    "type": type(normalize).__name__,
-                    **(asdict(normalize) if is_dataclass(normalize) else {}),
-                },
-            }
-            for name, normalize in self._normalizations.items()
-        }
-
-    def _settled(self, name: str, scored: Scored, groups: Groups) -> Tensor:
-        """Return the scores with what the component's policy puts in place of missing ones."""
-        policy = self.components[name].on_failure
-        if policy == "raise" or not any(scored.errors):
-            return scored.values
-        values = apply_failure_policy(scored, "nan" if policy == "mean" else policy, name)
-        return _with_group_means(values, groups) if policy == "mean" else values
-
-    def _normalized(
-        self, name: str, scored: Scored, values: Tensor, groups: Groups, update: bool
-    ) -> Tensor:
-        normalize = self._normalizations[name]
-        # Statistics are of scores, not of what stands in for them. A number that was declared for
-        # failures takes part in its group all the same: measured by the spread of the others, often
-        # tiny, it would be an advantage of hundreds.
-        takes_part = normalize.within_groups and self.components[name].on_failure != "mean"
-        if not any(scored.errors):
-            return normalize(scored, groups, update=update)
-        counted = None if takes_part else [not math.isnan(number) for number in scored.numbers]
-        return normalize(Scored(values, scored.errors), groups, update=update, counted=counted)
-
-    def _check_gradients(self, images: Any) -> None:
-        ranked = [n for n, normalize in self._normalizations.items() if not normalize.differentiable]
-        if ranked and wants_gradients(images):
-            raise ValueError(
-                f"{ranked[0]!r} is normalised by ranks, which have no gradient; use another "
-                "normalisation, or call it under torch.no_grad()"
-            )
-
-    def _optimized(self) -> list[str]:
-        return [name for name, component in self.components.items() if component.weight != 0]
-
-    def _improving_mean(self, name: str, scores: list[float]) -> float:
-        """Return the mean, negated where training or the metric wants less."""
-        moments = Moments.of(scores)
-        mean = moments.mean if moments.count else math.nan
-        if name in self.components:
-            return mean if self.components[name].weight >= 0 else -mean
-        card = getattr(self._held_out[name].metric, "card", None)
-        return mean if card is None or card.higher_is_better else -mean
+        for name, theirs in state.items():
+            if theirs.get("scale") != own[name]["scale"]:
+                raise ValueError(
+                    f"{name!r} has scale = {own[name]['scale']}, and in the state {theirs.get('scale')}"
+                )
+            sums = theirs.get("sums", ())
+            if len(sums) != 3 or not all(map(math.isfinite, sums)) or min(sums[::2]) < 0:
+                raise ValueError(f"{name!r} must have a count, a sum and squares, got {sums!r}")
+        for name, one in self.running.items():
+            one.shared, one.local = np.array(state[name]["sums"], float), np.zeros(3)
 
 
-def _aligned(prompt: str | Sequence[str], images: Any) -> tuple[list[str], Any]:
-    """Return N prompts and N images."""
-    prompts = as_prompts(prompt)
-    if (
-        not hasattr(images, "__len__")
-        or isinstance(images, (str, bytes))
-        or getattr(images, "ndim", 4) == 3
-    ):
-        images = [images]
-    if isinstance(prompt, str):
-        prompts = prompts * len(images)
-    if not prompts or len(prompts) != len(images):
-        raise ValueError(f"got {len(prompts)} prompts and {len(images)} images; they must pair")
-    return prompts, images
-
-
-def _shared(images: Any, scorers: Iterable[MetricScorer]) -> Any:
+def _shared(batch: Batch, scorers: Sequence[MetricScorer]) -> Batch:
     """Check and share images; where one is wrong they stay as they are, and each metric says which."""
+    transforms = [getattr(scorer.metric, "transform", None) for scorer in scorers]
     try:
-        return SharedImages(images, [getattr(scorer.metric, "transform", None) for scorer in scorers])
+        return replace(batch, images=SharedImages(batch.images, transforms))
     except (OSError, TypeError, ValueError):
-        return images
+        return batch
 
 
-def _keys(groups: Sequence[Hashable] | Tensor) -> list[Hashable]:
-    """Return groups as values that can be compared; tensors are equal only to themselves."""
-    entries: Any = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
-    if not isinstance(entries, Iterable) or isinstance(entries, str):
+def _groups_of(batch: Batch) -> list[Hashable]:
+    """Return the prompts, and where there are sources their files or, for lack of these, objects."""
+    if not batch.sources:
+        return [*batch.prompts]
+    names = [
+        tuple(os.fspath(one) if isinstance(one, (str, os.PathLike)) else id(one) for one in images)
+        for images in batch.sources
+    ]
+    return [*zip(batch.prompts, names, strict=True)]
+
+
+def _members(groups: Any, count: int) -> dict[Hashable, list[int]]:
+    """Return the samples of each group, in the order in which the groups appear."""
+    entries = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise TypeError(f"groups must be a sequence with one entry per sample, got {groups!r}")
-    keys: list[Any] = [entry.tolist() if isinstance(entry, Tensor) else entry for entry in entries]
-    for index, key in enumerate(keys):
-        try:
-            hash(key)
-        except TypeError as error:
-            raise TypeError(
-                f"group {index} must be hashable, such as a str or int; got {key!r}"
-            ) from error
-    return keys
-
-
-def _failures(scores: Mapping[str, Scored]) -> dict[str, dict[int, str]]:
-    """Return name to {number of the sample: the reason}; only what failed."""
-    return {
-        name: {i: reason for i, reason in enumerate(scored.reasons) if reason is not None}
-        for name, scored in scores.items()
-        if any(scored.errors)
-    }
+    if len(entries) != count:
+        raise ValueError(f"got {len(entries)} groups for {count} samples")
+    members: dict[Any, list[int]] = {}
+    for index, group in enumerate(entries):
+        members.setdefault(group.item() if isinstance(group, Tensor) else group, []).append(index)
+    return members
 
 
 def _errors(total: Tensor, failed: Mapping[str, Scored]) -> list[Exception | None]:
@@ -473,29 +400,6 @@ def _errors(total: Tensor, failed: Mapping[str, Scored]) -> list[Exception | Non
         causes = {name: scored for name, scored in failed.items() if scored.errors[index] is not None}
         reasons = [f"{name}: {scored.reasons[index]}" for name, scored in causes.items()]
         error = RewardError("; ".join(reasons) or "the sum is not a number")
-        error.__cause__ = next((scored.errors[index] for scored in causes.values()), None)
+        error.__cause__ = next((one.errors[index] for one in causes.values()), None)
         errors[index] = error
     return errors
-
-
-def _members(groups: list[Hashable], count: int) -> dict[Hashable, list[int]]:
-    """Return the samples of each group, in the order in which the groups appear."""
-    if len(groups) != count:
-        raise ValueError(f"got {len(groups)} groups for {count} samples")
-    members: dict[Hashable, list[int]] = {group: [] for group in groups}
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    return members
-
-
-def _with_group_means(values: Tensor, groups: Groups) -> Tensor:
-    """Put the mean of the group in the place of NaN, or that of the call where the group has none."""
-    filled = values
-    missing = values.isnan().tolist()
-    for group in groups:
-        places = [index for index in group if missing[index]]
-        if places:
-            mean = values[list(group)].detach().nanmean()
-            mean = values.detach().nanmean() if mean.isnan() else mean
-            filled = filled.index_put((torch.tensor(places, device=values.device),), mean)
-    return filled

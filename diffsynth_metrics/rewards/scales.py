@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["FRAMEWORKS", "SCALES", "Scale", "find_scale"]
+__all__ = ["FRAMEWORKS", "SCALES", "Scale", "ScaleInput", "find_scale"]
 
 
 @dataclass(frozen=True)
 class Scale:
     """A dialect of a score: max((component - subtract) * multiply / divide, at_least).
 
-    Attributes:
-        component: What it starts from, a number that the metric's ``evaluate`` gives for a pair alone.
-        subtract: Taken from the component first.
-        multiply: What the difference is multiplied with.
-        divide: What the product is divided by.
-        at_least: The smallest value, or None.
-        prefix: Put in front of every prompt.
+    `component` is a number that the metric's ``evaluate`` gives for a sample; `prefix` is put in front
+    of every prompt.
     """
 
     component: str = "score"
@@ -32,23 +27,21 @@ class Scale:
 
     def apply(self, values: Tensor) -> Tensor:
         """Map values of the component to this scale, with gradients."""
-        if self.subtract:
-            values = values - self.subtract
-        if self.multiply != 1:
-            values = values * self.multiply
-        if self.divide != 1:
-            values = values / self.divide
+        values = (values - self.subtract) * self.multiply / self.divide
         return values if self.at_least is None else values.clamp_min(self.at_least)
 
 
-OWN_SCORE = Scale()
+ScaleInput: TypeAlias = "str | float | Scale | None"
+"""A name of :data:`SCALES` or :data:`FRAMEWORKS`, a factor, a scale, or None for the score itself."""
 
 FRAMEWORKS = (
+    "cosmos_rl",
     "dance_grpo",
     "ddpo",
     "diffusion_nft",
     "flow_factory",
     "flow_grpo",
+    "mixgrpo",
     "pref_grpo",
     "srpo",
     "unirl",
@@ -59,7 +52,7 @@ there as their authors define them."""
 
 _OFFICIAL = {"official": Scale(), "paper": Scale()}
 _BY_26 = dict.fromkeys(
-    ("diffusion_nft", "flow_factory", "flow_grpo", "unirl", "verl_omni"), Scale(divide=26)
+    ("cosmos_rl", "diffusion_nft", "flow_factory", "flow_grpo", "unirl", "verl_omni"), Scale(divide=26)
 )
 _COSINE = Scale(component="cosine")
 
@@ -70,6 +63,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         "diffsynth": Scale(),
         "diffusion_nft": Scale(divide=100),
         "flow_grpo": Scale(divide=100),
+        "mixgrpo": _COSINE,
         "pyiqa": Scale(component="cosine", multiply=2.5, at_least=0.0, prefix="A photo depicts "),
         "torchmetrics": Scale(component="cosine", multiply=100, at_least=0.0),
     },
@@ -85,6 +79,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         **_BY_26,
         "dance_grpo": _COSINE,
         "diffsynth": Scale(),
+        "mixgrpo": Scale(subtract=18, divide=8),
         "pref_grpo": _COSINE,
         "srpo": Scale(divide=20),
     },
@@ -103,33 +98,18 @@ SCALES: dict[str, dict[str, Scale]] = {
 """Class of a metric to its scales by name."""
 
 
-def find_scale(metric: Any, scale: str | float | Scale | None) -> Scale:
-    """Return how a metric's score is scaled.
-
-    Args:
-        metric: A metric, or any callable that gives scores.
-        scale: A name of :data:`SCALES` or :data:`FRAMEWORKS`, a factor, a scale of your own, or None
-            for the score that the metric's ``compute`` returns.
-
-    Raises:
-        ValueError: The name is unknown, or the metric has no such scale.
-        TypeError: It is none of these.
-    """
-    if scale is None:
-        return OWN_SCORE
-    if isinstance(scale, Scale):
-        return scale
+def find_scale(metric: Any, scale: ScaleInput) -> Scale:
+    """Return how the score of a metric is scaled; a ValueError or TypeError if it has no such scale."""
+    if scale is None or isinstance(scale, Scale):
+        return scale or Scale()
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
         return Scale(multiply=float(scale))
     if not isinstance(scale, str):
         raise TypeError(f"scale must be a name, a number, a Scale or None, got {scale!r}")
-    own: dict[str, Scale] = {}
-    for base in type(metric).__mro__:
-        own = own or SCALES.get(base.__name__, {})
-    if scale in own:
-        return own[scale]
-    if scale in FRAMEWORKS:
-        return own.get("official", OWN_SCORE)
+    named = (SCALES[base.__name__] for base in type(metric).__mro__ if base.__name__ in SCALES)
+    own: dict[str, Scale] = next(named, {})
+    if scale in own or scale in FRAMEWORKS:
+        return own.get(scale, own.get("official", Scale()))
     raise ValueError(
         f"{type(metric).__name__} has no scale {scale!r}; it has "
         f"{', '.join(sorted({*own, *FRAMEWORKS}))}, or pass a factor"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import re
@@ -9,24 +10,23 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from traceback import format_tb
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, ReferenceMetric
 from diffsynth_metrics.errors import RewardError
-from diffsynth_metrics.rewards.scales import Scale, find_scale
+from diffsynth_metrics.rewards.batches import Batch
+from diffsynth_metrics.rewards.scales import ScaleInput, find_scale
 
 __all__ = [
     "ERRORS_OF_A_SAMPLE",
     "FailurePolicy",
     "MetricScorer",
     "Scored",
-    "Scorer",
     "Update",
     "apply_failure_policy",
-    "as_batch",
     "check_policy",
     "learns",
     "stand_in",
@@ -73,53 +73,19 @@ class Scored:
         return [None if error is None else _reason(error) for error in self.errors]
 
 
-class Scorer(Protocol):
-    """What an adapter needs of a metric or of a set of them."""
-
-    @property
-    def name(self) -> str:
-        """A short name."""
-
-    @property
-    def needs_prompts(self) -> bool:
-        """Whether a score depends on the prompt."""
-
-    def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
-        """Score N prompts with N images; errors of samples are in the result, not raised.
-
-        Running statistics learn from the call if `update` says so.
-        """
-
-    def to(self, device: str | torch.device) -> Any:
-        """Move what can be moved."""
-
-
 class MetricScorer:
     """A metric on a scale. It may be called from several threads."""
 
     def __init__(
-        self,
-        metric: BaseMetric | Callable[[list[str], Any], Any],
-        scale: str | float | Scale | None = None,
-        name: str | None = None,
+        self, metric: BaseMetric | Callable[..., Any], scale: ScaleInput = None, name: str | None = None
     ) -> None:
         """Take a metric, or a callable of (prompts, images) that returns one number per sample.
 
-        Raises:
-            TypeError: It is neither.
-            ValueError: The metric has no such scale, or the callable has no components.
+        A callable with a parameter ``sources`` gets there, for each sample, the images that it was made
+        from. What gives no score of a single sample is a TypeError or ValueError, and so is a scale
+        that it does not have.
         """
-        if isinstance(metric, type):
-            raise TypeError(
-                "a reward must be a loaded metric or a function, got the class "
-                f"{metric.__name__}; load it with from_pretrained"
-            )
-        rewards = hasattr(metric, "reward") if isinstance(metric, BaseMetric) else callable(metric)
-        if not rewards or isinstance(metric, ReferenceMetric):
-            raise TypeError(
-                "a reward must be a metric that scores images one by one and without references, or a "
-                f"callable; got {type(metric).__name__}"
-            )
+        _check_source(metric)
         self.metric = metric
         self.scale = find_scale(metric, scale)
         if self.scale.component != "score" and not isinstance(metric, BaseMetric):
@@ -127,11 +93,17 @@ class MetricScorer:
                 f"a callable gives one number per sample and has no component {self.scale.component!r}"
             )
         self.name = name or _name(metric)
+        self._takes_sources = not isinstance(metric, BaseMetric) and _has_parameter(metric, "sources")
 
     @property
     def needs_prompts(self) -> bool:
         """Whether a score depends on the prompt."""
-        return not isinstance(self.metric, ImageMetric)
+        return not isinstance(self.metric, BaseMetric) or "prompt" in self.metric.needs
+
+    @property
+    def device(self) -> torch.device:
+        """The metric's device."""
+        return self.metric.device if isinstance(self.metric, BaseMetric) else torch.device("cpu")
 
     def to(self, device: str | torch.device) -> MetricScorer:
         """Move the metric to a device; a plain callable is left alone."""
@@ -139,62 +111,94 @@ class MetricScorer:
             self.metric.to(device)
         return self
 
-    def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
-        """Score pairs; gradients flow as in the metric's ``reward``. There is nothing to update."""
-        prompts = as_batch(prompts, images)
+    def scored(self, batch: Batch, *, update: bool = True) -> Scored:
+        """Score samples; gradients flow as in the metric's ``reward``, and errors are in the result.
+
+        There is nothing to `update`: that is for sets, which are asked in the same way.
+        """
+        flat = batch.of_frames()
+        images = flat.images if isinstance(flat.images, list) else []
+        absent = [image if isinstance(image, Exception) else None for image in images]
+        if any(absent):
+            kept = [index for index, error in enumerate(absent) if error is None]
+            scored = self._spread(absent, kept, self._score_each, flat)
+        else:
+            scored = self._score_each(flat)
+        if batch.frames is None:
+            return scored
+        # A video with a frame that has no score has none.
+        videos = torch.split(scored.values, batch.frames)
+        values = torch.stack([one.min() if batch.lowest else one.mean() for one in videos])
+        errors = iter(scored.errors)
+        of_videos = [[next(errors) for _ in range(count)] for count in batch.frames]
+        return Scored(values, [next(filter(None, one), None) for one in of_videos])
+
+    def _score_each(self, batch: Batch) -> Scored:
+        """Score samples together, or one by one where one of them makes all fail."""
         try:
-            return self._score(prompts, images)
+            return self._score(batch)
         except ERRORS_OF_A_SAMPLE as error:
-            if len(prompts) == 1:
-                return _failed(1, error, self._device())
+            if len(batch) == 1:
+                return self._failed([without_frames(error)])
         except Exception as error:
-            return _failed(len(prompts), error, self._device())
-        alone = [self.scored(prompts[i : i + 1], images[i : i + 1]) for i in range(len(prompts))]
+            return self._failed([without_frames(error)] * len(batch))
+        alone = [self._score_each(batch.select([index])) for index in range(len(batch))]
         errors = [error for one in alone for error in one.errors]
         # What is missing lies where a callable's numbers lie, which may be no metric's device.
         device = alone[next((i for i, error in enumerate(errors) if error is None), 0)].values.device
         return Scored(torch.cat([one.values.to(device) for one in alone]), errors)
 
-    def _score(self, prompts: list[str], images: Any) -> Scored:
-        prefix = self.scale.prefix
-        texts = [prefix + prompt for prompt in prompts] if prefix else prompts
-        own = Scored(*self._values(texts, images))
-        values, errors = own.values, own.errors
+    def _score(self, batch: Batch) -> Scored:
+        own = Scored(*self._values(batch))
         finite = list(map(math.isfinite, own.numbers))
         if all(finite):
-            scaled = self.scale.apply(values)
-            return own if scaled is values else Scored(scaled, errors)
+            scaled = self.scale.apply(own.values)
+            return own if scaled is own.values else Scored(scaled, own.errors)
+        errors = list(own.errors)
         for index, is_finite in enumerate(finite):
             if not is_finite and errors[index] is None:
                 errors[index] = RewardError("the score is not a finite number")
-        if values.requires_grad:
-            return self._score_finite(prompts, images, finite, errors)
-        readable = torch.tensor(finite, device=values.device)
-        return Scored(torch.where(readable, self.scale.apply(values), math.nan), errors)
+        if own.values.requires_grad:
+            # The others are scored again without these, whose gradient is NaN even times 0.
+            kept = [index for index, is_finite in enumerate(finite) if is_finite]
+            return self._spread(errors, kept, self._score, batch)
+        readable = torch.tensor(finite, device=own.values.device)
+        return Scored(torch.where(readable, self.scale.apply(own.values), math.nan), errors)
 
-    def _score_finite(
-        self, prompts: list[str], images: Any, finite: list[bool], errors: list[Exception | None]
+    def _spread(
+        self,
+        errors: Sequence[Exception | None],
+        kept: list[int],
+        score: Callable[[Batch], Scored],
+        batch: Batch,
     ) -> Scored:
-        """Score the finite samples without the others, whose gradient is NaN even times 0."""
-        kept = [index for index, is_finite in enumerate(finite) if is_finite]
+        """Score some of the samples of a batch, and return all of them."""
         if not kept:
-            return Scored(_missing(len(prompts), self._device()), errors)
-        pictures = images[kept] if isinstance(images, Tensor) else [images[index] for index in kept]
-        alone = self._score([prompts[index] for index in kept], pictures)
-        for index, error in zip(kept, alone.errors, strict=True):
-            errors[index] = error
-        places = torch.tensor(kept, device=alone.values.device)
-        values = alone.values.new_full((len(prompts),), math.nan).index_put((places,), alone.values)
-        return Scored(values, errors)
+            return self._failed(errors)
+        scored, all_errors = score(batch.select(kept)), list(errors)
+        for index, error in zip(kept, scored.errors, strict=True):
+            all_errors[index] = error
+        indices = torch.tensor(kept, device=scored.values.device)
+        values = scored.values.new_full((len(errors),), math.nan)
+        return Scored(values.index_put((indices,), scored.values), all_errors)
 
-    def _values(self, prompts: list[str], images: Any) -> tuple[Tensor, list[Exception | None]]:
+    def _values(self, batch: Batch) -> tuple[Tensor, list[Exception | None]]:
         """Return what the metric says before it is scaled, and what is wrong with single samples."""
-        metric = self.metric
+        metric, prefix, images = self.metric, self.scale.prefix, batch.images
+        prompts = [prefix + prompt for prompt in batch.prompts] if prefix else batch.prompts
         errors: list[Exception | None] = [None] * len(prompts)
-        if isinstance(metric, (PromptMetric, ImageMetric)):
-            values = self._component(metric, prompts, images)
-        elif isinstance(metric, BaseMetric):
-            values, errors = _judged(metric, prompts, images, self.scale.component)
+        if isinstance(metric, BaseMetric):
+            arguments = metric.arguments(prompts, images, batch.sources)
+            if isinstance(metric, (PromptMetric, ImageMetric, ReferenceMetric)):
+                components = metric.components(*arguments)
+                numbers = {name: one for name, one in components.items() if one.is_floating_point()}
+                values = numbers.get(self.scale.component)
+                if values is None:
+                    raise self._no_component(numbers)
+            else:
+                values, errors = self._judged(metric, arguments)
+        elif self._takes_sources:
+            values = _numbers(metric(prompts, images, sources=batch.sources or [[] for _ in prompts]))
         else:
             values = _numbers(metric(prompts, images))
         if values.shape != (len(prompts),):
@@ -203,45 +207,29 @@ class MetricScorer:
             )
         return values, errors
 
-    def _component(self, metric: PromptMetric | ImageMetric, prompts: list[str], images: Any) -> Tensor:
-        name = self.scale.component
-        if isinstance(metric, ImageMetric):
-            components = metric.components(images)
-        else:
-            components = metric.components(prompts, images)
-        numbers = {key: values for key, values in components.items() if values.is_floating_point()}
-        if name not in numbers:
-            raise _no_component(metric, name, numbers)
-        return numbers[name]
+    def _judged(self, metric: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, list[Exception | None]]:
+        """Ask a judge, whose rows say why a score is missing."""
+        component, scores = self.scale.component, []
+        errors: list[Exception | None] = []
+        for row in metric.evaluate(*arguments):
+            score = row.get(component, "")
+            if not isinstance(score, (int, float, type(None))):
+                raise self._no_component(n for n, v in row.items() if isinstance(v, (int, float)))
+            scores.append(math.nan if score is None else float(score))
+            reason = str(row.get("error") or "the judge gave no number")
+            errors.append(RewardError(reason) if score is None else None)
+        return torch.tensor(scores, dtype=torch.float32, device=metric.device), errors
 
-    def _device(self) -> torch.device:
-        return self.metric.device if isinstance(self.metric, BaseMetric) else torch.device("cpu")
-
-
-def as_batch(prompts: Sequence[str], images: Any) -> list[str]:
-    """Return the prompts of N samples as a list.
-
-    Raises:
-        TypeError: The prompts are a single one, whose letters would be taken for prompts.
-        ValueError: There is a single picture, whose rows would be taken for pictures; or the numbers
-            differ, or are 0.
-    """
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list, one per image, got the str {prompts!r}")
-    if getattr(images, "ndim", 4) == 3:
-        raise ValueError(
-            "images must be a batch [N, 3, H, W], an array [N, H, W, 3] or a list, "
-            f"got a single one of shape {list(images.shape)}"
+    def _no_component(self, existing: Iterable[str]) -> RewardError:
+        return RewardError(
+            f"{_name(self.metric)} gives no number {self.scale.component!r} per sample with these "
+            f"settings; it gives {', '.join(existing) or 'none'}"
         )
-    prompts = list(prompts)
-    counts = hasattr(images, "__len__") and not isinstance(images, (str, bytes))
-    if not counts or len(images) != len(prompts):
-        raise ValueError(
-            f"got {len(prompts)} prompts and {len(images) if counts else type(images).__name__} images"
-        )
-    if not prompts:
-        raise ValueError("there are no prompts and no images; pass at least one pair")
-    return prompts
+
+    def _failed(self, errors: Sequence[Exception | None]) -> Scored:
+        # In float32, whatever the default dtype of the caller: it decides how the others are rounded.
+        values = torch.full((len(errors),), math.nan, dtype=torch.float32, device=self.device)
+        return Scored(values, list(errors))
 
 
 def learns(update: Update) -> bool:
@@ -250,11 +238,7 @@ def learns(update: Update) -> bool:
 
 
 def check_policy(policy: FailurePolicy) -> FailurePolicy:
-    """Return a failure policy.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """Return a failure policy; what is none is a ValueError."""
     number = isinstance(policy, (int, float)) and not isinstance(policy, bool)
     if not number and policy not in ("raise", "nan", "mean"):
         raise ValueError(f"on_failure must be 'raise', 'nan', 'mean' or a number, got {policy!r}")
@@ -262,76 +246,25 @@ def check_policy(policy: FailurePolicy) -> FailurePolicy:
 
 
 def apply_failure_policy(scored: Scored, policy: FailurePolicy, name: str) -> Tensor:
-    """Give the failed samples what the policy says.
-
-    Raises:
-        Exception: With ``"raise"``: the metric's own error, or a :class:`RewardError`, which names
-            the metric and the sample.
-    """
+    """Give the failed samples what the policy says, and tell of them; ``"raise"`` is a RewardError."""
     failed = [index for index, error in enumerate(scored.errors) if error is not None]
     if not failed:
         return scored.values
     first, count = failed[0], len(scored.errors)
-    reason = scored.reasons[first]
+    error, reason = scored.errors[first], scored.reasons[first]
     if policy == "raise":
-        raise RewardError(f"{name}: sample {first} of {count} has no reward: {reason}") from (
-            scored.errors[first]
-        )
-    logger.warning(
-        "%s: %d of %d samples have no reward; sample %d: %s", name, len(failed), count, first, reason
-    )
+        raise RewardError(f"{name}: sample {first} of {count} has no reward: {reason}") from error
+    message = "%s: %d of %d samples have no reward; sample %d: %s"
+    logger.warning(message, name, len(failed), count, first, reason)
     return stand_in(scored.values, policy)
 
 
 def stand_in(values: Tensor, policy: FailurePolicy) -> Tensor:
-    """Put what the policy says in the place of NaN; ``"raise"`` leaves it to others."""
+    """Give NaN what the policy says; ``"raise"`` is left to others."""
     if policy in ("raise", "nan"):
         return values
     substitute = values.detach().nanmean() if policy == "mean" else float(policy)
     return torch.where(values.isnan(), substitute, values)
-
-
-def _judged(
-    metric: BaseMetric, prompts: list[str], images: Any, component: str
-) -> tuple[Tensor, list[Exception | None]]:
-    """Ask a judge, whose rows say why a score is missing."""
-    rows = metric.evaluate(prompts, images)  # type: ignore[attr-defined]
-    for row in rows:
-        if not isinstance(row.get(component, ""), (int, float, type(None))):
-            numbers = [name for name, value in row.items() if isinstance(value, (int, float))]
-            raise _no_component(metric, component, numbers)
-    scores = [math.nan if row[component] is None else float(row[component]) for row in rows]
-    errors: list[Exception | None] = [
-        RewardError(str(row.get("error") or "the judge gave no number"))
-        if row[component] is None
-        else None
-        for row in rows
-    ]
-    return torch.tensor(scores, dtype=torch.float32, device=metric.device), errors
-
-
-def _no_component(metric: BaseMetric, component: str, existing: Iterable[str]) -> RewardError:
-    return RewardError(
-        f"{_name(metric)} gives no number {component!r} per sample with these settings; "
-        f"it gives {', '.join(existing) or 'none'}"
-    )
-
-
-def _numbers(scores: Any) -> Tensor:
-    """Read what a callable returned: a tensor, an array, or numbers and None."""
-    if isinstance(scores, Tensor):
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = [math.nan if score is None else score for score in scores]
-    tensors = [score for score in scores if isinstance(score, Tensor)]
-    if not tensors:
-        return torch.tensor([float(score) for score in scores], dtype=torch.float32)
-    # With their gradients, which float() would cut off.
-    like = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32))
-    return torch.stack([torch.as_tensor(score).to(like).reshape(()) for score in scores])
-
-
-def _failed(count: int, error: Exception, device: torch.device) -> Scored:
-    return Scored(_missing(count, device), [without_frames(error)] * count)
 
 
 def without_frames(error: Exception) -> Exception:
@@ -350,14 +283,44 @@ def without_frames(error: Exception) -> Exception:
     return error
 
 
-def _missing(count: int, device: torch.device) -> Tensor:
-    # In float32, whatever the default dtype of the caller: it decides what the others are rounded to.
-    return torch.full((count,), math.nan, dtype=torch.float32, device=device)
+def _check_source(source: Any) -> None:
+    """Check that a source gives a score of a single sample."""
+    expected = "a reward must be a loaded metric that scores images one by one, or a function"
+    if isinstance(source, type):
+        raise TypeError(f"{expected}; got the class {source.__name__}: load it with from_pretrained")
+    if not isinstance(source, BaseMetric):
+        if not callable(source):
+            raise TypeError(f"{expected}; got {type(source).__name__}")
+        return
+    try:
+        source.arguments([""], [None], [[None]])  # type: ignore[list-item]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{expected}: {error}") from error
+
+
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of what is written in C
+        return False
+
+
+def _numbers(scores: Any) -> Tensor:
+    """Read what a callable returned: a tensor, an array, or numbers and None."""
+    if isinstance(scores, Tensor):
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = [math.nan if score is None else score for score in scores]
+    tensors = [score for score in scores if isinstance(score, Tensor)]
+    if not tensors:
+        return torch.tensor([float(score) for score in scores], dtype=torch.float32)
+    # With their gradients, which float() would cut off.
+    like = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32))
+    return torch.stack([torch.as_tensor(score).to(like).reshape(()) for score in scores])
 
 
 def _reason(error: Exception) -> str:
     # A sample was scored alone, and who reads its reason knows its number.
-    text = re.sub(r"^image 0\b", "the image", str(error))
+    text = re.sub(r"(^image|\bsample) 0\b", r"the \1", str(error))
     return text if isinstance(error, RewardError) and text else f"{type(error).__name__}: {text}"
 
 

@@ -2,8 +2,8 @@
 
 The loop has the shape of flow_grpo: several samples per prompt, a reward function
 `(images, prompts, metadata) -> (scores, {})` that runs in a thread while the loop goes on, advantages
-relative to the group of the prompt, and a policy gradient. The policy is a table: for every prompt, how
-probable each shape and each colour is. In the beginning it draws anything.
+relative to the group of the prompt, which the loop computes, and a policy gradient. The policy is a
+table: for every prompt, how probable each shape and each colour is. In the beginning it draws anything.
 
     python examples/training/policy_gradient.py
 """
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from diffsynth_metrics import CLIPMetric, ModelConfig
 from diffsynth_metrics.embedded.drawing import COLORS, SHAPES, describe, draw_shape
-from diffsynth_metrics.rewards import Component, RewardSet, to_flow_grpo
+from diffsynth_metrics.rewards import to_flow_grpo
 
 TARGETS = [("circle", "red"), ("square", "blue"), ("triangle", "green"), ("star", "yellow")]
 PROMPTS = [describe(shape, color) for shape, color in TARGETS]
@@ -68,8 +68,7 @@ def train(metric: CLIPMetric, steps: int, seed: int = 0) -> tuple[list[float], n
         The mean score of each step, and the pictures of the last one ``[N, H, W, 3]``.
     """
     generator, rng = torch.Generator().manual_seed(seed), Random(seed)
-    rewards = RewardSet({"clip": Component(metric, normalize="group")})
-    reward_fn = to_flow_grpo(rewards)(metric.device)
+    reward_fn = to_flow_grpo(metric, scale=None)(metric.device)
     policy = ShapePolicy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.15)
     numbers = torch.arange(len(PROMPTS)).repeat_interleave(GROUP)
@@ -87,13 +86,15 @@ def train(metric: CLIPMetric, steps: int, seed: int = 0) -> tuple[list[float], n
             # The reward is computed while the loop goes on; flow_grpo trains meanwhile.
             chosen = zip(policy.distributions(numbers), actions, strict=True)
             log_probability = torch.stack([one.log_prob(action) for one, action in chosen]).sum(dim=0)
-            details, _ = future.result()
-            advantages = torch.as_tensor(details["avg"])
-            loss = -(advantages * log_probability).mean()
+            scores, _ = future.result()
+            groups = torch.as_tensor(scores).view(len(PROMPTS), GROUP)
+            spread = groups.std(dim=1, correction=0, keepdim=True) + 1e-4
+            advantages = (groups - groups.mean(dim=1, keepdim=True)) / spread
+            loss = -(advantages.flatten() * log_probability).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            means.append(float(np.mean(details["clip"])))
+            means.append(float(np.mean(scores)))
     return means, images
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffsynth_metrics import PickScoreMetric
 from diffsynth_metrics.base import BaseMetric, ImageMetric, ReferenceMetric
-from diffsynth_metrics.inputs import as_images
+from diffsynth_metrics.inputs import as_images, pair_references
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
 
 
@@ -37,25 +37,35 @@ class Brightness(ImageMetric):
         return {"score": score if self.value is None else score * 0 + self.value}
 
 
-class Difference(ReferenceMetric):
-    """A metric of two images, which no reward has."""
+class Likeness(ReferenceMetric):
+    """How alike the brightness of two images is: 0 is the best."""
 
     card = PickScoreMetric.card
+    transform = ShortestEdgeCrop(32)
 
     def __init__(self) -> None:
-        super().__init__(nn.Linear(1, 1))
+        super().__init__(nn.Linear(1, 1), batch_size=16)
 
     def components(self, reference: Any, images: Any) -> dict[str, Tensor]:
-        raise AssertionError("nobody asks")
+        sides = pair_references(reference, images)
+        first, second = (
+            torch.cat([batch.mean(dim=(1, 2, 3)) for batch in self.pixel_batches(side)])
+            for side in sides
+        )
+        return {"score": -(first - second).abs()}
 
 
 class Judge(BaseMetric):
     """Answers 1 to 5 from a prompt such as "4", and cannot be read otherwise."""
 
     card = PickScoreMetric.card
+    needs = ("prompt",)
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(1, 1), batch_size=16)
+
+    def arguments(self, prompts: Any, images: Any, sources: Any = ()) -> tuple[Any, ...]:
+        return prompts, images
 
     def evaluate(self, prompt: Sequence[str], images: Any) -> list[dict[str, Any]]:
         assert len(prompt) == len(images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from forking import SOON, is_true_in_a_child, needs_fork
 from stand_ins import Brightness
 
 from diffsynth_metrics.rewards import Component, DynamicBatcher, RewardSet, to_verl_omni
+from diffsynth_metrics.rewards.batches import Batch
 from diffsynth_metrics.rewards.scoring import MetricScorer, Scored
 
 
@@ -32,13 +32,13 @@ class Scorer:
         self.updates: list[bool] = []
         self.working, self.go_on = threading.Event(), threading.Event()
 
-    def scored(self, prompts: Sequence[str], images: Any, *, update: bool = True) -> Scored:
+    def scored(self, batch: Batch, *, update: bool = True) -> Scored:
         self.updates.append(update)
         self.working.set()
         assert self.go_on.wait(SOON)
         if isinstance(self.values, BaseException):
             raise self.values
-        return Scored(torch.tensor(self.values), [None] * len(prompts))
+        return Scored(torch.tensor(self.values), [None] * len(batch))
 
     def to(self, device: Any) -> Any:
         return self
@@ -66,22 +66,6 @@ def test_a_wrong_number_of_scores_leaves_nobody_waiting() -> None:
     futures = [batcher.submit("a", None) for _ in range(3)]
     scorer.go_on.set()
     assert [future.result(SOON) for future in futures] == [1, 1, 1]  # two of them alone, after the error
-
-
-def test_a_worker_that_breaks_leaves_nobody_waiting_and_is_replaced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    batcher = DynamicBatcher(MetricScorer(lengths), max_batch=1)
-    error = RuntimeError("broken")
-
-    def broken(batch: Any) -> None:
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(batcher, "_score", broken)
-        futures = [batcher.submit("abc", None) for _ in range(3)]
-        assert [future.exception(SOON) for future in futures] == [error] * 3
-    assert batcher.submit("abc", None).result(SOON) == 3
 
 
 def test_a_worker_that_cannot_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

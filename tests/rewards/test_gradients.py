@@ -16,6 +16,7 @@ from stand_ins import Brightness
 from diffsynth_metrics import AestheticMetric, ModelConfig
 from diffsynth_metrics.inputs import SharedImages
 from diffsynth_metrics.rewards import Component, RewardSet, as_loss, to_flow_grpo, to_trl
+from diffsynth_metrics.rewards.batches import as_batch
 from diffsynth_metrics.rewards.scoring import MetricScorer, stand_in
 
 SIZES = [(64, 64), (224, 224), (512, 512), (64, 512), (300, 170), (225, 331), (512, 384)]
@@ -102,9 +103,7 @@ def test_a_metric_that_was_loaded_in_inference_mode_has_gradients(
 
 
 def test_memory_after_twenty_calls_is_that_after_five(single: Any) -> None:
-    rewards = RewardSet(
-        {"one": Component(single, 1.0, "zscore"), "two": Component(single, 1.0, "group")}
-    )
+    rewards = RewardSet({"one": Component(single, 1.0, "zscore"), "two": Component(single, 1.0, "none")})
     reward_fn, loss_fn = to_flow_grpo(rewards)("cpu"), as_loss(single)
 
     def call() -> None:
@@ -126,8 +125,8 @@ def test_memory_after_twenty_calls_is_that_after_five(single: Any) -> None:
 @pytest.mark.parametrize("bad", ["nan", "path", "no image"])
 def test_a_failed_sample_keeps_nothing_alive(bad: str) -> None:
     """Nothing waits for Python to look for cycles, which it does seldom and not for a device's sake."""
-    component = Component(Brightness(), on_failure="nan")
-    rewards = RewardSet({"one": component, "two": component})
+    bright = Brightness()
+    rewards = RewardSet({"one": bright, "two": bright})
     flow_grpo = to_flow_grpo(rewards, on_failure="nan")("cpu")
     trl = to_trl(rewards, image=lambda completion: flaw(int(completion)))
     prompts = ["a"] * 3
@@ -144,7 +143,8 @@ def test_a_failed_sample_keeps_nothing_alive(bad: str) -> None:
         assert trl(prompts=prompts, completions=["0", "1", "2"])[1] is None
         if bad != "no image":
             images = [flaw(index) for index in range(3)]
-            assert [*rewards.score(prompts, images).failures["two"]] == [1]
+            result = rewards.score(prompts, images, on_failure="nan")
+            assert [*result.failures["two"]] == [1]
             assert math.isnan(flow_grpo(images, prompts, None)[0]["avg"][1])
 
     call()
@@ -162,7 +162,7 @@ def test_a_failed_sample_keeps_nothing_alive(bad: str) -> None:
 def test_a_list_of_tensors_keeps_its_gradients() -> None:
     images = torch.rand(3, 3, 8, 8, requires_grad=True)
     means = MetricScorer(lambda prompts, images: [image.mean() for image in images])
-    means.scored(["a"] * 3, images).values.sum().backward()
+    means.scored(as_batch(["a"] * 3, images)).values.sum().backward()
     assert images.grad is not None and images.grad.allclose(torch.tensor(1 / 192))
 
     def mixed(prompts: list[str], images: Any) -> list[Any]:
@@ -173,7 +173,7 @@ def test_a_list_of_tensors_keeps_its_gradients() -> None:
         }
         return [kinds[prompt](image) for prompt, image in zip(prompts, images, strict=True)]
 
-    scored = MetricScorer(mixed).scored(["", "tensor", "number"], images)
+    scored = MetricScorer(mixed).scored(as_batch(["", "tensor", "number"], images))
     assert scored.values.requires_grad and scored.values.isnan().tolist() == [True, False, False]
 
 
@@ -201,8 +201,8 @@ class TestBesideAFailure:
     def test_the_others_have_their_gradient_and_it_has_none(
         self, normalize: str, policy: Any, pixels: torch.Tensor
     ) -> None:
-        component = Component(self.root, normalize=normalize, on_failure=policy)
-        result = RewardSet({"root": component}).score("a", pixels)
+        rewards = RewardSet({"root": Component(self.root, normalize=normalize)})
+        result = rewards.score("a", pixels, on_failure=policy)
         assert result.failures == {"root": {1: "the score is not a finite number"}}
         result.reward.nansum().backward()
         assert pixels.grad is not None and pixels.grad.isfinite().all()
@@ -214,7 +214,7 @@ class TestBesideAFailure:
         images: Any = pixels if kind == "batch" else list(pixels)
         if kind == "shared":
             images = SharedImages(images)
-        scored = MetricScorer(metric).scored(["a"] * 4, images)
+        scored = MetricScorer(metric).scored(as_batch(["a"] * 4, images))
         assert scored.values.isnan().tolist() == [False, True, False, False]
         expected = metric.reward(pixels.detach()[[0, 2, 3]])
         torch.testing.assert_close(scored.values[[0, 2, 3]].detach(), expected, rtol=1e-4, atol=1e-5)
@@ -224,10 +224,12 @@ class TestBesideAFailure:
         assert (pixels.grad[[0, 2, 3]] > 0).all() and (pixels.grad[1] == 0).all()
 
     def test_there_may_be_no_other(self, pixels: torch.Tensor) -> None:
-        scored = MetricScorer(self.root).scored(["a"], pixels[1:2])
+        scored = MetricScorer(self.root).scored(as_batch(["a"], pixels[1:2]))
         assert scored.values.isnan().all() and scored.errors[0] is not None
 
     def test_without_gradients_it_is_asked_once(self, pixels: torch.Tensor) -> None:
         metric = Roots()
-        assert MetricScorer(metric).scored(["a"] * 4, pixels.detach()).values.isnan().sum() == 1
+        assert (
+            MetricScorer(metric).scored(as_batch(["a"] * 4, pixels.detach())).values.isnan().sum() == 1
+        )
         assert metric.calls == 1

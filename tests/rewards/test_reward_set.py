@@ -1,4 +1,4 @@
-"""A set is a weighted sum of normalised scores, says what failed, and notices when learning ends."""
+"""A set is a weighted sum of normalised scores, and says what failed and what says nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,23 @@ import PIL.Image
 import pytest
 import torch
 import torch.multiprocessing
-from stand_ins import Brightness, Judge
+from stand_ins import Brightness, Judge, Likeness
 from two_ranks import learn_as_a_rank
 
-from diffsynth_metrics import AestheticMetric, RewardError
+from diffsynth_metrics import AestheticMetric, RewardError, UnifiedRewardEditMetric
 from diffsynth_metrics.pixels import transforms
-from diffsynth_metrics.rewards import Component, FixedScale, GroupRelative, RewardSet, RunningZScore
-from diffsynth_metrics.rewards.divergence import DivergenceMonitor, trend
+from diffsynth_metrics.rewards import (
+    Component,
+    FixedScale,
+    GroupRelative,
+    Rank,
+    RewardSet,
+    RunningZScore,
+    to_flow_grpo,
+)
+from diffsynth_metrics.rewards.batches import as_batch
+from diffsynth_metrics.rewards.scoring import MetricScorer
+from diffsynth_metrics.testing import ScriptedEngine
 
 PROMPTS = ["a cat", "a cat", "a dog", "a dog"]
 
@@ -91,7 +102,7 @@ class TestSum:
         "groups", [[[1], [2]], [{"a": 1}, 2], torch.tensor([[1, 2], [3, 4]]), "ab", torch.tensor(1)]
     )
     def test_groups_that_cannot_be_compared_are_refused(self, groups: Any, bright: Brightness) -> None:
-        with pytest.raises(TypeError, match=r"group 0 must be hashable|groups must be a sequence"):
+        with pytest.raises(TypeError, match=r"unhashable|groups must be a sequence"):
             RewardSet({"b": bright}).score("a", torch.rand(2, 3, 32, 32), groups=groups)
 
     def test_one_prompt_goes_with_every_image_and_an_image_may_be_single(
@@ -135,7 +146,12 @@ class TestSum:
         with pytest.raises(ValueError, match="the weight of 'a' must be finite"):
             RewardSet({"a": Component(bright, math.nan)})
         with pytest.raises(ValueError, match="on_failure must be"):
-            RewardSet({"a": Component(bright, on_failure="ignore")})  # type: ignore[arg-type]
+            RewardSet({"a": bright}).score("a", torch.rand(1, 3, 8, 8), on_failure="ignore")  # type: ignore[arg-type]
+        for unnamed in ([bright], bright, "bright"):
+            with pytest.raises(TypeError, match=r"takes a dict of names and metrics, such as .*; got"):
+                RewardSet(unnamed)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match=r"takes a dict of names and metrics"):
+                RewardSet({"a": bright}, held_out=unnamed)  # type: ignore[arg-type]
         shared = RunningZScore()
         with pytest.raises(ValueError, match="share one normalisation object"):
             RewardSet({n: Component(bright, normalize=shared) for n in "ab"})
@@ -202,80 +218,53 @@ class TestFailures:
 
     def test_nan_is_nan_for_that_sample_with_the_reason(self, broken: Any) -> None:
         metric, prompts, images, reason = broken
-        other = Brightness()
-        rewards = RewardSet({"quality": Component(metric, on_failure="nan")})
-        result = rewards.score(prompts, images)
+        rewards = RewardSet({"quality": metric})
+        result = rewards.score(prompts, images, on_failure="nan")
         assert result.reward.isnan().tolist() == [False, True, False, False]
         assert list(result.failures) == ["quality"] and list(result.failures["quality"]) == [1]
         assert reason in result.failures["quality"][1] and "image 0" not in result.failures["quality"][1]
-        scored = rewards.scored(prompts, images)
+        scored = rewards.scored(as_batch(prompts, images))
         assert scored.reasons[1] is not None and reason in scored.reasons[1]
         assert [scored.reasons[i] for i in (0, 2, 3)] == [None] * 3
-        assert other.calls == 0
 
-    def test_a_number_takes_the_place_of_the_score_only_if_declared(self, broken: Any) -> None:
+    def test_the_caller_says_once_what_a_failure_gets(self, broken: Any) -> None:
         metric, prompts, images, _ = broken
-        result = RewardSet({"quality": Component(metric, 2.0, on_failure=-7.0)}).score(prompts, images)
-        assert result.reward[1] == -14.0
-        assert result.raw["quality"].isnan().tolist() == [False, True, False, False]
-        assert 1 in result.failures["quality"]
-
-    def test_mean_is_that_of_the_group_or_else_of_the_call(self, broken: Any) -> None:
-        metric, prompts, images, _ = broken
-        rewards = RewardSet({"quality": Component(metric, on_failure="mean")})
-        result = rewards.score(prompts, images, groups=[0, 0, 1, 0])
-        values = result.raw["quality"]
-        assert float(result.reward[1]) == pytest.approx(float((values[0] + values[3]) / 2))
-        result = rewards.score(prompts, images, groups=[0, 1, 0, 0])
-        assert float(result.reward[1]) == pytest.approx(float(values.nanmean()))
+        other = Component(lambda prompts, images: [1.0] * len(prompts), weight=-2.0)
+        rewards = RewardSet({"quality": Component(metric, 2.0), "other": other})
+        nan = rewards.score(prompts, images, on_failure="nan").reward
+        for policy, expected in ((-7.0, -7.0), (0.0, 0.0), ("mean", float(nan.nanmean()))):
+            result = rewards.score(prompts, images, on_failure=policy)
+            assert float(result.reward[1]) == pytest.approx(expected)
+            assert_close(result.reward[[0, 2, 3]], nan[[0, 2, 3]])
+            for values in (result.raw["quality"], result.normalized["quality"]):
+                assert values.isnan().tolist() == [False, True, False, False]
+            assert [*result.failures] == ["quality"] and [*result.failures["quality"]] == [1]
+            assert [error is None for error in result.errors] == [True, False, True, True]
 
     def test_a_failed_sample_leaves_the_others_and_the_statistics_alone(self, broken: Any) -> None:
         metric, prompts, images, _ = broken
         for policy in ("mean", "nan", -1000.0):
-            rewards = RewardSet({"q": Component(metric, normalize="zscore", on_failure=policy)})
-            result = rewards.score(prompts, images)
+            rewards = RewardSet({"q": Component(metric, normalize="zscore")})
+            result = rewards.score(prompts, images, on_failure=policy)
             clean = RewardSet({"q": Component(metric, normalize="zscore")})
             kept = clean.score([prompts[i] for i in (0, 2, 3)], [images[i] for i in (0, 2, 3)])
             assert_close(result.reward[[0, 2, 3]], kept.reward)
-            assert_close(rewards.state_dict()["normalization"], clean.state_dict()["normalization"])
+            assert_close(rewards.state_dict()["q"]["sums"], clean.state_dict()["q"]["sums"])
 
-    def test_the_mean_stands_apart_from_its_group(self) -> None:
-        """It must not make the spread of the others smaller, nor be better or worse than they."""
-        for normalize, expected in (("group", [-1, 0, 1, 0]), ("rank", [0, 0.5, 1, 0.5])):
-            rewards = RewardSet(
-                {
-                    "mine": Component(
-                        lambda prompts, images: [1.0, None, 3.0, None],
-                        normalize=normalize,
-                        on_failure="mean",
-                    )
-                }
-            )
-            result = rewards.score("a", torch.rand(4, 3, 8, 8), groups=[0, 0, 0, 1])
-            assert result.reward.tolist() == pytest.approx(expected, abs=2e-4), normalize
-
-    def test_a_declared_number_is_a_score_of_its_group(self) -> None:
-        """Apart from it, it would be an advantage of thousands where the others hardly differ."""
-        component = Component(
-            lambda prompts, images: [0.81, None, 0.82], normalize="group", on_failure=-10.0
-        )
-        reward = RewardSet({"mine": component}).score("a", torch.rand(3, 3, 8, 8)).reward
-        assert reward.tolist() == pytest.approx([0.7, -1.41, 0.71], abs=0.01)
-
-    def test_an_error_teaches_no_component(self, bright: Brightness) -> None:
-        broken = Component(lambda prompts, images: [1.0, None])
-        rewards = RewardSet({"bright": Component(bright, normalize="zscore"), "broken": broken})
-        before = rewards.state_dict()
-        with pytest.raises(RewardError, match="broken: sample 1 of 2"):
-            rewards.score("a", torch.rand(2, 3, 32, 32))
-        assert rewards.state_dict() == before
+    def test_a_failure_takes_no_part_in_its_group(self) -> None:
+        """Whatever it gets, it must not make the spread of the others smaller."""
+        scores = [0.81, None, 0.82]
+        for normalize, expected in (("group", [-1, 0, 1]), ("rank", [0, 0.5, 1])):
+            rewards = RewardSet({"mine": Component(lambda prompts, images: scores, normalize=normalize)})
+            result = rewards.score("a", torch.rand(3, 3, 8, 8), on_failure="mean")
+            assert result.reward.tolist() == pytest.approx(expected, abs=0.02), normalize
 
     def test_for_an_adapter_a_failure_is_a_reason_and_not_an_error(self, broken: Any) -> None:
         metric, prompts, images, reason = broken
         for normalize in ("none", "group", "zscore"):
             quality = Component(metric, normalize=normalize)
             rewards = RewardSet({"quality": quality, "other": lambda p, i: [1.0] * len(p)})
-            scored = rewards.scored(prompts, images)
+            scored = rewards.scored(as_batch(prompts, images))
             assert scored.values.isnan().tolist() == [False, True, False, False]
             assert [error is None for error in scored.errors] == [True, False, True, True]
             error = scored.errors[1]
@@ -286,23 +275,15 @@ class TestFailures:
         self, bright: Brightness, images: torch.Tensor
     ) -> None:
         bright.raises = RuntimeError("out of memory")
-        component = Component(bright, on_failure="nan")
-        rewards = RewardSet({"bright": component}, held_out={"dark": bright})
-        result = rewards.score(PROMPTS, images)
+        rewards = RewardSet({"bright": bright}, held_out={"dark": bright})
+        result = rewards.score(PROMPTS, images, on_failure="nan")
         assert result.reward.isnan().all() and bright.calls == 2
         assert result.failures["bright"] == dict.fromkeys(range(4), "RuntimeError: out of memory")
-        assert rewards.state_dict()["history"] == {}, "a call without scores has no mean"
+        assert all(map(math.isnan, result.means.values())), "a call without scores has no mean"
         with pytest.raises(RewardError, match="out of memory") as caught:
             RewardSet({"bright": bright}).score(PROMPTS, images)
-        assert caught.value.__cause__ is bright.raises
+        assert caught.value.__cause__ is not None and caught.value.__cause__.__cause__ is bright.raises
         assert "in components\n    raise self.raises" in "".join(vars(bright.raises)["__notes__"])
-
-    def test_no_policy_gives_zero_unless_told_so(self, bright: Brightness, images: torch.Tensor) -> None:
-        bright.value = math.nan
-        for policy in ("nan", "mean"):
-            component = Component(bright, on_failure=policy)  # type: ignore[arg-type]
-            assert RewardSet({"b": component}).reward(PROMPTS, images).isnan().all()
-        assert RewardSet({"b": Component(bright, on_failure=0.0)}).reward(PROMPTS, images).eq(0).all()
 
     def test_a_wrong_number_of_scores_is_an_error(self, images: torch.Tensor) -> None:
         rewards = RewardSet({"mine": lambda prompts, images: [1.0]})
@@ -326,23 +307,23 @@ class TestBeforeAnythingWasLearned:
     def test_an_evaluation_says_so_whatever_stands_in_for_failures(
         self, policy: Any, images: torch.Tensor
     ) -> None:
-        bright = Component(Brightness(), normalize="zscore", on_failure=policy)
-        rewards = RewardSet({"bright": bright})
+        rewards = RewardSet({"bright": Component(Brightness(), normalize="zscore")})
         reason = "its running statistics have seen no score yet"
         if policy == "raise":
-            with pytest.raises(RewardError, match=f"bright: .* has no reward: {reason}"):
+            with pytest.raises(RewardError, match=f"bright: .* has no reward: bright: {reason}"):
                 rewards.score(PROMPTS, images, update=False)
         else:
-            result = rewards.score(PROMPTS, images, update=False)
-            assert result.reward.isnan().all() and result.raw["bright"].isfinite().all()
+            result = rewards.score(PROMPTS, images, update=False, on_failure=policy)
+            assert result.reward.eq(policy).all() if policy == 0 else result.reward.isnan().all()
+            assert result.raw["bright"].isfinite().all()
             assert [*result.failures["bright"]] == [0, 1, 2, 3]
-        scored = rewards.scored(PROMPTS, images, update=False)
+        scored = rewards.scored(as_batch(PROMPTS, images), update=False)
         assert scored.values.isnan().all() and all(reason in str(error) for error in scored.errors)
         assert rewards.score(PROMPTS, images).reward.isfinite().all()
         assert rewards.score(PROMPTS, images, update=False).reward.isfinite().all()
 
 
-class TestWatch:
+class TestGroups:
     def test_groups_of_equal_scores_are_named(self) -> None:
         scores = iter([[5.0, 5.0, 1.0, 2.0], [3.0, 3.0, 4.0, 4.0]])
 
@@ -357,54 +338,199 @@ class TestWatch:
         result = rewards.score(PROMPTS, torch.rand(4, 3, 8, 8), groups=[7, 7, 8, 8])
         assert result.collapsed == {"judge": [7, 8], "reward": [7, 8]}
 
-    def test_a_single_sample_is_no_collapsed_group(self, bright: Brightness) -> None:
-        assert RewardSet({"b": bright}).score(["a", "b"], torch.rand(2, 3, 32, 32)).collapsed == {}
-
-    def _train(self, optimized: Any, held_out: Any, steps: int = 30, **settings: Any) -> list[Any]:
-        now = {"step": 0}
-
-        def series(function: Any) -> Any:
-            return lambda prompts, images: [function(now["step"])] * 2
-
-        rewards = RewardSet(
-            {"mine": Component(series(optimized), **settings)},
-            held_out={"other": series(held_out)},
-            window=20,
-        )
-        found = []
-        for now["step"] in range(steps):
-            found.append(rewards.score("a", torch.rand(2, 3, 8, 8)).diverging)
-        return found
-
-    def test_a_held_out_metric_that_falls_while_the_reward_rises_is_an_alarm(
-        self, caplog: pytest.LogCaptureFixture
+    @pytest.mark.parametrize(("normalize", "expected"), [("group", 0.0), ("rank", 0.5)])
+    def test_groups_of_one_are_listed_and_told(
+        self, normalize: str, expected: float, bright: Brightness, caplog: pytest.LogCaptureFixture
     ) -> None:
-        noise = torch.randn(60, generator=torch.Generator().manual_seed(0)).tolist()
-        found = self._train(lambda s: s + noise[s], lambda s: -0.1 * s + 0.2 * noise[s + 30])
-        assert found[-1] == {"other": ["mine"]}
-        assert found[:19] == [{}] * 19, "not before the window is full"
-        assert "other falls while mine rises" in caplog.text
+        """flow_grpo's sampler gives such calls; the advantage 0 of each must not pass for a score."""
+        rewards = RewardSet({"p": Component(bright, normalize=normalize), "q": bright})
+        result = rewards.score(["a", "b", "c"], torch.rand(3, 3, 32, 32))
+        assert result.normalized["p"].tolist() == [expected] * 3
+        assert result.collapsed == {"p": ["a", "b", "c"], "reward": ["a", "b", "c"]}
+        assert "3 of 3 groups have a single sample in this call" in caplog.text
+        caplog.clear()
+        assert RewardSet({"q": bright}).score(["a", "b"], torch.rand(2, 3, 32, 32)).collapsed == {}
+        assert caplog.text == ""
 
-    def test_there_is_no_alarm_when_both_rise_or_nothing_happens(self) -> None:
-        noise = torch.randn(60, generator=torch.Generator().manual_seed(1)).tolist()
-        assert not any(self._train(lambda s: s, lambda s: s + noise[s]))
-        assert not any(self._train(lambda s: noise[s], lambda s: noise[s + 30]))
-        assert not any(self._train(lambda s: 1.0, lambda s: -s))
+    def test_the_only_readable_score_of_a_group_is_listed(self) -> None:
+        rewards = RewardSet({"p": Component(lambda p, i: [1.0, None, 2.0, 3.0], normalize="group")})
+        result = rewards.score(PROMPTS, torch.rand(4, 3, 8, 8), on_failure="nan")
+        assert result.collapsed == {"p": ["a cat"], "reward": ["a cat"]}
 
-    def test_a_negative_weight_wants_less(self) -> None:
-        assert self._train(lambda s: -s, lambda s: -s, weight=-1.0)[-1] == {"other": ["mine"]}
+    @pytest.mark.parametrize("kind", [GroupRelative, Rank])
+    def test_a_group_of_another_size_is_an_error_that_says_who_normalises(
+        self, kind: Any, bright: Brightness, images: torch.Tensor
+    ) -> None:
+        rewards = RewardSet({"p": Component(bright, normalize=kind(group_size=2))})
+        assert rewards.reward(PROMPTS, images).isfinite().all()
+        with pytest.raises(ValueError, match=r"pass whole groups: 'p' .* of 2, .* 1 samples of 'a dog'"):
+            rewards.reward(PROMPTS[:3], images[:3])
+        with pytest.raises(ValueError, match="leave the normalisation to it"):
+            rewards.reward("a", images)
+        assert bright.calls == 1, "it is said before anything is scored"
 
-    def test_the_trend_is_the_t_statistic_of_the_correlation(self) -> None:
-        assert trend([1.0, 2.0, 3.0]) == math.inf
-        assert trend([3.0, 2.0, 1.0]) == -math.inf
-        assert trend([1.0, 1.0, 1.0]) == trend([1.0]) == 0
-        values = [1.0, 3.0, 2.0, 5.0]
-        r = float(torch.corrcoef(torch.tensor([[0.0, 1, 2, 3], values]))[0, 1])
-        assert trend(values) == pytest.approx(r * math.sqrt(2 / (1 - r * r)), rel=1e-5)
+    def test_a_failed_sample_counts_in_the_size_of_its_group(self) -> None:
+        normalize = GroupRelative(group_size=4)
+        rewards = RewardSet({"p": Component(lambda p, i: [1.0, None, 3.0, 2.0], normalize=normalize)})
+        result = rewards.score("a", torch.rand(4, 3, 8, 8), on_failure="nan")
+        assert result.reward.isnan().tolist() == [False, True, False, False]
 
-    def test_a_window_needs_three_calls(self) -> None:
-        with pytest.raises(ValueError, match="window must be at least 3"):
-            DivergenceMonitor(window=2)
+    def test_the_group_of_an_edit_has_one_prompt_and_one_source(self, tmp_path: Path) -> None:
+        """Many edits of a data set share an instruction, such as "make it blue"."""
+
+        def mine(prompts: list[str], images: Any, sources: Any) -> list[float]:
+            return [1.0, 3.0, 1.0, 3.0]
+
+        rewards = RewardSet({"p": Component(mine, normalize="rank")})
+        images = torch.rand(4, 3, 8, 8)
+        for sources in (["a.png", "a.png", "b.png", "b.png"], [*[images[0]] * 2, *[images[1]] * 2]):
+            result = rewards.score("make it blue", images, sources)
+            assert result.reward.tolist() == [0, 1, 0, 1]
+        result = rewards.score("make it blue", images, ["a.png", "b.png", "b.png", "a.png"])
+        assert result.reward.tolist() == [0, 1, 0, 1]
+        result = rewards.score("make it blue", images)
+        assert result.reward.tolist() == pytest.approx([1 / 6, 5 / 6, 1 / 6, 5 / 6])
+
+
+class TestSources:
+    def test_a_metric_of_two_images_is_a_reward_beside_others(self, bright: Brightness) -> None:
+        levels = torch.tensor([0.2, 0.6])[:, None, None, None].expand(2, 3, 32, 32)
+        rewards = RewardSet({"like": Likeness(), "bright": bright}, held_out={"same": Likeness()})
+        result = rewards.score("a", levels, levels.flip(0))
+        bright_of = bright.reward(levels)
+        assert_close(result.raw["like"], -(bright_of[0] - bright_of[1]).abs().expand(2))
+        assert_close(result.raw["same"], result.raw["like"])
+        assert_close(result.raw["bright"], bright_of)
+        pixels = levels.clone().requires_grad_()
+        rewards.score("a", pixels, levels.flip(0)).raw["like"].sum().backward()
+        assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+
+    def test_a_sample_without_its_source_fails_with_the_reason(self, bright: Brightness) -> None:
+        images = torch.rand(3, 3, 32, 32)
+        rewards = RewardSet({"like": Likeness(), "bright": bright})
+        for sources, failed in (([images[0], None, [images[2]]], [1]), (None, [0, 1, 2])):
+            result = rewards.score("a", images, sources, on_failure="nan")
+            assert [*result.failures["like"]] == failed and "bright" not in result.failures
+            reason = result.failures["like"][1]
+            assert (
+                reason
+                == "ValueError: Likeness needs one source image per sample, and the sample has none"
+            )
+        with pytest.raises(RewardError, match=r"like: .* needs one source image per sample"):
+            rewards.score("a", images)
+        with pytest.raises(ValueError, match="source images as a list with 3 entries, got 2"):
+            rewards.score("a", images, [images[0]] * 2)
+        with pytest.raises(ValueError, match="source images as a list with 3 entries, got a single one"):
+            rewards.score("a", images, images[0])
+
+    def test_a_judge_of_edits_sees_source_and_edit(self) -> None:
+        engine = ScriptedEngine('{"reasoning": "fine", "score": [20, 10]}')
+        judge = UnifiedRewardEditMetric(engine)
+        pictures = [PIL.Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+        rewards = RewardSet({"edit": judge, "bright": Brightness()})
+        result = rewards.score("paint it blue", [pictures[1]] * 2, [pictures[0]] * 2)
+        assert result.raw["edit"].tolist() == [15, 15]
+        seen = [part for part in engine.questions[-1].content if isinstance(part, PIL.Image.Image)]
+        assert [one.getpixel((0, 0)) for one in seen] == [(255, 0, 0), (0, 0, 255)]
+
+    @pytest.mark.parametrize("task", ["edit_pairwise_rank", "edit_pairwise_score"])
+    def test_a_task_that_compares_two_edits_is_no_reward(self, task: str) -> None:
+        judge = UnifiedRewardEditMetric(ScriptedEngine("2"), task=task)
+        for make in (MetricScorer, lambda one: RewardSet({"edit": one}), to_flow_grpo):
+            with pytest.raises(ValueError, match=rf"a reward must be .*{task} compares two edits"):
+                make(judge)
+
+    def test_fid_is_no_reward(self, metrics: Callable[[str], Any]) -> None:
+        with pytest.raises(
+            TypeError, match=r"a reward must be .*FIDMetric does not score single samples"
+        ):
+            RewardSet({"fid": metrics("fid")})
+
+
+class TestFrames:
+    """A video has T frames, which are scored in one batch and give one score."""
+
+    @pytest.fixture
+    def videos(self) -> torch.Tensor:
+        levels = torch.tensor([[0.1, 0.5, 0.9, 0.3], [0.8, 0.4, 0.6, 0.2]])
+        return levels[:, :, None, None, None].expand(2, 4, 3, 32, 32).contiguous()
+
+    @pytest.mark.parametrize(
+        ("frames", "index"), [("mean", None), ("min", None), ("first", 0), ("middle", 2)]
+    )
+    @pytest.mark.parametrize("kind", ["tensor", "tensors", "PIL", "arrays"])
+    def test_the_score_of_a_video_is_that_of_its_frames(
+        self, frames: Any, index: int | None, kind: str, videos: torch.Tensor, bright: Brightness
+    ) -> None:
+        of_frames = bright.reward(videos.flatten(0, 1)).view(2, 4)
+        expected = of_frames.mean(dim=1) if frames == "mean" else of_frames.amin(dim=1)
+        if index is not None:
+            expected = of_frames[:, index]
+        arrays = (videos * 255).round().byte().movedim(2, -1).numpy()
+        pictures: Any = {
+            "tensor": videos,
+            "tensors": list(videos),
+            "PIL": [[PIL.Image.fromarray(frame) for frame in video] for video in arrays],
+            "arrays": arrays,
+        }[kind]
+        bright.calls = 0
+        rewards = RewardSet({"bright": bright, "mine": lambda prompts, images: [1.0] * len(prompts)})
+        result = rewards.score(["a", "b"], pictures, frames=frames)
+        torch.testing.assert_close(result.raw["bright"], expected, rtol=1e-4, atol=0.02)
+        assert result.raw["mine"].tolist() == [1, 1]
+        assert bright.calls == 1
+
+    def test_groups_and_statistics_are_of_videos_and_not_of_frames(
+        self, videos: torch.Tensor, bright: Brightness
+    ) -> None:
+        normalize = GroupRelative(group_size=2)
+        components = {"g": Component(bright, normalize=normalize), "z": Component(bright, 0.0, "zscore")}
+        rewards = RewardSet(components)
+        assert rewards.reward("a", videos, frames="mean").tolist() == pytest.approx([-1, 1], abs=0.01)
+        assert rewards.state_dict()["z"]["sums"][0] == 2
+
+    def test_prompts_and_sources_go_with_every_frame(self, videos: torch.Tensor) -> None:
+        result = RewardSet({"like": Likeness()}).score("a", videos, videos[:, 0], frames="min")
+        assert_close(
+            result.reward, torch.tensor([-0.8, -0.6]) * fmean(1 / std for std in Likeness.transform.std)
+        )
+
+    def test_a_video_with_a_frame_without_score_has_none(self, videos: torch.Tensor) -> None:
+        videos[1, 2, 0, 0, 0] = math.nan
+        result = RewardSet({"b": Brightness()}).score("a", videos, frames="mean", on_failure="nan")
+        assert result.reward.isnan().tolist() == [False, True] and [*result.failures["b"]] == [1]
+
+    def test_a_function_may_score_all_frames_together(self, videos: torch.Tensor) -> None:
+        def steady(prompts: list[str], images: list[list[torch.Tensor]]) -> list[float]:
+            return [-float(torch.stack(frames).mean(dim=(1, 2, 3)).std()) for frames in images]
+
+        rewards = RewardSet({"steady": steady, "bright": Brightness()})
+        for pictures in (videos, list(videos), [list(video) for video in videos]):
+            result = rewards.score("a", pictures, frames="all", on_failure="nan")
+            expected = [-float(video.mean(dim=(1, 2, 3)).std()) for video in videos]
+            assert result.raw["steady"].tolist() == pytest.approx(expected)
+            assert [*result.failures] == ["bright"], "a metric of images does not know videos"
+
+    def test_gradients_flow_to_the_frames(self, videos: torch.Tensor) -> None:
+        RewardSet({"b": Brightness()}).reward(
+            "a", videos.requires_grad_(), frames="min"
+        ).sum().backward()
+        assert videos.grad is not None
+        assert (videos.grad.flatten(2).abs().sum(-1) > 0).tolist() == [
+            [True] + [False] * 3,
+            [False] * 3 + [True],
+        ]
+
+    def test_a_video_is_not_scored_without_saying_how(self, videos: torch.Tensor) -> None:
+        rewards = RewardSet({"b": Brightness()})
+        for pictures in (videos, list(videos), [[PIL.Image.new("RGB", (8, 8))] * 2] * 2):
+            with pytest.raises(ValueError, match="there are videos: pass frames= as one of mean, min"):
+                rewards.score("a", pictures)
+        with pytest.raises(ValueError, match="frames must be one of mean, min, first, middle, all, got"):
+            rewards.score("a", videos, frames="median")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="the video of sample 1 has no frames"):
+            rewards.score("a", [[PIL.Image.new("RGB", (8, 8))], []], frames="mean")
+        assert rewards.score("a", videos[:, 0], frames="mean").reward.shape == (2,)
 
 
 class TestState:
@@ -413,7 +539,7 @@ class TestState:
     ) -> None:
         def make() -> RewardSet:
             component = Component(bright, normalize="zscore")
-            return RewardSet({"bright": component}, held_out={"dark": bright}, window=3)
+            return RewardSet({"bright": component}, held_out={"dark": bright})
 
         first, second = make(), make()
         first.score(PROMPTS, images)
@@ -422,25 +548,14 @@ class TestState:
             images = images * 0.9
             one, other = first.score(PROMPTS, images), second.score(PROMPTS, images)
             assert_close(one.reward, other.reward)
-            assert_close(first.state_dict()["history"], second.state_dict()["history"])
 
     def test_a_state_that_every_rank_loads_is_told_to_no_other_rank_again(self) -> None:
         component = Component(lambda prompts, images: [1.0, 3.0], normalize="zscore")
         first, second = RewardSet({"mine": component}), RewardSet({"mine": component})
         first.score("a", torch.rand(2, 3, 8, 8))
         second.load_state_dict(first.state_dict())
-        assert second.state_dict()["normalization"]["mine"] == {
-            "shared": [2, 2, 2],
-            "since_synchronization": [0, 0, 0],
-        }
-
-    @pytest.mark.parametrize("key", ["settings", "normalization", "history"])
-    def test_a_state_without_a_part_is_refused(self, key: str, bright: Brightness) -> None:
-        rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
-        state = rewards.state_dict()
-        del state[key]
-        with pytest.raises(ValueError, match=f"the state of a RewardSet has '{key}', this one has"):
-            rewards.load_state_dict(state)
+        (running,) = second.running.values()
+        assert running.shared.tolist() == [2, 4, 10] and not running.local.any()
 
     def test_a_state_of_another_scale_is_refused(self, bright: Brightness) -> None:
         state = RewardSet({"b": Component(bright, normalize="zscore")}).state_dict()
@@ -450,12 +565,13 @@ class TestState:
     @pytest.mark.parametrize(
         "damage",
         [
-            lambda state: state["normalization"]["two"].pop("shared"),
-            lambda state: state["normalization"]["two"].update(shared=[1.0, math.nan, 0.0]),
-            lambda state: state["normalization"]["two"].update(shared=[1.0, 2.0]),
-            lambda state: state["normalization"]["two"].update(shared=[-1.0, 2.0, 0.0]),
-            lambda state: state["settings"].pop("two"),
-            lambda state: state["history"].update(two=["high"]),
+            lambda state: state["two"].pop("sums"),
+            lambda state: state["two"].update(sums=[1.0, math.nan, 0.0]),
+            lambda state: state["two"].update(sums=[1.0, 2.0]),
+            lambda state: state["two"].update(sums=[-1.0, 2.0, 0.0]),
+            lambda state: state["two"].pop("scale"),
+            lambda state: state.pop("two"),
+            lambda state: state.update(three=state["two"]),
         ],
     )
     def test_a_state_that_is_refused_changes_nothing(self, damage: Any) -> None:
@@ -475,17 +591,9 @@ class TestState:
 
     def test_a_state_of_another_set_is_refused(self, bright: Brightness) -> None:
         state = RewardSet({"a": Component(bright, normalize="zscore")}).state_dict()
-        with pytest.raises(ValueError, match=r"the state is of the components \['a'\], this set has"):
-            RewardSet({"b": bright}).load_state_dict(state)
-
-    @pytest.mark.parametrize("theirs", ["none", "zscore", "rank", FixedScale(5, 1), GroupRelative()])
-    def test_a_state_of_another_normalisation_is_refused(self, theirs: Any) -> None:
-        state = RewardSet({"b": Component(Brightness(), normalize=theirs)}).state_dict()
-        own = RewardSet({"b": Component(Brightness(), normalize=GroupRelative(correction=1))})
-        with pytest.raises(
-            ValueError, match=r"'b' has normalize = {'type': 'GroupRelative', .*: 1}, and"
-        ):
-            own.load_state_dict(state)
+        for theirs in (RewardSet({"b": bright}), RewardSet({"a": Component(bright, normalize="rank")})):
+            with pytest.raises(ValueError, match=r"has running statistics of \['a'\], and this set has"):
+                theirs.load_state_dict(state)
 
     def test_a_set_can_be_copied_and_sent(self, images: torch.Tensor) -> None:
         rewards = RewardSet({"b": Component(Brightness(), normalize="zscore")}, held_out={"h": Judge()})
@@ -499,9 +607,9 @@ class TestState:
         rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda _: rewards.score(PROMPTS, images), range(80)))
-        count, mean, _ = rewards.state_dict()["normalization"]["bright"]["since_synchronization"]
+        count, total, _ = rewards.state_dict()["bright"]["sums"]
         assert count == 320
-        assert mean == pytest.approx(float(bright.reward(images).mean()))
+        assert total == pytest.approx(320 * float(bright.reward(images).mean()))
 
     def test_synchronize_without_other_processes_does_nothing(self, bright: Brightness) -> None:
         rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
@@ -524,17 +632,15 @@ class TestState:
 
         score()
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        for name, value in {"get_backend": "gloo", "get_world_size": 1, "get_rank": 0}.items():
-            monkeypatch.setattr(torch.distributed, name, lambda group, value=value: value)
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
         monkeypatch.setattr(torch.distributed, "all_reduce", fail)
         with pytest.raises(RuntimeError, match="a rank is gone"):
             rewards.synchronize()
-        own = {"shared": [0, 0, 0], "since_synchronization": [4, 2, 4]}
-        assert rewards.state_dict()["normalization"]["m"] == own
+        (running,) = rewards.running.values()
+        assert not running.shared.any() and running.local.tolist() == [4, 8, 20]
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda rows, group=None: score())
         rewards.synchronize()
-        own = {"shared": [4, 2, 4], "since_synchronization": [2, 2, 2]}
-        assert rewards.state_dict()["normalization"]["m"] == own
+        assert running.shared.tolist() == [4, 8, 20] and running.local.tolist() == [2, 4, 10]
 
     def test_two_processes_agree_after_synchronize_and_share_nothing_before(
         self, tmp_path: Path
@@ -544,10 +650,8 @@ class TestState:
         seen = torch.tensor([1.0, 2, 3, 11, 12, 13, 4, 5, 6, 14, 15, 16]).double()
         assert states[0]["before"] != states[1]["before"]
         for state in states:
-            moments = state["after"]["shared"]
-            assert_close(state["after"], states[0]["after"])
-            assert moments[:2] == pytest.approx([12, float(seen.mean())])
-            assert moments[2] == pytest.approx(float((seen - seen.mean()).square().sum()))
+            assert state["after"] == pytest.approx(states[0]["after"])
+            assert state["after"] == pytest.approx([12, float(seen.sum()), float(seen.square().sum())])
             expected = ((torch.tensor([7.0, 8.0]) - seen.mean()) / seen.std(correction=0)).tolist()
             assert state["reward"] == pytest.approx(expected)
 

@@ -12,6 +12,7 @@ from stand_ins import Judge
 
 import diffsynth_metrics
 from diffsynth_metrics import HPSv2Metric, ModelConfig, PickScoreMetric
+from diffsynth_metrics.rewards.batches import as_batch
 from diffsynth_metrics.rewards.scales import FRAMEWORKS, SCALES, Scale, find_scale
 from diffsynth_metrics.rewards.scoring import MetricScorer
 
@@ -42,6 +43,9 @@ def images() -> torch.Tensor:
         ("hpsv2", "paper", "cosine", lambda x: 100 * x),
         ("hpsv2", "flow_grpo", "cosine", lambda x: x),
         ("hpsv2", "dance_grpo", "cosine", lambda x: x),
+        ("pickscore", "cosmos_rl", "score", lambda x: x / 26),
+        ("pickscore", "mixgrpo", "score", lambda x: (x - 18) / 8),
+        ("clip", "mixgrpo", "cosine", lambda x: x),
         ("clip", "flow_grpo", "score", lambda x: x / 100),
         ("clip", "torchmetrics", "cosine", lambda x: max(100 * x, 0)),
     ],
@@ -56,7 +60,7 @@ def test_a_scale_is_what_its_framework_computes(
 ) -> None:
     rows = metrics(name).evaluate(PROMPTS, images)
     assert abs(rows[0]["cosine"]) > 0.01
-    values = MetricScorer(metrics(name), scale).scored(PROMPTS, images).values
+    values = MetricScorer(metrics(name), scale).scored(as_batch(PROMPTS, images)).values
     assert values.dtype == torch.float32
     assert values.tolist() == pytest.approx([expected(row[component]) for row in rows], rel=1e-4)
 
@@ -65,7 +69,7 @@ def test_pyiqa_has_a_prefix_a_weight_and_a_floor(
     metrics: Callable[[str], Any], images: torch.Tensor
 ) -> None:
     rows = metrics("clip").evaluate([f"A photo depicts {prompt}" for prompt in PROMPTS], images)
-    values = MetricScorer(metrics("clip"), "pyiqa").scored(PROMPTS, images).values
+    values = MetricScorer(metrics("clip"), "pyiqa").scored(as_batch(PROMPTS, images)).values
     assert values.tolist() == pytest.approx([2.5 * max(row["cosine"], 0) for row in rows], rel=1e-4)
 
 
@@ -82,7 +86,7 @@ def test_hpsv2_has_its_official_scale_even_when_loaded_with_upstreams(
 ) -> None:
     folder = ModelConfig(path=tiny("hpsv2"))
     metric = HPSv2Metric.from_pretrained(folder, device="cpu", scale="diffsynth")
-    values = MetricScorer(metric, "flow_grpo").scored(PROMPTS, images).values
+    values = MetricScorer(metric, "flow_grpo").scored(as_batch(PROMPTS, images)).values
     torch.testing.assert_close(values, metrics("hpsv2").reward(PROMPTS, images), rtol=1e-4, atol=1e-5)
 
 
@@ -108,9 +112,11 @@ class ByDimension(Judge):
 
 
 def test_a_scale_may_start_from_a_dimension_of_a_judge() -> None:
-    scored = MetricScorer(ByDimension(), Scale("alignment", multiply=2)).scored(["a", "b"], [0, 1])
+    scored = MetricScorer(ByDimension(), Scale("alignment", multiply=2)).scored(
+        as_batch(["a", "b"], [0, 1])
+    )
     assert scored.values.tolist() == [9, 9]
-    scored = MetricScorer(ByDimension(), Scale("style")).scored(["a", "b"], [0, 1])
+    scored = MetricScorer(ByDimension(), Scale("style")).scored(as_batch(["a", "b"], [0, 1]))
     assert scored.values.isnan().all() and scored.reasons == ["no style", "no style"]
 
 
@@ -123,7 +129,7 @@ def test_a_component_that_does_not_exist_is_an_error_that_lists_those_that_do(
         (metrics("clip"), "clip", "score, cosine"),
     ]
     for source, name, existing in sources:
-        scored = MetricScorer(source, Scale(component)).scored(PROMPTS, images)
+        scored = MetricScorer(source, Scale(component)).scored(as_batch(PROMPTS, images))
         reason = (
             f"{name} gives no number '{component}' per sample with these settings; it gives {existing}"
         )

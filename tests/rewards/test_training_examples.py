@@ -43,6 +43,19 @@ def test_the_score_rises_when_pixels_follow_its_gradient(shapes: CLIPMetric) -> 
     assert rewards[-1] > max(others), "it has become the one thing and not everything"
 
 
+def test_an_edit_fits_its_prompt_better_and_stays_like_its_source(shapes: CLIPMetric) -> None:
+    example = load("pixel_edit")
+    source = example.to_tensor(example.draw_shape("circle", "red", image_size=96))
+    ends = {}
+    for hold in (0.0, 30.0):
+        edited, history = example.edit(shapes, "a red square", source, steps=40, hold=hold)
+        assert len(history) == 41 and edited.shape == source.shape
+        assert history[0]["alike"] == pytest.approx(1, abs=1e-5)
+        ends[hold] = history[-1]
+        assert history[-1]["fits"] > history[0]["fits"] + 4
+    assert ends[30.0]["alike"] > 0.85 > ends[0.0]["alike"]
+
+
 def test_a_policy_learns_to_draw_what_the_prompt_says(shapes: CLIPMetric) -> None:
     scores, images = load("policy_gradient").train(shapes, steps=25, seed=0)
     assert fmean(scores[-5:]) > fmean(scores[:5]) + 5
@@ -52,6 +65,7 @@ def test_a_policy_learns_to_draw_what_the_prompt_says(shapes: CLIPMetric) -> Non
 def test_an_example_prints_and_saves_what_it_says(tmp_path: Path) -> None:
     pictures = {
         "pixel_ascent.py": ["before.png", "after.png"],
+        "pixel_edit.py": ["source.png", "edited.png"],
         "policy_gradient.py": ["curve.png", "samples.png"],
     }
     arguments = ("--steps", "3", "--output")

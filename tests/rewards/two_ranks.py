@@ -20,11 +20,11 @@ def learn_as_a_rank(rank: int, folder: str) -> None:
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     rewards.score("a", torch.rand(3, 3, 8, 8))
-    before = rewards.state_dict()["normalization"]["mine"]
+    before = rewards.state_dict()["mine"]["sums"]
     rewards.synchronize()
     rewards.score("a", torch.rand(3, 3, 8, 8))
     rewards.synchronize()
-    after = rewards.state_dict()["normalization"]["mine"]
+    after = rewards.state_dict()["mine"]["sums"]
     reward = rewards.score("a", torch.rand(2, 3, 8, 8), update=False).reward.tolist()
     torch.distributed.destroy_process_group()
     Path(f"{folder}/{rank}.json").write_text(

@@ -1,0 +1,1 @@
+"""One module per training framework, each with the function that makes what the framework calls."""
