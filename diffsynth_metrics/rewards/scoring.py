@@ -201,6 +201,8 @@ class MetricScorer:
             values = _numbers(metric(prompts, images, sources=batch.sources or [[] for _ in prompts]))
         else:
             values = _numbers(metric(prompts, images))
+        if isinstance(metric, BaseMetric) and self.scale.component == "score":
+            values = values if metric.card.higher_is_better else -values
         if values.shape != (len(prompts),):
             raise RewardError(
                 f"{self.name} gave scores of shape {list(values.shape)} for {len(prompts)} samples"

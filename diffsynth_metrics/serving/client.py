@@ -49,6 +49,7 @@ class RemoteMetric(BaseMetric):
     Attributes:
         card: The card of the metric on the server.
         url: Where the server is.
+        served: The class of the metric there, whose scales it has as a reward.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class RemoteMetric(BaseMetric):
         self.card = MetricCard(**{name: value for name, value in card.items() if name in known})
         self.needs = tuple(served[metric]["needs"])  # type: ignore[misc]
         self._provenance = served[metric]["provenance"]
+        self.served = str(self._provenance["metric"])
 
     def arguments(
         self,
