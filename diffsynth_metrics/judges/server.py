@@ -191,10 +191,10 @@ class ServerEngine(Engine):
                     except BaseException as error:
                         found.put((index, error))
 
-        for _ in range(min(self.concurrency, len(asked))):
-            # Threads that do not keep an interrupted process from ending.
-            threading.Thread(target=work, daemon=True, name="judge server").start()
         try:
+            for _ in range(min(self.concurrency, len(asked))):
+                # Threads that do not keep an interrupted process from ending.
+                threading.Thread(target=work, daemon=True, name="judge server").start()
             for _ in asked:
                 index, answer = _next(found)
                 if isinstance(answer, BaseException):
