@@ -15,6 +15,7 @@ import sys
 import traceback
 from unittest import mock
 
+from diffsynth_metrics.judges.engine import Question
 from diffsynth_metrics.judges.local import LocalEngine
 from diffsynth_metrics.testing import ScriptedEngine
 
@@ -22,8 +23,22 @@ from diffsynth_metrics.testing import ScriptedEngine
 ANSWERS = {
     None: "Edited image 1 is better. score=[8,3]",
     False: "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 5",
-    True: '</think>{"Detail": {"Noise": {"score": 1}}}',
 }
+# A facet of each dimension of Qwen-Image-Bench.
+FACETS = {
+    "Quality": "Noise",
+    "Aesthetics": "Composition",
+    "Alignment": "Color",
+    "Real-world Fidelity": "Animals",
+    "Creative Generation": "Imagination",
+}
+
+
+def answer(question: Question) -> str:
+    if question.thinking is not True:
+        return ANSWERS[question.thinking]
+    asked = str(question.content[-1]).partition("# Evaluation Dimension\n")[2].partition("\n")[0]
+    return f'</think>{{"{FACETS[asked]}": {{"score": 1}}}}'
 
 
 def run(folder: str, readable: bool, *arguments: str) -> tuple[str, str | None]:
@@ -31,7 +46,7 @@ def run(folder: str, readable: bool, *arguments: str) -> tuple[str, str | None]:
     sys.argv[:] = arguments
     sys.path[0] = os.path.dirname(arguments[0])
     printed = io.StringIO()
-    scripted = ScriptedEngine(lambda question: ANSWERS[question.thinking])
+    scripted = ScriptedEngine(answer)
     try:
         with contextlib.ExitStack() as context:
             context.enter_context(contextlib.redirect_stdout(printed))

@@ -40,6 +40,7 @@ class DynamicBatcher:
             update: Whether running statistics of a set learn from a batch.
         """
         self.scorer = scorer
+        self.max_batch = max_batch
         self.frames = check_frames(frames)
         self.update = update
         self._batcher: Batcher[_Sample, float] = Batcher(

@@ -106,7 +106,9 @@ def find_scale(metric: Any, scale: ScaleInput) -> Scale:
         return Scale(multiply=float(scale))
     if not isinstance(scale, str):
         raise TypeError(f"scale must be a name, a number, a Scale or None, got {scale!r}")
-    named = (SCALES[base.__name__] for base in type(metric).__mro__ if base.__name__ in SCALES)
+    # A metric on a server says what it is there.
+    names = [*(base.__name__ for base in type(metric).__mro__), getattr(metric, "served", "")]
+    named = (SCALES[name] for name in names if name in SCALES)
     own: dict[str, Scale] = next(named, {})
     if scale in own or scale in FRAMEWORKS:
         return own.get(scale, own.get("official", Scale()))
