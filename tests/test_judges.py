@@ -480,21 +480,33 @@ def test_every_judge_is_a_reward(adapter: str) -> None:
         (
             UnifiedReward2Metric,
             "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2",
-            [RED, GREEN],
+            None,
         ),
-        (UnifiedRewardEditMetric, '{"score": [20, 10], "reasoning": "r"}', [[RED, GREEN], [RED, BLUE]]),
-        (QwenImageBenchMetric, checklists, [RED, GREEN]),
+        (UnifiedRewardEditMetric, '{"score": [20, 10], "reasoning": "r"}', [RED, RED]),
+        (QwenImageBenchMetric, checklists, None),
     ]
-    for judge, answer, images in judges:
+    images = [GREEN, BLUE]
+    for judge, answer, sources in judges:
         metric = judge(ScriptedEngine(*(answer if isinstance(answer, list) else [answer])))
-        expected = metric.reward(["a", "b"], images).tolist()
+        pictures = list(zip(sources, images, strict=True)) if sources else images
+        expected = metric.reward(["a", "b"], pictures).tolist()
         assert all(map(math.isfinite, expected))
         if adapter == "set":
-            rewards = RewardSet({"judge": metric}).score(["a", "b"], images).reward.tolist()
+            scored = RewardSet({"judge": metric}).score(["a", "b"], images, sources=sources)
+            rewards = scored.reward.tolist()
         else:
             scale = "official" if adapter == "official" else None
-            rewards, _ = to_flow_grpo(metric, scale=scale)()(images, ["a", "b"], [{}, {}])
+            reward_fn = to_flow_grpo(metric, scale=scale)()
+            more = {"ref_images": sources} if sources else {}
+            rewards, _ = reward_fn(images, ["a", "b"], [{}, {}], **more)
         assert rewards == expected, judge
+
+
+def test_which_of_two_edits_is_better_is_no_reward() -> None:
+    metric = UnifiedRewardEditMetric(ScriptedEngine("Edited image 2 is better"))
+    for task in ("edit_pairwise_rank", "edit_pairwise_score"):
+        with pytest.raises(ValueError, match=f"the task {task} compares two edits"):
+            metric.reward("a", [RED, GREEN, BLUE], task)
 
 
 def test_an_engine_that_loses_an_answer_is_found_out() -> None:
