@@ -251,7 +251,6 @@ def test_the_task_of_a_metric_holds_for_its_calls_and_a_call_can_change_it() -> 
     assert metric.compute("a", [RED, GREEN, BLUE]) == [2]
     assert metric.evaluate("a", [RED, GREEN, BLUE])[0]["winner"] == 2
     assert math.isnan(metric.compute("a", [RED, GREEN], task="edit_pointwise_score")[0])
-    assert metric.reward("a", [RED, GREEN, BLUE]).tolist() == [2.0]
     pair = UnifiedRewardEditMetric(ScriptedEngine("Image 1: 2\nImage 2: -1"))
     assert pair.compute("a", [RED, GREEN, BLUE], task="edit_pairwise_score") == [[2.0, -1.0]]
 
@@ -561,8 +560,6 @@ def test_components_are_the_numbers_of_the_rows() -> None:
         metric.components("a", pairs, "edit_pairwise_score"),
         {"image_1_score": [2, math.nan], "image_2_score": [-1, math.nan]},
     )
-    with pytest.raises(ValueError, match=r"score is several here; components\(\) gives image_1_score"):
-        metric.reward("a", pairs, "edit_pairwise_score")
     metric = UnifiedRewardEditMetric(ScriptedEngine("Edited image 2 is better"))
     assert_numbers(
         metric.components("a", pairs, "edit_pairwise_rank"), {"winner": [2, 2], "score": [2, 2]}
