@@ -70,7 +70,7 @@ def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
     before, after = two_runs(tmp_path, 8)
     comparison = compare(before, after)
     path = report(comparison, tmp_path / "report.html", title="Colours")
-    assert path == tmp_path / "new folder" / "report.html"
+    assert path == tmp_path / "report.html"
     page = Page(path)
     assert comparison.verdict in page.text
     assert page.text.index(comparison.verdict) < page.text.index("Means are over prompts")
