@@ -428,7 +428,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         """What made a number: metric, versions, weights and settings, as plain values.
 
         ``"weights"`` is the sha256 of the weight files, or None for a network that was not loaded from
-        files. It is computed at each call, of the files as they are now.
+        files. It is that of the files as they are now.
         """
         from diffsynth_metrics import __version__
 

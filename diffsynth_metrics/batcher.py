@@ -27,7 +27,7 @@ class _Queue:
     def __init__(self) -> None:
         self.waiting: _Waiting = deque()
         self.arrived = Condition()
-        self.thread = ThreadPoolExecutor(1, "diffsynth_metrics_batcher")
+        self.thread = ThreadPoolExecutor(1, "diffsynth_batcher")
 
 
 class Batcher(Generic[_Sample, _Result]):

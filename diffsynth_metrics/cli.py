@@ -829,7 +829,10 @@ def _metric_spec(text: str) -> str:
     """Check ``NAME`` or ``NAME=PATH``, and return it with the name as the catalog has it."""
     name, equals, path = text.partition("=")
     if os.path.exists(text) and not equals:
-        raise argparse.ArgumentTypeError(f"name the data before --metrics: {text!r} is a file or folder")
+        raise argparse.ArgumentTypeError(
+            f"write NAME={text} for weights, and name data before --metrics: {text!r} is a file or "
+            "folder"
+        )
     return f"{_metric_name(name)}{equals}{path}"
 
 

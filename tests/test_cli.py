@@ -138,7 +138,7 @@ def test_wrong_usage_says_what_may_be_meant_and_exits_with_2(run: Run, tmp_path:
         ),
         (("score", "d", "--metrics", "shapes"), "required: --out"),
         (("score", "d", "--metrics", "pikscore", "--out", "a"), "did you mean 'pickscore'?"),
-        (("score", "--metrics", "shapes", tmp_path, "--out", "a"), "name the data before --metrics"),
+        (("score", "--metrics", "shapes", tmp_path, "--out", "a"), "and name data before --metrics"),
         (
             ("score", "d", "--metrics", "shapes", "--out", "a", "--limit", "0"),
             "must be a positive number",

@@ -251,7 +251,6 @@ def test_the_task_of_a_metric_holds_for_its_calls_and_a_call_can_change_it() -> 
     assert metric.compute("a", [RED, GREEN, BLUE]) == [2]
     assert metric.evaluate("a", [RED, GREEN, BLUE])[0]["winner"] == 2
     assert math.isnan(metric.compute("a", [RED, GREEN], task="edit_pointwise_score")[0])
-    assert metric.reward("a", [RED, GREEN, BLUE]).tolist() == [2.0]
     pair = UnifiedRewardEditMetric(ScriptedEngine("Image 1: 2\nImage 2: -1"))
     assert pair.compute("a", [RED, GREEN, BLUE], task="edit_pairwise_score") == [[2.0, -1.0]]
 
@@ -480,21 +479,33 @@ def test_every_judge_is_a_reward(adapter: str) -> None:
         (
             UnifiedReward2Metric,
             "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2",
-            [RED, GREEN],
+            None,
         ),
-        (UnifiedRewardEditMetric, '{"score": [20, 10], "reasoning": "r"}', [[RED, GREEN], [RED, BLUE]]),
-        (QwenImageBenchMetric, checklists, [RED, GREEN]),
+        (UnifiedRewardEditMetric, '{"score": [20, 10], "reasoning": "r"}', [RED, RED]),
+        (QwenImageBenchMetric, checklists, None),
     ]
-    for judge, answer, images in judges:
+    images = [GREEN, BLUE]
+    for judge, answer, sources in judges:
         metric = judge(ScriptedEngine(*(answer if isinstance(answer, list) else [answer])))
-        expected = metric.reward(["a", "b"], images).tolist()
+        pictures = list(zip(sources, images, strict=True)) if sources else images
+        expected = metric.reward(["a", "b"], pictures).tolist()
         assert all(map(math.isfinite, expected))
         if adapter == "set":
-            rewards = RewardSet({"judge": metric}).score(["a", "b"], images).reward.tolist()
+            scored = RewardSet({"judge": metric}).score(["a", "b"], images, sources=sources)
+            rewards = scored.reward.tolist()
         else:
             scale = "official" if adapter == "official" else None
-            rewards, _ = to_flow_grpo(metric, scale=scale)()(images, ["a", "b"], [{}, {}])
+            reward_fn = to_flow_grpo(metric, scale=scale)()
+            more = {"ref_images": sources} if sources else {}
+            rewards, _ = reward_fn(images, ["a", "b"], [{}, {}], **more)
         assert rewards == expected, judge
+
+
+def test_which_of_two_edits_is_better_is_no_reward() -> None:
+    metric = UnifiedRewardEditMetric(ScriptedEngine("Edited image 2 is better"))
+    for task in ("edit_pairwise_rank", "edit_pairwise_score"):
+        with pytest.raises(ValueError, match=f"the task {task} compares two edits"):
+            metric.reward("a", [RED, GREEN, BLUE], task)
 
 
 def test_an_engine_that_loses_an_answer_is_found_out() -> None:
@@ -549,8 +560,6 @@ def test_components_are_the_numbers_of_the_rows() -> None:
         metric.components("a", pairs, "edit_pairwise_score"),
         {"image_1_score": [2, math.nan], "image_2_score": [-1, math.nan]},
     )
-    with pytest.raises(ValueError, match=r"score is several here; components\(\) gives image_1_score"):
-        metric.reward("a", pairs, "edit_pairwise_score")
     metric = UnifiedRewardEditMetric(ScriptedEngine("Edited image 2 is better"))
     assert_numbers(
         metric.components("a", pairs, "edit_pairwise_rank"), {"winner": [2, 2], "score": [2, 2]}

@@ -312,8 +312,8 @@ class TestMetric:
         assert metric.components(prompts, picture)["score"].isnan().tolist() == [True, False]
         with pytest.raises(RewardError, match="no text in quotation marks: 'a sign'"):
             RewardSet({"text": Component(metric)}).score(prompts, [picture] * 2)
-        component = Component(metric, on_failure="nan")
-        result = RewardSet({"text": component}).score(prompts, [picture] * 2)
+        rewards = RewardSet({"text": Component(metric)})
+        result = rewards.score(prompts, [picture] * 2, on_failure="nan")
         assert str(result.reward.tolist()) == "[nan, 1.0]"
 
     def test_the_scale_of_flow_grpo(self, metric: TextRenderingMetric) -> None:

@@ -142,7 +142,8 @@ def check(
         prompts=len(per_prompt),
         pictures_per_prompt=(min(per_prompt.values(), default=0), max(per_prompt.values(), default=0)),
         categories=dict(Counter(sample.category for sample in samples if sample.category is not None)),
-        not_checked=tuple(not_checked),
+        # Of metrics that nobody has named it is no news.
+        not_checked=tuple(not_checked) if metrics is not None else (),
         needs_prompts=metrics is None or any("prompt" in _class_of(one).needs for one in chosen),
     )
 

@@ -20,6 +20,7 @@ __all__ = [
     "INERT_OPTIONS",
     "bytes_of",
     "fingerprint_of",
+    "readable",
     "row_key",
     "storable",
 ]
@@ -35,6 +36,8 @@ INERT = frozenset({"name", "version", "weight_files", "torch"})
 
 INERT_OPTIONS = frozenset({"batch_size", "cache_text", "num_workers", "on_parse_error"})
 """Options of metrics that do not change a score."""
+
+_LIKE_AN_ESCAPE = re.compile(r"\\+(?=ud[89a-f][0-9a-f]{2}|[\ud800-\udfff])")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of a function or object, another in each run
 
@@ -62,18 +65,26 @@ def row_key(id: str, image: str, prompt: str | None, sources: Sequence[str], fin
     """Return the identity of a row: equal content gives an equal key, on every machine.
 
     Args:
-        id: The sample's.
+        id: The sample's, as :func:`storable` returns it.
         image: sha256 of its picture.
-        prompt: Its prompt.
+        prompt: Its prompt, likewise.
         sources: sha256 of each of its sources that the metric uses.
         fingerprint: The metric's, see :func:`fingerprint_of`.
     """
-    prompt = None if prompt is None else storable(prompt)
-    text = json.dumps([storable(id), image, prompt, list(sources), fingerprint])
+    text = json.dumps([id, image, prompt, list(sources), fingerprint])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def storable(text: str) -> str:
+    r"""Return a text that can be written as UTF-8, another one for each text.
+
+    Half a character is written as an escape such as ``\ud800``. Where a text has such an escape itself,
+    its backslashes are doubled, so that the two are not taken for one another.
+    """
+    return readable(_LIKE_AN_ESCAPE.sub(lambda found: 2 * found[0], text))
+
+
+def readable(text: str) -> str:
     """Return a text that can be written as UTF-8: names of files need not be valid Unicode."""
     return text.encode(errors="backslashreplace").decode()
 
@@ -99,19 +110,25 @@ def _definition(cls: type) -> str:
 
 
 def _settings(metric: BaseMetric) -> dict[str, str]:
-    """Return the options of a metric; a provenance has those of ``from_pretrained`` only."""
-    names = {
-        parameter.name
+    """Return the options of a metric; a provenance has those of ``from_pretrained`` only.
+
+    They are attributes with the name of an argument of ``__init__``. Other attributes may be counters
+    and caches, which change without changing a score.
+    """
+    parameters = {
+        parameter.name: parameter
         for cls in type(metric).__mro__
         if "__init__" in vars(cls)
         for parameter in inspect.signature(vars(cls)["__init__"]).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
     }
-    return {
-        name: str(getattr(metric, name))
-        for name in sorted(names - INERT_OPTIONS)
-        if hasattr(metric, name)
-    }
+    settings = {}
+    for name in sorted(parameters.keys() - INERT_OPTIONS):
+        value = getattr(metric, name, None)
+        # Positional arguments are options only where they are plain: others are the network and such.
+        by_name = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY and hasattr(metric, name)
+        if by_name or isinstance(value, (str, int, float)):
+            settings[name] = str(value)
+    return settings
 
 
 def _digest_of_network(network: nn.Module) -> str:

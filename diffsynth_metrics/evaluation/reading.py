@@ -14,7 +14,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.evaluation.fingerprint import bytes_of, storable
+from diffsynth_metrics.evaluation.fingerprint import bytes_of, readable, storable
 from diffsynth_metrics.evaluation.run_folder import SAMPLES, table_of
 from diffsynth_metrics.evaluation.samples import PackedImage, Sample
 from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, open_image
@@ -170,11 +170,11 @@ def sample_row(sample: Sample) -> dict[str, str | list[str] | None]:
         "seed": sample.seed,
         "category": sample.category,
         "prompt": sample.prompt,
-        "image": _absolute(reference_of(sample.image)),
     }
     return {
         **{name: None if text is None else storable(str(text)) for name, text in texts.items()},
-        "sources": [storable(_absolute(reference_of(source))) for source in sample.sources],
+        "image": readable(_absolute(reference_of(sample.image))),
+        "sources": [readable(_absolute(reference_of(source))) for source in sample.sources],
     }
 
 

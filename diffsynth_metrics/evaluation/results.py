@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -78,11 +80,14 @@ class Results:
 
         Raises:
             FileNotFoundError: There is no such folder, or it is no run folder.
-            ValueError: A file that describes the run cannot be read; the message says what to do.
+            ValueError: A file that describes the run, or the folder of the rows, is not there or cannot
+                be read; the message says what to do.
         """
         folder = RunFolder(path)
         description = folder.read_description()
         samples, metrics = folder.read_samples(), description["metrics"]
+        if not all(made.get("scores_sets") for made in metrics.values()):
+            folder.check_parts()
         images = digest_of_images(samples.column("image_sha256").to_pylist())
         return cls(
             folder.path.resolve().name,
@@ -170,12 +175,15 @@ class Results:
                 part = of_metric[_same(of_metric["category"], category)] if by_category else of_metric
                 scored = part.dropna(subset=["score"])
                 means = scored.groupby("prompt_id", sort=False)["score"].mean()
+                with np.errstate(over="ignore", invalid="ignore"):  # of scores near a float's limit
+                    mean = float(means.mean()) if len(means) else None
+                    error = float(means.sem()) if len(means) > 1 else None
                 rows.append(
                     (
                         label,
                         *([category] if by_category else []),
-                        float(means.mean()) if len(means) else None,
-                        float(means.sem()) if len(means) > 1 else None,
+                        mean,
+                        error,
                         len(means),
                         len(scored),
                         len(part) - len(scored),
@@ -190,12 +198,28 @@ class Results:
         )
 
     def failures(self) -> Table:
-        """Return the samples without a score: id, metric, image and the reason."""
+        """Return the samples without a score: id, metric, image and the reason.
+
+        For a metric of sets such as FID these are the pictures that do not exist or whose files could
+        not be read; a note says how many it left out in all.
+        """
         failed = self._rows.filter(pc.is_valid(self._rows.column("error_type")))
         columns = [
             _plain(failed.column(name)).to_pylist() for name in ("id", "metric", "image", "error")
         ]
-        return Table(("id", "metric", "image", "reason"), tuple(zip(*columns, strict=True)))
+        rows = list(zip(*columns, strict=True))
+        unread = self._samples.filter(pc.equal(self._samples.column("image_sha256"), ""))
+        of_sets = [one for one in self.sets if one.get("skipped")]
+        for one in of_sets:
+            for id, image in zip(
+                *(unread.column(name).to_pylist() for name in ("id", "image")), strict=True
+            ):
+                rows.append((id, one["metric"], image, "the file could not be read"))
+        notes = [
+            f"{one['metric']} left out {one['skipped']:,} pictures, which the log names"
+            for one in of_sets
+        ]
+        return Table(("id", "metric", "image", "reason"), tuple(rows), notes=tuple(notes))
 
     def save_csv(self, path: str | os.PathLike[str]) -> None:
         """Write what :meth:`to_pandas` returns as a CSV file; sources are a JSON list."""
@@ -245,6 +269,8 @@ class Results:
             for one in self.sets
         ]
         failed = self._rows.num_rows - self._rows.column("error_type").null_count
+        if not self._rows.num_rows and self._labels():
+            notes.append("there are no rows: nothing was scored yet, or the parts were deleted")
         if failed:
             notes.append(f"{failed:,} of {self._rows.num_rows:,} rows have no score; see failures()")
         return tuple(notes)
@@ -262,7 +288,9 @@ def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with what its other columns say of it."""
     if unknown := sorted(row.keys() - set(ROWS.names)):
         raise ValueError(f"a row has no column {unknown[0]!r}; there are {', '.join(ROWS.names)}")
-    score = float(row["score"]) if row.get("score") is not None else float("nan")
+    score = float(row["score"]) if row.get("score") is not None else math.nan
+    if not math.isfinite(score):
+        score = math.nan
     completed = {
         "image": "",
         "sources": [],
@@ -270,7 +298,7 @@ def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
         "score": score,
         "prompt_id": prompt_id(row.get("prompt_id"), row.get("prompt"), row["id"]),
     }
-    if score != score and row.get("error_type") is None:
+    if math.isnan(score) and row.get("error_type") is None:
         completed["error_type"], completed["error"] = (
             "ArithmeticError",
             "the score is not a finite number",

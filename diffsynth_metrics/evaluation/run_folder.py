@@ -13,11 +13,12 @@ it or nothing, whenever the writer is killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,13 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Name a folder, which need not exist."""
+        """Name a folder, which need not exist.
+
+        Raises:
+            ValueError: The name is empty.
+        """
+        if not os.fspath(path):
+            raise ValueError("name the run folder, such as 'runs/a': the name is empty")
         self.path = Path(path).expanduser()
 
     @contextmanager
@@ -164,11 +171,11 @@ class RunFolder:
         """Return the samples of the last call.
 
         Raises:
-            ValueError: The file is damaged.
+            ValueError: The file is damaged or not there.
         """
         file = self.path / "samples.parquet"
-        if not file.is_file():  # killed between the two
-            return table_of([], SAMPLES)
+        if not file.is_file():  # it is written before run.json
+            raise ValueError(f"score again, which keeps all rows: somebody deleted {file}")
         try:
             return pq.read_table(file, schema=SAMPLES, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
@@ -179,6 +186,15 @@ class RunFolder:
     def write_samples(self, samples: pa.Table) -> None:
         """Replace the samples of the last call."""
         self._write(self.path / "samples.parquet", _encoded(samples))
+
+    def check_parts(self) -> None:
+        """Check that the rows are there.
+
+        Raises:
+            ValueError: Their folder is not.
+        """
+        if not (self.path / "parts").is_dir():
+            raise ValueError(f"score again: somebody deleted {self.path / 'parts'}, which had the rows")
 
     def append(self, rows: pa.Table) -> None:
         """Write a part.
@@ -257,9 +273,10 @@ class RowWriter:
         self._begun = self._closed = clock()
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Take a row, and write a part where one is due."""
-        self._rows.append(row)
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Take rows that were made together, and write a part where one is due."""
+        for row in rows:  # one by one: those before an error are kept
+            self._rows.append(row)
         now = self._clock()
         wait = max(self._shortest, min(self._longest, (now - self._begun) / 10))
         if now - self._closed >= wait or len(self._rows) >= _ROWS_OF_PART:
@@ -288,9 +305,15 @@ def _explained(folder: Path) -> Iterator[None]:
     except BlockingIOError:
         raise
     except OSError as error:
-        explained = type(error)(
-            f"make space, or choose another out=: {folder} cannot be written to "
-            f"({error.strerror or error}). What was written before is whole, and the same call goes on"
-        )
+        reason = error.strerror or error
+        message = f"choose another out=: {folder} cannot be written to ({reason})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = (
+                f"make space, or choose another out=: {folder} cannot be written to ({reason}). What "
+                "was written before is whole, and the same call goes on"
+            )
+        elif isinstance(error, (FileExistsError, NotADirectoryError)):
+            message = f"choose another out=: {folder} is not a folder, or is inside of a file ({reason})"
+        explained = type(error)(message)
         explained.errno = error.errno
         raise explained from error

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from diffsynth_metrics import __version__
 from diffsynth_metrics.base import BaseMetric
 from diffsynth_metrics.errors import AnswerError, CheckpointError, DownloadError, ImageError
-from diffsynth_metrics.evaluation.fingerprint import fingerprint_of, row_key, storable
+from diffsynth_metrics.evaluation.fingerprint import fingerprint_of, readable, row_key, storable
 from diffsynth_metrics.evaluation.reading import (
     OF_SAMPLES,
     Item,
@@ -57,8 +59,8 @@ class Run:
         progress: Whether a terminal shows progress bars.
         keeps: Whether the folder stays, so that answers and statistics are worth keeping.
         resume: Whether what is in the folder is used.
-        known: Label of a metric to the keys of its rows that are there already, and whether they have a
-            score.
+        known: Label of a metric to the keys of its rows that are there already, and why they have no
+            score; None where they have one.
         metrics: Label to what made the scores, as run.json has it.
         sets: Results of metrics of sets, as run.json has them.
         id: Name of this call.
@@ -70,7 +72,7 @@ class Run:
     progress: bool
     keeps: bool
     resume: bool
-    known: dict[str, dict[str, bool]]
+    known: dict[str, dict[str, str | None]]
     metrics: dict[str, dict[str, Any]]
     sets: list[dict[str, Any]]
     id: str = field(default_factory=lambda: uuid4().hex[:12])
@@ -83,6 +85,8 @@ class Run:
 
     def describe(self, label: str, metric: BaseMetric, **more: Any) -> dict[str, Any]:
         """Note in run.json what makes the scores of a label, and return it."""
+        if not hasattr(metric, "options"):  # a judge on an engine of the caller's
+            metric.options = {}
         provenance = metric.provenance
         made = {
             **provenance,
@@ -123,22 +127,22 @@ def score_samples(run: Run, label: str, metric: BaseMetric) -> None:
                 begun = time.monotonic()
                 outcomes = _outcomes(metric, [item for item, _ in chunk.items])
                 seconds = time.monotonic() - begun
-                for row in rows.of(chunk, outcomes, seconds):
-                    writer.add(row)
+                writer.add(rows.of(chunk, outcomes, seconds))
                 bar.update(chunk.looked_at)
                 if chunk.items:
-                    size = _next_size(size, seconds, smallest)
+                    size = _next_size(size, seconds / len(chunk.items), smallest)
         finally:
             writer.close()
-    rows.warn_if_none()
+    if None not in run.known.get(label, {}).values():
+        rows.warn_if_none()
 
 
 def _next_size(size: int, seconds: float, smallest: int) -> int:
-    """Return how many samples the next chunk has, after one took some seconds."""
+    """Return how many samples the next chunk has, where one takes some seconds."""
     shortest, longest = _CHUNK_SECONDS
-    if seconds < shortest:
+    if 2 * size * seconds <= shortest:
         return min(2 * size, _LARGEST_CHUNK)
-    return max(size // 2, smallest) if seconds > longest else size
+    return max(size // 2, smallest) if size * seconds > longest else size
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,13 @@ class _Chunks:
     """The samples that have no row yet, a chunk at a time; memory is bounded by number and by bytes."""
 
     def __init__(
-        self, run: Run, metric: BaseMetric, fingerprint: str, known: Mapping[str, bool], *, retry: bool
+        self,
+        run: Run,
+        metric: BaseMetric,
+        fingerprint: str,
+        known: Mapping[str, str | None],
+        *,
+        retry: bool,
     ) -> None:
         self._reader = run.reader
         self._metric = metric
@@ -181,19 +191,33 @@ class _Chunks:
         ):
             index = self._next
             self._next += 1
-            if not self._has_row(self._key(index)):
-                item = self._reader.read(index, sources=self._needs_sources)
-                key = self._key(index)
-                assert key is not None
-                if not self._has_row(key):
-                    items.append((self._checked(item), key))
-                    size += item.size
+            if self._has_score(self._key(index)):
+                continue
+            item = self._checked(self._reader.read(index, sources=self._needs_sources))
+            key = self._key(index)
+            assert key is not None
+            if not self._has_row(key, item.problem):
+                items.append((item, key))
+                size += item.size
         return _Chunk(self._next - first, items)
 
-    def _has_row(self, key: str | None) -> bool:
-        """Tell whether a row need not be made: one without a score is made again where it may change."""
-        scored = self._known.get(key) if key is not None else None
-        return scored is not None and (scored or not self._retry)
+    def _has_score(self, key: str | None) -> bool:
+        return key is not None and key in self._known and self._known[key] is None
+
+    def _has_row(self, key: str, problem: Exception | None) -> bool:
+        """Tell whether a row need not be made: one without a score is made again where it may change.
+
+        Args:
+            key: The row's.
+            problem: Why the sample cannot be scored now, as far as its files say it. All files that
+                cannot be read have one key, so the reason may be another than the row's.
+        """
+        if key not in self._known:
+            return False
+        reason = self._known[key]
+        if reason is None:
+            return True
+        return not self._retry and (problem is None or readable(str(problem)) == reason)
 
     def _key(self, index: int) -> str | None:
         """Return the key of a sample's row, or None where its content is not known yet."""
@@ -201,7 +225,8 @@ class _Chunks:
         sources = self._reader.sources_sha256[index] if self._needs_sources else ()
         if image is None or sources is None:
             return None
-        return row_key(sample.id, image, sample.prompt, sources, self._fingerprint)
+        prompt = None if sample.prompt is None else storable(sample.prompt)
+        return row_key(storable(sample.id), image, prompt, sources, self._fingerprint)
 
     def _checked(self, item: Item) -> Item:
         if item.problem is None and self._needs_prompt and item.sample.prompt is None:
@@ -234,9 +259,38 @@ def _evaluated(metric: BaseMetric, items: Sequence[Item]) -> list[dict[str, Any]
             return [_with_file_name(error, items[0])]
         middle = len(items) // 2
         return _evaluated(metric, items[:middle]) + _evaluated(metric, items[middle:])
-    if len(rows) != len(items):
-        raise RuntimeError(f"{type(metric).__name__} gave {len(rows)} rows to {len(items)} samples")
+    _check_rows(type(metric).__name__, rows, len(items))
     return list(rows)
+
+
+def _check_rows(name: str, rows: Any, count: int) -> None:
+    """Check what a metric gave; what is wrong with it is no sample's fault.
+
+    Raises:
+        TypeError: It is no list of dicts with a number or None as ``"score"``.
+        RuntimeError: It is not one row per sample.
+    """
+    wanted = (
+        f"{name}.evaluate must return a list of dicts with a 'score', a number or None, one per sample"
+    )
+    if not isinstance(rows, (list, tuple)):
+        raise TypeError(f"{wanted}; it returned {type(rows).__name__}")
+    if len(rows) != count:
+        raise RuntimeError(f"{wanted}; it gave {len(rows)} rows to {count} samples")
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{wanted}; it returned a list of {type(row).__name__}")
+        if "score" not in row:
+            raise TypeError(
+                f"{wanted}; it returned {', '.join(map(str, row)) or 'nothing'} and no 'score'"
+            )
+        score = row["score"]
+        if score is not None and not isinstance(score, Real):
+            raise TypeError(f"{wanted}; it returned the score {score!r:.100}")
+        try:
+            float(score or 0)
+        except OverflowError:
+            raise TypeError(f"{wanted}; it returned an int that is too large for a float") from None
 
 
 def _with_file_name(error: Exception, item: Item) -> Exception:
@@ -304,7 +358,7 @@ class _Rows:
                 "score": score,
                 "components": components,
                 "error_type": None if problem is None else type(problem).__name__,
-                "error": None if problem is None else storable(str(problem)),
+                "error": None if problem is None else readable(str(problem)),
                 "key": key,
                 "seconds": seconds / len(chunk.items),
             }
@@ -328,19 +382,19 @@ def _reading(outcome: dict[str, Any] | Exception) -> tuple[float, str | None, Ex
     if isinstance(outcome, Exception):
         text = outcome.text if isinstance(outcome, AnswerError) else ""
         return math.nan, json.dumps({"raw_text": text}) if text else None, outcome
-    components = storable(json.dumps(plain(outcome), ensure_ascii=False, default=str))
-    score, reason = outcome.get("score"), outcome.get("error")
-    if isinstance(score, (int, float)) and math.isfinite(score):
+    components = readable(json.dumps(plain(outcome), ensure_ascii=False, default=str))
+    score, reason = outcome["score"], outcome.get("error")
+    if score is not None and math.isfinite(score):
         return float(score), components, None
     if reason is not None:
         return math.nan, components, AnswerError(str(reason))
-    if score is None or isinstance(score, float):
-        return math.nan, components, ArithmeticError("the score is not a finite number")
-    return math.nan, components, TypeError(f"the score is not one number but {score!r}")
+    return math.nan, components, ArithmeticError("the score is not a finite number")
 
 
 def plain(value: Any) -> Any:
     """Return a value as JSON can say it: what is not a finite number is None."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

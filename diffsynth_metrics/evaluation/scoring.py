@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -76,8 +77,9 @@ def score(
 
     Raises:
         ValueError: There are no samples, two have one id, a metric is not known (the message suggests
-            one) or two have one label, or a metric of sets has no reference.
-        TypeError: Something is no sample or no metric.
+            one) or two have one label, a metric of sets has no reference, or `out` is empty.
+        TypeError: Something is no sample or no metric, a sample's field is of the wrong type, or a metric
+            does not return one dict with a number as ``"score"`` per sample.
         FileNotFoundError: The reference does not exist.
         BlockingIOError: Another process is writing to `out`.
         OSError: `out` cannot be written to, or the disk is full.
@@ -85,6 +87,8 @@ def score(
     """
     samples = _checked_samples(samples, limit)
     wanted = _wanted(metrics)
+    if out is not None:
+        RunFolder(out)  # checks the name
     if on_error not in get_args(OnError):
         raise ValueError(f"on_error must be 'record' or 'raise', got {on_error!r}")
     if batch_size is not None:
@@ -119,12 +123,15 @@ def _checked_samples(samples: Sequence[Sample], limit: int | None) -> Sequence[S
         raise TypeError(f"pass read_samples({os.fspath(samples)!r}): samples are a sequence of Sample")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit must be a positive int, got {limit!r}")
+    if not isinstance(samples, Sequence):
+        raise TypeError(f"pass list(samples): samples are a sequence, got {type(samples).__name__}")
     samples = samples[:limit]
     if not len(samples):
         raise ValueError("there are no samples to score")
     for index, sample in enumerate(samples):
         if not isinstance(sample, Sample):
             raise TypeError(f"item {index} of samples must be a Sample, got {type(sample).__name__}")
+        _check_fields(index, sample)
     id, count = Counter(sample.id for sample in samples).most_common(1)[0]
     if count > 1:
         raise ValueError(
@@ -132,6 +139,22 @@ def _checked_samples(samples: Sequence[Sample], limit: int | None) -> Sequence[S
             "by the id"
         )
     return samples
+
+
+def _check_fields(index: int, sample: Sample) -> None:
+    """Check the texts of a sample, which tables of others often hold as numbers or NaN."""
+    numbers_too = (str, Integral, type(None))
+    for name, kinds, wanted in (
+        ("id", str, "a str"),
+        ("prompt", (str, type(None)), "a str or None"),
+        ("sources", (list, tuple), "a tuple of images"),
+        ("prompt_id", numbers_too, "a str or None"),
+        ("seed", numbers_too, "a str or None"),
+        ("category", numbers_too, "a str or None"),
+    ):
+        value = getattr(sample, name)
+        if not isinstance(value, kinds):
+            raise TypeError(f"{name} of sample {index} must be {wanted}, got {value!r:.100}")
 
 
 @dataclass(frozen=True)
@@ -153,6 +176,12 @@ class _Wanted:
         if isinstance(self.metric, BaseMetric):
             return type(self.metric)
         if isinstance(self.metric, type) and issubclass(self.metric, BaseMetric):
+            if not hasattr(self.metric, "default_model") and _inherits_loading(self.metric):
+                name = self.metric.__name__
+                raise TypeError(
+                    f"pass a loaded {name}: its class has no default_model, so that nothing says where "
+                    "the weights are"
+                )
             return self.metric
         raise TypeError(f"a metric is a name, a class or a loaded metric, got {self.metric!r}")
 
@@ -172,6 +201,12 @@ class _Wanted:
         if isinstance(self.metric, str):
             return load_metric(self.metric, **options)
         return self.metric.from_pretrained(**options)
+
+
+def _inherits_loading(cls: type[BaseMetric]) -> bool:
+    """Tell whether a class is loaded as all are, and not in a way of its own."""
+    defining = next(one for one in cls.__mro__ if "from_pretrained" in vars(one))
+    return defining is BaseMetric
 
 
 def _wanted(
@@ -219,15 +254,15 @@ def _begin(folder: RunFolder, samples: Sequence[Sample], *, resume: bool, **sett
     """Find out what a folder has already; it is locked."""
     metrics: dict[str, dict[str, Any]] = {}
     sets: list[dict[str, Any]] = []
-    known: dict[str, dict[str, bool]] = {}
+    known: dict[str, dict[str, str | None]] = {}
     if (folder.path / "run.json").exists():
         description = folder.read_description()
         metrics, sets = description["metrics"], description["sets"]
     for part in folder.parts(repair=True):
-        columns = [part.column(name).to_pylist() for name in ("metric", "key", "error_type")]
-        for label, key, error_type in zip(*columns, strict=True):
+        columns = [part.column(name).to_pylist() for name in ("metric", "key", "error")]
+        for label, key, error in zip(*columns, strict=True):
             if resume:
-                known.setdefault(label, {})[key] = error_type is None
+                known.setdefault(label, {})[key] = error
     return Run(
         folder=folder,
         reader=SampleReader(samples),
@@ -243,8 +278,8 @@ def _score_all(
     run: Run, wanted: Mapping[str, _Wanted], reference: Reference | None, **options: Any
 ) -> None:
     """Score with one metric after the other."""
-    run.folder.write_description(run.metrics, run.sets)
     run.folder.write_samples(run.reader.table())
+    run.folder.write_description(run.metrics, run.sets)
     try:
         for label, one in wanted.items():
             device = _score_one(run, label, one.load(options), reference)

@@ -200,6 +200,22 @@ class UnifiedRewardEditMetric(JudgeMetric):
 
         return self._rows(samples, questions, row)
 
+    def reward(
+        self, prompt: str | Sequence[str] | None, images: Any, *asked: Any, **options: Any
+    ) -> Tensor:
+        """Score like :meth:`compute`, see :meth:`JudgeMetric.reward`.
+
+        Raises:
+            ValueError: The task compares two edits: which one is better is no reward of either.
+        """
+        task = _checked_task(options.get("task") or (asked[0] if asked and asked[0] else self.task))
+        if _TASKS[task].images == _PAIR:
+            raise ValueError(
+                f"the task {task} compares two edits, and its answer is no reward of either; use a "
+                "pointwise task"
+            )
+        return super().reward(prompt, images, *asked, **options)
+
     def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
         """Return the values of the task, and its score where it is one number."""
         names = {"score", *(name for task in _TASKS.values() for name in task.values)}

@@ -441,6 +441,10 @@ def _checks(
     name: str, config: ModelConfig, parts: Sequence[Part], pictures: str | os.PathLike[str] | None
 ) -> Iterator[Check]:
     """Yield one check after the other, from the cheap to the expensive."""
+    if parts and not parts[0].files.names() and not parts[0].files.interrupted:
+        folder = parts[0].repository.folder
+        yield Check("files", "failed", f"Run diffsynth-metrics download {name}: no weights in {folder}")
+        return
     try:
         files = weight_files(config.resolve())
         layout = read_layout(files)

@@ -54,6 +54,20 @@ class TestSummary:
         (nothing,) = Results.from_rows([], metrics={"m": {}}, samples=samples).summary().records()
         assert (nothing["mean"], nothing["scored"], nothing["missing"]) == (None, 0, 3)
 
+    def test_an_infinite_score_has_failed_and_is_in_no_mean(self) -> None:
+        rows = [
+            row("a", math.inf),
+            row("b", -math.inf),
+            row("c", 2.0),
+            row("d", 1e308),
+            row("e", 1.7e308),
+        ]
+        results = Results.from_rows(rows[:3])  # pytest turns a RuntimeWarning into an error
+        (summary,) = results.summary().records()
+        assert (summary["mean"], summary["scored"], summary["failed"]) == (2.0, 1, 2)
+        assert [one[3] for one in results.failures().rows] == ["the score is not a finite number"] * 2
+        assert Results.from_rows(rows).summary().records()[0]["scored"] == 3
+
     def test_it_says_that_scores_are_missing(self) -> None:
         assert "1 of 5 rows have no score" in str(Results.from_rows(SEEDS, name="mine"))
         assert "mine: 5 samples" in str(Results.from_rows(SEEDS, name="mine"))
@@ -142,6 +156,22 @@ class TestFolders:
         assert len(score(samples, metric, out=tmp_path / "run")) == 6
         assert metric.asked == 6
 
+    def test_what_was_deleted_is_said(self, tmp_path: Path) -> None:
+        metric, out = Brightness(), tmp_path / "run"
+        samples = gray_files(tmp_path / "pictures", 6)
+        score(samples, metric, out=out)
+        (out / "samples.parquet").unlink()
+        with pytest.raises(ValueError, match=r"score again, which keeps all rows: .*samples\.parquet"):
+            Results.open(out)
+        assert len(score(samples, metric, out=out)) == 6 and metric.asked == 6
+        for part in (out / "parts").iterdir():
+            part.unlink()
+        assert "there are no rows" in str(Results.open(out))
+        (out / "parts").rmdir()
+        with pytest.raises(ValueError, match=r"score again: .*parts"):
+            Results.open(out)
+        assert "there are no rows" not in str(score(samples, metric, out=out))
+
 
 class TestRowWriter:
     def test_parts_are_closed_by_time_soon_at_first_and_seldom_later(self, tmp_path: Path) -> None:
@@ -152,7 +182,7 @@ class TestRowWriter:
             for second in range(1, 1000):
                 now[0] = float(second)
                 before = len(list((folder.path / "parts").iterdir()))
-                writer.add(row(str(second), 1.0))
+                writer.add([row(str(second), 1.0)])
                 if len(list((folder.path / "parts").iterdir())) > before:
                     sizes.append(second)
             writer.close()

@@ -12,7 +12,9 @@ import tempfile
 import warnings
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,10 @@ from classes import _CLASSES
 from counting import Brightness, Difference, Wordiness, gray, gray_files
 
 from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric, UnifiedRewardEditMetric
-from diffsynth_metrics.base import BaseMetric
+from diffsynth_metrics.base import BaseMetric, ImageMetric
 from diffsynth_metrics.evaluation import Results, Sample, SampleSet, sample_scoring, score
 from diffsynth_metrics.evaluation.fingerprint import CHANGES_SCORES, INERT, fingerprint_of
-from diffsynth_metrics.evaluation.run_folder import ROWS, RunFolder
+from diffsynth_metrics.evaluation.run_folder import ROWS, RowWriter, RunFolder
 from diffsynth_metrics.testing import ScriptedEngine
 
 COLUMNS = [
@@ -125,6 +127,43 @@ class TestRows:
             results = score([Sample(file, "a\ud800", file)], metric, out=tmp_path / "run")
         assert scores(results) == {file.encode(errors="backslashreplace").decode(): 1.0}
         assert metric.asked == 1
+
+    def test_texts_that_only_look_alike_in_a_file_are_told_apart(
+        self, tmp_path: Path, samples: list[Sample]
+    ) -> None:
+        texts = ["a\ud800", "a\\ud800", "a\\\ud800", "a\\\\ud800", "a\\n", "a\\\\n"]
+        by_id = [replace(samples[index], id=text) for index, text in enumerate(texts)]
+        assert list(scores(score(by_id, Brightness)).values()) == list(range(len(texts)))
+        out = tmp_path / "run"
+        for text in texts:
+            results = score([replace(samples[0], prompt=text)], Wordiness, out=out)
+            refused = "\ud800" in text  # metrics take no prompt that is not Unicode
+            expected = math.nan if refused else len(text)
+            assert scores(results, "Wordiness")["s0"] == pytest.approx(expected, nan_ok=True)
+            assert len(results.failures().rows) == refused
+        assert scores(Results.open(out), "Wordiness") == {"s0": len(texts[-1])}
+        kept = json.loads(score(by_id[:1], Quoting).to_pandas()["components"][0])
+        assert kept["text"] == texts
+
+
+class Quoting(Brightness):
+    """Says texts that are hard to write to a file."""
+
+    def evaluate(self, images: Any) -> Any:
+        texts = ["a\ud800", "a\\ud800", "a\\\ud800", "a\\\\ud800", "a\\n", "a\\\\n"]
+        return [{"score": 1.0, "text": texts} for _ in images]
+
+
+class Returning(Brightness):
+    """Returns what it is told to for each picture, or as a whole."""
+
+    returned: Any = None
+
+    def evaluate(self, images: Any) -> Any:
+        self.count(images)
+        if callable(self.returned):
+            return self.returned(len(images))
+        return [{"score": self.returned} for _ in images]
 
 
 class TestWhatIsAskedAgain:
@@ -256,6 +295,57 @@ class TestWhatIsAskedAgain:
         samples[2].image.write_bytes(contents)
         assert scores(score(samples, metric, out=out))["s2"] == 2
         assert metric.asked == 10
+
+    def test_another_failure_of_a_file_gets_its_own_reason(
+        self, tmp_path: Path, samples: list[Sample], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        metrics, out = [Brightness(), Wordiness()], tmp_path / "run"
+        file = samples[2].image
+        moved = [*samples[:2], replace(samples[2], image=tmp_path / "gone.png"), *samples[3:]]
+        file.unlink()
+        results = score(samples, metrics, out=out)
+        assert [str(file) in row[3] for row in results.failures().rows] == [True, True]
+        written = parts(out)
+        score(samples, metrics, out=out)
+        assert parts(out) == written  # the same reason
+        for given, reason in ((moved, "gone.png"), (samples, str(file))):
+            results = score(given, metrics, out=out)
+            assert [reason in row[3] for row in results.failures().rows] == [True, True]
+            assert scores(Results.open(out)).keys() == {sample.id for sample in samples}
+        file.mkdir()
+        assert "is a folder" in score(samples, metrics, out=out).failures().rows[0][3]
+        assert [metric.asked for metric in metrics] == [9, 9]
+        assert "no score at all" not in caplog.text
+
+    def test_a_picture_that_is_broken_is_not_written_again(
+        self, tmp_path: Path, samples: list[Sample]
+    ) -> None:
+        samples[1].image.write_bytes(b"no picture")
+        samples[4].image.write_bytes(samples[4].image.read_bytes()[:45])
+        samples[5] = replace(samples[5], prompt=None)
+        metric, out = Wordiness(), tmp_path / "run"
+        score(samples, metric, out=out)
+        written = parts(out)
+        score(samples, metric, out=out)
+        assert parts(out) == written
+
+    def test_an_argument_that_is_an_attribute_changes_the_scores(
+        self, tmp_path: Path, samples: list[Sample]
+    ) -> None:
+        class Scaled(Brightness):
+            def __init__(self, scale: float = 1.0) -> None:
+                super().__init__()
+                self.scale = scale
+
+            def components(self, images: Any) -> Any:
+                return {"score": super().components(images)["score"] * self.scale}
+
+        metric, out = Scaled(), tmp_path / "run"
+        score(samples, metric, out=out)
+        metric.scale = 2.0
+        assert scores(score(samples, metric, out=out), "Scaled")["s4"] == 8
+        score(samples, metric, out=out)
+        assert metric.asked == 20
 
 
 class TestBadSamples:
@@ -425,7 +515,65 @@ class TestMetrics:
         ):
             with pytest.raises(error, match=message):
                 score(given, Brightness, out=tmp_path / "run")
+        for name, value in (
+            ("id", 3), ("id", None), ("prompt", 3), ("prompt", b"a"), ("prompt", math.nan),
+            ("sources", None), ("sources", "a.png"), ("seed", math.nan), ("category", 1.5),
+            ("prompt_id", ["p"]),
+        ):  # fmt: skip
+            with pytest.raises(TypeError, match=f"^{name} of sample 1 must be"):
+                score(
+                    [samples[0], replace(samples[1], **{name: value})], Brightness, out=tmp_path / "run"
+                )
+        with pytest.raises(TypeError, match=r"pass list\(samples\).*generator"):
+            score((one for one in samples), Brightness, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+    def test_numbers_are_seeds_too(self, samples: list[Sample]) -> None:
+        frame = score([replace(samples[0], seed=np.int64(7))], Brightness).to_pandas()
+        assert frame["seed"][0] == "7"
+
+    def test_a_class_that_does_not_know_its_weights_is_said(self, samples: list[Sample]) -> None:
+        class Bare(ImageMetric):
+            def components(self, images: Any) -> Any:
+                return {}
+
+        with pytest.raises(TypeError, match="pass a loaded Bare: its class has no default_model"):
+            score(samples, [Brightness, Bare])
+
+    def test_numbers_of_numpy_are_scores(self, samples: list[Sample]) -> None:
+        for number in (np.float32(1.5), np.float64(1.5), np.int64(2), 2, 1.5):
+            metric = Returning()
+            metric.returned = number
+            row = score(samples[:1], metric).to_pandas().iloc[0]
+            assert row["score"] == number
+            assert json.loads(row["components"]) == {"score": number}
+        for number in (np.float32("inf"), -math.inf, np.float64("nan"), None):
+            metric.returned = number
+            row = score(samples[:1], metric).to_pandas().iloc[0]
+            assert math.isnan(row["score"])
+            assert row["error"] == "the score is not a finite number"
+
+    def test_a_metric_that_returns_something_else_is_at_fault_and_not_its_samples(
+        self, tmp_path: Path, samples: list[Sample]
+    ) -> None:
+        metric = Returning()
+        for returned, message in (
+            (lambda count: [1.0] * count, "a list of float"),
+            (lambda count: None, "it returned NoneType"),
+            (lambda count: ({"score": 1.0} for _ in range(count)), "it returned generator"),
+            (lambda count: [{"value": 1.0}] * count, "it returned value and no 'score'"),
+            (lambda count: [{}] * count, "it returned nothing and no 'score'"),
+            ("3", "the score '3'"),
+            ([3.0], r"the score \[3.0\]"),
+            (10**400, "too large"),
+        ):
+            metric.returned = returned
+            with pytest.raises(TypeError, match=f"^Returning.evaluate must return.*{message}"):
+                score(samples, metric, out=tmp_path / "run")
+        metric.returned = lambda count: [{"score": 1.0}] * (count + 1)
+        with pytest.raises(RuntimeError, match="gave 5 rows to 4 samples"):
+            score(samples, metric, out=tmp_path / "run")
+        assert len(Results.open(tmp_path / "run")) == 0
 
     def test_each_is_freed_before_the_next_is_loaded(self, samples: list[Sample]) -> None:
         alive: list[Any] = []
@@ -468,6 +616,32 @@ class TestMetrics:
     def test_without_out_the_rows_are_in_memory(self, samples: list[Sample]) -> None:
         results = score(SampleSet(samples, source="data/mine.csv"), Brightness)
         assert (results.name, results.path, len(results)) == ("mine", None, 10)
+
+    def test_the_first_rows_of_a_slow_metric_are_soon_on_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [0.0]
+        written: list[tuple[float, int]] = []
+
+        class Slow(Brightness):
+            def count(self, images: Any) -> None:
+                super().count(images)
+                now[0] += 0.03 * len(images)
+
+        def append(folder: RunFolder, rows: Any) -> None:
+            written.append((now[0], rows.num_rows))
+
+        clock = SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr(sample_scoring, "time", clock)
+        monkeypatch.setattr(sample_scoring, "RowWriter", partial(RowWriter, clock=clock.monotonic))
+        monkeypatch.setattr(RunFolder, "append", append)
+        metric = Slow()
+        score(gray_files(tmp_path / "pictures", 256), metric, out=tmp_path / "run")
+        seconds, rows = zip(*written, strict=True)
+        assert metric.chunks[0] == 4
+        assert seconds[0] < 3
+        assert rows[0] == pytest.approx(seconds[0] / 0.03)  # all that was scored until then
+        assert max(np.diff(seconds)) < 3
 
     def test_memory_is_bounded_by_number_and_by_bytes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -577,6 +751,12 @@ class TestJudges:
         assert set(first.to_pandas()["fingerprint"]).isdisjoint(again.to_pandas()["fingerprint"])
         assert set(scores(again, "unified_reward_2").values()) == {3.0}
 
+    def test_an_engine_with_a_network_of_the_callers_is_asked(self, samples: list[Sample]) -> None:
+        engine = ScriptedEngine(self.ANSWER)
+        engine.model = torch.nn.Linear(1, 1)
+        results = score(samples[:2], UnifiedReward2Metric(engine))
+        assert set(scores(results, "unified_reward_2").values()) == {3.0}
+
     def test_the_engine_comes_back_when_scoring_fails(
         self, tmp_path: Path, samples: list[Sample]
     ) -> None:
@@ -665,9 +845,13 @@ class TestSets:
         gray_files(tmp_path / "real", 8, start=100)
         samples[3].image.write_bytes(b"no picture")
         samples[4].image.unlink()
-        (result,) = score(samples, fid, reference=tmp_path / "real").sets
+        results = score(samples, fid, reference=tmp_path / "real")
+        (result,) = results.sets
         assert (result["count"], result["skipped"]) == (8, 2)
         assert str(samples[3].image) in caplog.text and str(samples[4].image) in caplog.text
+        failures = results.failures()
+        assert failures.rows == (("s4", "fid", str(samples[4].image), "the file could not be read"),)
+        assert failures.notes == ("fid left out 2 pictures, which the log names",)
         for index in (4, 3):
             with pytest.raises((ValueError, FileNotFoundError), match=str(samples[index].image)):
                 score(samples[3 : index + 1], fid, reference=tmp_path / "real", on_error="raise")
@@ -697,7 +881,7 @@ class TestFolders:
             if root:
                 os.seteuid(65534)
             try:
-                with pytest.raises(PermissionError, match="choose another out="):
+                with pytest.raises(PermissionError, match=r"^choose another out=.*denied"):
                     score(samples, Brightness, out=Path(folder) / "run")
             finally:
                 if root:
@@ -706,8 +890,18 @@ class TestFolders:
 
     def test_a_file_in_place_of_the_folder_is_said(self, tmp_path: Path, samples: list[Sample]) -> None:
         (tmp_path / "run").write_text("")
-        with pytest.raises(OSError, match="choose another out="):
-            score(samples, Brightness, out=tmp_path / "run")
+        for out in (tmp_path / "run", tmp_path / "run" / "a"):
+            with pytest.raises(OSError, match=r"^choose another out=: .*is not a folder"):
+                score(samples, Brightness, out=out)
+
+    def test_an_empty_name_is_no_folder(
+        self, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        before = list(tmp_path.iterdir())
+        with pytest.raises(ValueError, match="the name is empty"):
+            score(samples, Brightness, out="")
+        assert list(tmp_path.iterdir()) == before
 
     def test_a_full_disk_loses_no_row_that_was_written(
         self, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lpips
 import PIL.Image
 import pytest
 import torch
+from official_image_reward import installed_folder
 from safetensors.torch import save_file
 from torchvision.transforms.functional import to_tensor
 
@@ -25,6 +25,9 @@ pytestmark = [
 def test_distances_and_gradients_equal_the_authors(
     net: str, tmp_path: Path, photographs: dict[str, PIL.Image.Image]
 ) -> None:
+    installed_folder("lpips", "lpips==0.1.4")
+    import lpips
+
     torch.manual_seed(0)
     official = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     weights = {name: tensor for name, tensor in official.state_dict().items() if "lins." not in name}
@@ -43,4 +46,6 @@ def test_distances_and_gradients_equal_the_authors(
     official(first, pixels, normalize=True).sum().backward()
     expected_gradient, pixels.grad = pixels.grad, None
     (-metric.reward(first, pixels)).sum().backward()
-    torch.testing.assert_close(pixels.grad, expected_gradient, rtol=1e-3, atol=1e-7)
+    assert pixels.grad is not None and expected_gradient is not None
+    largest = float(expected_gradient.abs().max())
+    torch.testing.assert_close(pixels.grad, expected_gradient, rtol=1e-3, atol=1e-3 * largest)
