@@ -78,8 +78,8 @@ def score(
     Raises:
         ValueError: There are no samples, two have one id, a metric is not known (the message suggests
             one) or two have one label, a metric of sets has no reference, or `out` is empty.
-        TypeError: Something is no sample or no metric, a sample's field is of the wrong type, or a metric
-            does not return one dict with a number as ``"score"`` per sample.
+        TypeError: Something is no sample or no metric, a sample's field is of the wrong type, or a
+            metric does not return one dict with a number as ``"score"`` per sample.
         FileNotFoundError: The reference does not exist.
         BlockingIOError: Another process is writing to `out`.
         OSError: `out` cannot be written to, or the disk is full.
