@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 from PIL import ImageDraw, ImageFont, ImageOps
 
-from diffsynth_metrics.evaluation.fingerprint import storable
+from diffsynth_metrics.evaluation.fingerprint import readable
 from diffsynth_metrics.evaluation.tables import shown
 from diffsynth_metrics.inputs import ImagesInput, as_images, as_pil, as_prompts, as_rgb, open_image
 
@@ -117,9 +117,9 @@ def _texts(prompts: str | Sequence[str] | None, count: int) -> list[str]:
     if prompts is None:
         return []
     if isinstance(prompts, str):
-        return [storable(prompts)] * count
+        return [readable(prompts)] * count
     if isinstance(prompts, Sequence):
-        prompts = [storable(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        prompts = [readable(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     texts = as_prompts(prompts)
     if len(texts) != count:
         raise ValueError(f"got {len(texts)} prompts and {count} images; pass one prompt, or as many")
