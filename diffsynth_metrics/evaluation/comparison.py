@@ -59,9 +59,9 @@ Run: TypeAlias = "Results | str | os.PathLike[str]"
 
 _FEW_PROMPTS = 20
 """Of fewer, an interval of 95 % covers the true difference in fewer than 9 of 10 experiments."""
-_PAIR_BY = (("prompt_id", "seed"), ("prompt_id",), ("prompt", "seed"), ("prompt",))
 _SHORT_NAME = 10
 """Names up to this length head columns, and a table still fits into 100 characters."""
+_PAIR_BY = (("prompt_id", "seed"), ("prompt_id",), ("prompt", "seed"), ("prompt",))
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def compare(
         pair_by: ``("prompt_id", "seed")``: of a prompt whose pictures name their seeds in both runs, the
             seeds that are in both count. ``("prompt_id",)``: all pictures of a prompt count.
             With ``"prompt"`` instead of ``"prompt_id"``, prompts of the same text are one prompt.
-        metrics: Labels, also of metrics of whole sets; None: all that every run has.
+        metrics: Labels; None: all that every run has.
         confidence: Of the intervals and of what may be claimed, between 0 and 1.
         seed: Of the resampling. The same runs and seed give the same numbers.
         resamples: How often prompts are drawn anew for an interval.
