@@ -1,6 +1,7 @@
 """The command ``diffsynth-metrics``: read, make one public call, print.
 
-The result goes to stdout, as text or with ``--json``, and everything else to stderr. Exit codes: 0 done,
+The result goes to stdout, as text or with ``--json``, and everything else to stderr; with ``--json`` an
+error is also ``{"error": "..."}`` on stdout. Exit codes: 0 done,
 1 failed, 2 wrong usage, 3 done with failures recorded, 130 interrupted. Nothing heavy is imported before
 the command line is known to be right.
 """
@@ -74,13 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _all_to_stderr():
             output: _Output = arguments.run(arguments)
     except KeyboardInterrupt:
-        _say(arguments.interrupted)
-        return INTERRUPTED
+        return _stop(arguments.interrupted, INTERRUPTED, as_json=arguments.json)
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        _say(f"error: {_in_one_line(error)}")
-        return FAILED
+        return _stop(_in_one_line(error), FAILED, as_json=arguments.json, before="error: ")
     return _print(output, as_json=arguments.json)
 
 
@@ -88,14 +87,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(output: _Output, *, as_json: bool) -> int:
-    text = json.dumps(_plain(output.data), indent=1, ensure_ascii=False) if as_json else output.text
+    text = output.text
+    if as_json:
+        # JSON has its own way to write what stdout cannot.
+        only_ascii = str(sys.stdout.encoding).lower() not in ("utf-8", "utf8")
+        text = json.dumps(_plain(output.data), indent=1, ensure_ascii=only_ascii)
     return _write(f"{text}\n", output.code)
+
+
+def _stop(reason: str, code: int, *, as_json: bool, before: str = "") -> int:
+    """Say why there is no result, and return the exit code."""
+    _say(f"{before}{reason}")
+    return _print(_Output("", {"error": reason}, code), as_json=True) if as_json else code
 
 
 def _write(text: str, code: int) -> int:
     """Write to stdout, and return the exit code; a reader who has gone is not worth a word."""
     try:
-        sys.stdout.write(text)
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError as error:  # a terminal without the characters of a prompt
+            sys.stdout.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it ends, which would fail again.
@@ -178,7 +190,7 @@ def _score(arguments: argparse.Namespace) -> _Output:
     )
     results = score(
         samples,
-        arguments.metrics,
+        _by_label(arguments.metrics),
         out=arguments.out,
         on_error=arguments.on_error,
         resume=not arguments.no_resume,
@@ -203,6 +215,16 @@ def _score(arguments: argparse.Namespace) -> _Output:
         data,
         FAILURES_RECORDED if failures.rows or skipped else DONE,
     )
+
+
+def _by_label(specs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    labels = [label for label, _ in specs]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(
+            f"name them apart, such as a:{twice[0]}=PATH b:{twice[0]}=PATH: two metrics are called "
+            f"{twice[0]!r}"
+        )
+    return dict(specs)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -539,7 +561,7 @@ def _add_score(commands: Any) -> None:
         commands,
         "score",
         _score,
-        usage="DATA --metrics NAME[=PATH] ... --out DIR [options]",
+        usage="DATA --metrics [LABEL:]NAME[=PATH] ... --out DIR [options]",
         summary="score pictures with one or several metrics",
         more=(
             "DATA is a manifest (CSV, TSV, JSON, JSONL, parquet) or a folder. A picture that cannot be\n"
@@ -552,8 +574,13 @@ def _add_score(commands: Any) -> None:
     _add_data(parser)
     _add_metric_names(
         parser,
+        type=_labelled_spec,
+        metavar="[LABEL:]NAME[=PATH]",
         required=True,
-        help="names, see diffsynth-metrics metrics; NAME=PATH loads a file or folder of weights",
+        help=(
+            "names, see diffsynth-metrics metrics; NAME=PATH loads a file or folder of weights; "
+            "LABEL: tells two of one NAME apart"
+        ),
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the run")
     parser.add_argument("--reference", metavar="DATA", help="reference pictures, for fid")
@@ -580,7 +607,13 @@ def _add_check(commands: Any) -> None:
         example="check DATA --metrics shapes",
     )
     _add_data(parser)
-    _add_metric_names(parser, required=False, help="look also for prompts that these metrics will cut")
+    _add_metric_names(
+        parser,
+        type=_metric_spec,
+        metavar="NAME[=PATH]",
+        required=False,
+        help="look also for prompts that these metrics will cut",
+    )
 
 
 def _add_compare(commands: Any) -> None:
@@ -763,16 +796,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_metric_names(parser: argparse.ArgumentParser, *, required: bool, help: str) -> None:
-    parser.add_argument(
-        "--metrics",
-        metavar="NAME[=PATH]",
-        nargs="+",
-        action="extend",
-        type=_metric_spec,
-        required=required,
-        help=help,
-    )
+def _add_metric_names(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument("--metrics", nargs="+", action="extend", **options)
 
 
 def _add_hardware(parser: argparse.ArgumentParser) -> None:
@@ -806,6 +831,18 @@ def _metric_spec(text: str) -> str:
     if os.path.exists(text) and not equals:
         raise argparse.ArgumentTypeError(f"name the data before --metrics: {text!r} is a file or folder")
     return f"{_metric_name(name)}{equals}{path}"
+
+
+def _labelled_spec(text: str) -> tuple[str, str]:
+    """Check ``[LABEL:]NAME[=PATH]``; return the label, by default the name, and the rest."""
+    before, equals, path = text.partition("=")
+    label, colon, name = before.rpartition(":")
+    if not colon or os.path.exists(text):
+        spec = _metric_spec(text)
+        return spec.partition("=")[0], spec
+    if not label:
+        raise argparse.ArgumentTypeError(f"write LABEL:NAME, got {text!r}")
+    return label, _metric_spec(f"{name}{equals}{path}")
 
 
 def _column(text: str) -> tuple[str, str]:

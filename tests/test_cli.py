@@ -44,7 +44,10 @@ def command_page() -> str:
     introduction = (
         "# The command\n\n"
         "`diffsynth-metrics` and `python -m diffsynth_metrics` are the same. The result goes to\n"
-        "stdout, as text or with `--json`; progress, the log and errors go to stderr.\n\n"
+        "stdout, as text or with `--json`; progress, the log and errors go to stderr. With `--json`,\n"
+        'an error that stops a command is also on stdout, as `{"error": "..."}`; the exit code is the\n'
+        "same. A wrong usage (exit code 2) has no JSON. What stdout cannot encode is written as an\n"
+        "escape such as `\\u732b`.\n\n"
         "This page is what `--help` prints; `python tests/test_cli.py` writes it again.\n\n"
     )
     helps = [("diffsynth-metrics", parser.format_help())]
@@ -269,7 +272,10 @@ def test_score_prints_the_summary_and_says_by_its_code_whether_all_were_scored(
     )
     assert (code, err) == (0, "kept in runs/a\n")
     assert out == "metric  mean\n------  ----\nshapes   9.5\nclip       –\n"
-    assert asked["metrics"] == ["shapes", "pickscore=models/tiny"]
+    assert asked["metrics"] == {
+        "shapes": "shapes",
+        "pickscore": "pickscore=models/tiny",
+    }
     assert asked["columns"] == {"image": "p", "prompt": "c", "seed": "s"}
     assert (asked["limit"], asked["batch_size"], asked["resume"]) == (5, 2, False)
     assert (asked["reference"], asked["device"], asked["on_error"]) == ("real", "cpu", "raise")
@@ -438,6 +444,42 @@ def test_what_is_wrong_with_the_input_is_said_in_one_line(
         assert (code, out) == (1, ""), argv
         assert line.startswith("error: ") and wanted in line, line
         assert "Traceback" not in err
+
+
+def test_an_error_is_json_too_and_the_exit_code_stays(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("check", tmp_path / "nothing", "--json")
+    assert code == 1 and err == f"error: {json.loads(out)['error']}\n"
+    assert str(tmp_path / "nothing") in err
+    for argv, code in ((("metrics", "--json"), 0), (("metrics", "nothing", "--json"), 2)):
+        assert run(*argv)[0] == code
+    code, out, err = run("report", tmp_path, "--out", tmp_path / "r.html")
+    assert (code, out) == (1, "")
+
+
+def test_a_terminal_without_the_characters_gets_escapes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    draw_shape("star", "red").save(tmp_path / "data" / "1.png")
+    (tmp_path / "data" / "data.csv").write_text("image,prompt\n1.png,a\n猫é🦊.png,b\n", "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = ("-m", "diffsynth_metrics", "check", str(tmp_path / "data" / "data.csv"))
+    done = python(*command, **ascii_only)
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"\\u(732b|2026)", done.stdout), "a character of the name, or an ellipsis"
+    done = python(*command, "--json", **ascii_only)
+    assert done.returncode == 3 and done.stdout.isascii(), done.stderr
+    assert "猫é🦊.png" in json.loads(done.stdout)["problems"][0]["message"]
+
+
+def test_two_metrics_of_one_kind_have_labels(run: Run, pictures: Path, tmp_path: Path) -> None:
+    score = ("score", pictures, "--out", tmp_path / "run", "--json", "--metrics")
+    code, out, _ = run(*score, "first:shapes", "shapes")
+    assert code == 3
+    assert [row["metric"] for row in json.loads(out)["summary"]] == ["first", "shapes"]
+    for labels in (("shapes", "shapes"), ("a:shapes", "a:shapes")):
+        code, out, _ = run(*score, *labels)
+        assert code == 1 and "name them apart, such as a:" in json.loads(out)["error"]
+    for wrong in (":shapes", "a:shaps", "a:"):
+        assert run(*score, wrong)[0] == 2, wrong
 
 
 def test_a_full_disk_loses_no_row_and_the_same_command_goes_on(

@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from diffsynth_metrics.evaluation.likeness import (
     Differing,
+    check_allowed,
     different_environments,
     different_prompts,
     different_set_settings,
@@ -59,6 +60,7 @@ Run: TypeAlias = "Results | str | os.PathLike[str]"
 
 _FEW_PROMPTS = 20
 """Of fewer, an interval of 95 % covers the true difference in fewer than 9 of 10 experiments."""
+_LARGEST_SCORE = 1e100
 _SHORT_NAME = 10
 """Names up to this length head columns, and a table still fits into 100 characters."""
 _PAIR_BY = (("prompt_id", "seed"), ("prompt_id",), ("prompt", "seed"), ("prompt",))
@@ -241,7 +243,7 @@ def compare(
         pair_by: ``("prompt_id", "seed")``: of a prompt whose pictures name their seeds in both runs, the
             seeds that are in both count. ``("prompt_id",)``: all pictures of a prompt count.
             With ``"prompt"`` instead of ``"prompt_id"``, prompts of the same text are one prompt.
-        metrics: Labels; None: all that every run has.
+        metrics: Labels, one at least; None: all that every run has.
         confidence: Of the intervals and of what may be claimed, between 0 and 1.
         seed: Of the resampling. The same runs and seed give the same numbers.
         resamples: How often prompts are drawn anew for an interval.
@@ -250,7 +252,8 @@ def compare(
 
     Raises:
         ValueError: The scores were made in different ways, with the difference of each field; the runs
-            have no metric or no prompt in common; or an argument is out of its range.
+            have no metric or no prompt in common; scores are too large to compute with; or an argument
+            is out of its range.
         TypeError: A run is neither a result nor a path.
         FileNotFoundError: There is no such run.
     """
@@ -263,6 +266,8 @@ def compare(
     )
     wanted = None if metrics is None else _as_names(metrics)
     labels = _choose_metrics(runs, wanted)
+    _check_sizes(labels, runs)
+    check_allowed(allow, labels, runs)
     sets, differing = _compare_sets(runs, wanted)
     differing = [*different_settings(labels, runs), *different_prompts(runs), *differing]
     refuse(differing, allow)
@@ -326,6 +331,8 @@ def _choose_metrics(runs: Sequence[RunRows], wanted: Sequence[str] | None) -> li
     Metrics of whole sets have no rows; they may be wanted if every run has their numbers.
     """
     shared = [label for label in runs[0].results.metrics if all(len(run.of(label)) for run in runs)]
+    if wanted is not None and not wanted:
+        raise ValueError(f"metrics is empty: name some of {listed(shared)}, or pass None for all")
     if wanted is None and not shared and not all(run.results.sets for run in runs):
         have = "; ".join(f"{run.name!r} has {listed(run.results.metrics)}" for run in runs)
         raise ValueError(f"score the runs with the same metrics; they have none in common: {have}")
@@ -337,6 +344,20 @@ def _choose_metrics(runs: Sequence[RunRows], wanted: Sequence[str] | None) -> li
                 f"choose metrics of {listed([*shared, *of_sets])}: not every run has scores of {label!r}"
             )
     return shared if wanted is None else [name for name in dict.fromkeys(wanted) if name in shared]
+
+
+def _check_sizes(labels: Sequence[str], runs: Sequence[RunRows]) -> None:
+    """Refuse scores whose squares and cubes, which the formulas need, have no finite number."""
+    for label in labels:
+        for run in runs:
+            rows = run.scored(label)
+            too_large = rows[rows["score"].abs() > _LARGEST_SCORE]
+            if len(too_large):
+                row = too_large.iloc[0]
+                raise ValueError(
+                    f"compare other metrics, with metrics=: the score {row['score']:g} of {label} for "
+                    f"{row['id']!r} in {run.name!r} is too large to compute with"
+                )
 
 
 def _make_pairs(labels: Sequence[str], runs: Sequence[RunRows]) -> list[Pair]:
@@ -364,8 +385,22 @@ def _higher_is_better(label: str, runs: Sequence[RunRows]) -> bool:
 
 def _shared_categories(runs: Sequence[RunRows]) -> list[str]:
     """Return the categories that every run has; none if there is only one, which is the whole."""
-    shared = set.intersection(*(set(run.rows["category"].dropna()) for run in runs))
+    shared = set.intersection(*map(_categories, runs))
     return sorted(shared) if len(shared) > 1 else []
+
+
+def _categories(run: RunRows) -> set[str]:
+    return set(run.rows["category"].dropna())
+
+
+def _categories_left_out(runs: Sequence[RunRows]) -> Iterator[str]:
+    """Yield a note on the categories of each run that are not in all of them."""
+    shared = set.intersection(*map(_categories, runs))
+    what = "compared by category are those of all runs" if len(shared) > 1 else "no table by category"
+    for run in runs:
+        if own := sorted(_categories(run) - shared):
+            more = f" and {len(own) - 5} more" if len(own) > 5 else ""
+            yield f"{what}: not every run has {listed(own[:5])}{more} of {run.name}"
 
 
 def _nothing_in_common(pairs: Sequence[Pair]) -> str:
@@ -602,6 +637,7 @@ def _notes(
     yield from (f"allowed to differ: {found.message}" for found in differing)
     yield from different_environments(runs)
     yield from unknown_weights(labels, runs)
+    yield from _categories_left_out(runs)
     yield from shared_scores(labels, runs)
     yield from several_of_one_seed(runs)
     yield from dict.fromkeys(_pair_by_text(pair) for pair in pairs if pair.prompts_with_two_ids())

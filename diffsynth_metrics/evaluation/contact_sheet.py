@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 from PIL import ImageDraw, ImageFont, ImageOps
 
+from diffsynth_metrics.evaluation.fingerprint import storable
 from diffsynth_metrics.evaluation.tables import shown
 from diffsynth_metrics.inputs import ImagesInput, as_images, as_pil, as_prompts, as_rgb, open_image
 
@@ -27,6 +28,7 @@ Scores: TypeAlias = (
 )
 
 _MOST_COLUMNS = 8
+_LARGEST_SIZE = 4096
 _PROMPT_LINES = 2
 _MARGIN = 10
 _BACKGROUND, _TILE, _INK, _SOFT = "#ffffff", "#eef0f3", "#1d1f23", "#5a6069"
@@ -71,9 +73,10 @@ def show(
         scores: One number per image; or lists of numbers by name, such as
             ``{"pickscore": [...], "hpsv2": [...]}``; or one dict per image, as ``metric.evaluate``
             returns them, of which the numbers are shown. None and NaN are shown as "no score".
-        prompts: One prompt for every image, or as many as images.
+        prompts: One prompt for every image, or as many as images. Half of a surrogate pair, which is no
+            character, is drawn as its number.
         columns: Pictures in a row; by default at most 8.
-        size: Side of a square, in pixels.
+        size: Side of a square, in pixels, from 32 to 4096.
         order: Name of the score to sort by, the largest first; ``"-name"`` has the smallest first.
             Scores that are a plain list are called ``"score"``. Images without that score come last.
 
@@ -87,8 +90,8 @@ def show(
         FileNotFoundError: A path does not exist; the message gives its position.
         TypeError: Something is neither an image, a prompt nor a score.
     """
-    if size < 32:
-        raise ValueError(f"size must be at least 32 pixels, got {size}")
+    if not 32 <= size <= _LARGEST_SIZE:
+        raise ValueError(f"size must be 32 to {_LARGEST_SIZE} pixels, got {size}")
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
     checked = as_images(images)
@@ -113,9 +116,11 @@ def _texts(prompts: str | Sequence[str] | None, count: int) -> list[str]:
     """Return a prompt per image; empty without prompts."""
     if prompts is None:
         return []
-    texts = as_prompts(prompts)
     if isinstance(prompts, str):
-        return texts * count
+        return [storable(prompts)] * count
+    if isinstance(prompts, Sequence):
+        prompts = [storable(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts = as_prompts(prompts)
     if len(texts) != count:
         raise ValueError(f"got {len(texts)} prompts and {count} images; pass one prompt, or as many")
     return texts

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 import PIL.Image
 from tqdm import tqdm
 
+from diffsynth_metrics.evaluation.reading import read_image
 from diffsynth_metrics.evaluation.samples import open_reference
 from diffsynth_metrics.inputs import as_rgb, open_image
 
 __all__ = [
     "Item",
     "Picture",
+    "ScoredPicture",
     "by_importance",
     "finite",
     "gather_items",
@@ -35,6 +38,18 @@ _WEBP_QUALITY = 75
 _SECONDS_WITHOUT_PROGRESS = 3
 
 
+class ScoredPicture(NamedTuple):
+    """A picture as rows have it: under one name, two runs may have scored different contents.
+
+    Attributes:
+        name: The file, or the member of a shard.
+        sha256: Of what was scored; None where that is not known, as of sources.
+    """
+
+    name: str
+    sha256: str | None
+
+
 @dataclass
 class Item:
     """What the gallery shows side by side. Lists have one entry per run.
@@ -45,8 +60,8 @@ class Item:
         seed: Which picture of its prompt it is.
         category: The group it belongs to.
         ids: Names of the samples; None where a run has none.
-        pictures: Names of the pictures, as the rows have them; None where a run has none.
-        sources: Names of the pictures that they were made from.
+        pictures: The pictures; None where a run has none.
+        sources: The pictures that they were made from.
         scores: Per metric one score per run; None where there is none.
         errors: Per metric one reason per run; None where there is a score, or no row.
     """
@@ -56,8 +71,8 @@ class Item:
     seed: str | None
     category: str | None
     ids: list[str | None]
-    pictures: list[str | None]
-    sources: list[str]
+    pictures: list[ScoredPicture | None]
+    sources: list[ScoredPicture]
     scores: list[list[float | None]]
     errors: list[list[str | None]]
 
@@ -100,7 +115,8 @@ def gather_items(rows_by_run: Sequence[Iterable[Row]], metrics: Sequence[str]) -
                 items[key] = _empty_item(rows[0], len(samples), len(metrics))
             item = items[key]
             item.ids[run] = name
-            item.pictures[run] = text_of(rows[0].get("image")) or ""
+            digest = text_of(rows[0].get("image_sha256")) or None
+            item.pictures[run] = ScoredPicture(text_of(rows[0].get("image")) or "", digest)
             for row in rows:
                 number = numbers[row["metric"]]
                 item.scores[number][run] = finite(row.get("score"))
@@ -151,6 +167,8 @@ def _names(runs: Sequence[list[Row]]) -> list[list[tuple[Row, str | int]]]:
 
 def _empty_item(row: Row, runs: int, metrics: int) -> Item:
     sources = row.get("sources")
+    if sources is None or isinstance(sources, float):
+        sources = []
     return Item(
         prompt=text_of(row.get("prompt")),
         prompt_id=text_of(row.get("prompt_id")),
@@ -158,7 +176,7 @@ def _empty_item(row: Row, runs: int, metrics: int) -> Item:
         category=text_of(row.get("category")),
         ids=[None] * runs,
         pictures=[None] * runs,
-        sources=[] if sources is None or isinstance(sources, float) else [str(s) for s in sources],
+        sources=[ScoredPicture(str(source), None) for source in sources],
         scores=[[None] * runs for _ in range(metrics)],
         errors=[[None] * runs for _ in range(metrics)],
     )
@@ -215,36 +233,39 @@ def _change(scores: Sequence[float | None]) -> float | None:
 
 
 def read_pictures(
-    references: Iterable[str], folder: Path, *, side: int, size_limit: int
-) -> dict[str, Picture]:
+    scored: Iterable[ScoredPicture], folder: Path, *, side: int, size_limit: int
+) -> dict[ScoredPicture, Picture]:
     """Return how the page shows each picture.
 
     Args:
-        references: Names of the pictures as rows have them, the most important first.
+        scored: The pictures as rows have them, the most important first.
         folder: Where the report is written; addresses are relative to it.
         side: Longest side of a small copy, in pixels.
         size_limit: How many bytes small copies may take in the page.
     """
-    pictures: dict[str, Picture] = {}
+    pictures: dict[ScoredPicture, Picture] = {}
     left = size_limit
-    different = list(dict.fromkeys(references))
-    for reference in tqdm(different, "small pictures", delay=_SECONDS_WITHOUT_PROGRESS):
-        picture = _small_copy(reference, folder, side) if left > 0 else None
+    different = list(dict.fromkeys(scored))
+    for one in tqdm(different, "small pictures", delay=_SECONDS_WITHOUT_PROGRESS):
+        picture = _small_copy(one, folder, side) if left > 0 else None
         if picture is None or len(picture.source) > left:
             left = 0
-            picture = _linked(reference, folder, size_limit)
+            picture = _linked(one.name, folder, size_limit)
         left -= len(picture.source) if picture.source.startswith("data:") else 0
-        pictures[reference] = picture
+        pictures[one] = picture
     return pictures
 
 
-def _small_copy(reference: str, folder: Path, side: int) -> Picture:
+def _small_copy(scored: ScoredPicture, folder: Path, side: int) -> Picture:
+    reference = scored.name
     if not reference:
         return Picture("", "", "", "the run does not know a file of this picture")
     try:
         image = open_reference(reference)
-        encoded = image if isinstance(image, Path) else image.read()
-        small = as_rgb(open_image(encoded, "the picture")).copy()
+        encoded = image.read_bytes() if isinstance(image, Path) else image.read()
+        if scored.sha256 and not _is_what_was_scored(encoded, scored.sha256):
+            return Picture("", "", reference, f"{reference} has changed since it was scored")
+        small = as_rgb(open_image(encoded, reference)).copy()
         small.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     except Exception as error:  # one damaged shard must not cost the whole report
         return Picture("", "", reference, str(error) or repr(error))
@@ -252,6 +273,14 @@ def _small_copy(reference: str, folder: Path, side: int) -> Picture:
     small.save(buffer, "WEBP", quality=_WEBP_QUALITY)
     source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Picture(source, _address(image, folder), reference)
+
+
+def _is_what_was_scored(encoded: bytes, sha256: str) -> bool:
+    if hashlib.sha256(encoded).hexdigest() == sha256:
+        return True
+    # A picture that was opened by the caller was scored, and hashed, as pixels.
+    with PIL.Image.open(io.BytesIO(encoded)) as opened:
+        return read_image(opened, "the picture")[1] == sha256
 
 
 def _linked(reference: str, folder: Path, size_limit: int) -> Picture:

@@ -127,7 +127,7 @@ def report(
     Args:
         results: Results, a comparison, or several results. Several are compared with each other; where
             that is refused, the page says why and shows them side by side.
-        path: The file to write; it is replaced, and its folder is made.
+        path: The file to write; it is replaced.
         title: Heading of the page; by default the names of the runs.
         thumbnail: Longest side of the small pictures in the page, in pixels.
         size_limit: Bytes that small pictures may take in the page. The others are linked: the page finds
@@ -139,6 +139,7 @@ def report(
     Raises:
         TypeError: `results` is something else.
         ValueError: There are no results, or `thumbnail` or `size_limit` is out of its range.
+        FileNotFoundError: The folder of `path` does not exist.
         OSError: The file cannot be written.
     """
     if thumbnail < 16:
@@ -148,6 +149,8 @@ def report(
     path = Path(path).expanduser()
     if path.is_dir():
         raise IsADirectoryError(f"path must be the file to write, such as {str(path / 'report.html')!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"make the folder of the report first: there is no {str(path.parent)!r}")
     data = report_data(results, path.parent, title=title, thumbnail=thumbnail, size_limit=size_limit)
     return write_report(data, path)
 
@@ -198,7 +201,6 @@ def write_report(data: ReportData, path: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         data=data, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script)
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which a manifest may hold, has no bytes.
     path.write_bytes(page.encode("utf-8", "replace"))
     return path
@@ -537,22 +539,22 @@ def _gallery(
     size_limit: int,
 ) -> dict[str, Any]:
     """Return what the page's script works on: items name their pictures by number."""
-    references = [
-        name
+    scored = [
+        picture
         for item in by_importance(items)
-        for name in (*item.sources, *item.pictures)
-        if name is not None
+        for picture in (*item.sources, *item.pictures)
+        if picture is not None
     ]
-    pictures = read_pictures(references, folder, side=thumbnail, size_limit=size_limit)
-    numbers = {reference: number for number, reference in enumerate(pictures)}
+    pictures = read_pictures(scored, folder, side=thumbnail, size_limit=size_limit)
+    numbers = {picture: number for number, picture in enumerate(pictures)}
     prompts = {item.prompt_id: number for number, item in enumerate(items)}
 
     def entry(item: Item) -> dict[str, Any]:
         return {
             **asdict(item),
             "prompt_id": prompts[item.prompt_id],
-            "pictures": [None if name is None else numbers[name] for name in item.pictures],
-            "sources": [numbers[name] for name in item.sources],
+            "pictures": [None if one is None else numbers[one] for one in item.pictures],
+            "sources": [numbers[one] for one in item.sources],
         }
 
     return {

@@ -7,6 +7,7 @@ returns everything that is there, used or not.
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,16 +69,35 @@ def open_source(
 
     Raises:
         FileNotFoundError: The source or the prompts do not exist.
-        ValueError: The source is a file of another kind.
+        ValueError: One of them is a file of another kind.
+        TypeError: The columns are no dict.
     """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise TypeError(
+            f"columns must be a dict such as {{'image': 'picture'}}, got {type(columns).__name__}"
+        )
     source = Path(path).expanduser()
     prompts_path = None if prompts is None else Path(prompts).expanduser()
     for given in (source, prompts_path):
-        if given is not None and not given.exists():
-            raise FileNotFoundError(f"there is no file or folder {str(given)!r}")
+        if given is not None:
+            _check_exists(given)
     if source.is_file():
         _check_file(source, prompts_path)
     return Source(source, prompts_path, dict(columns or {}), allow_outside)
+
+
+def _check_exists(path: Path) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no file or folder {str(path)!r}") from None
+    except PermissionError:
+        raise
+    except (OSError, ValueError) as error:  # a name that is too long, a link to itself, a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileNotFoundError(f"there is no file or folder {str(path)!r}: {reason}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"pass a file or a folder: {str(path)!r} is a device, a pipe or a socket")
 
 
 def _check_file(file: Path, prompts: Path | None) -> None:

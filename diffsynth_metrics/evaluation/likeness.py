@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from diffsynth_metrics.evaluation.fingerprint import INERT, INERT_OPTIONS
+from diffsynth_metrics.evaluation.fingerprint import CHANGES_SCORES, INERT, INERT_OPTIONS
 from diffsynth_metrics.evaluation.pairing import RunRows
 
 __all__ = [
     "Differing",
+    "check_allowed",
     "different_environments",
     "different_prompts",
     "different_set_settings",
@@ -63,6 +64,16 @@ def refuse(differing: Sequence[Differing], allow: Sequence[str]) -> None:
             f"Make the runs alike, or pass allow={names!r} if that is what you want to compare:\n"
             + "\n".join(f"  {found.message}" for found in refused)
         )
+
+
+def check_allowed(allow: Sequence[str], metrics: Sequence[str], runs: Sequence[RunRows]) -> None:
+    """Raise a ValueError for a name that is no setting of these runs, nor of any metric."""
+    fields = (name for metric in metrics for run in runs for name in _settings(metric, run))
+    known = {name.partition(".")[0] for name in fields}
+    known |= {*CHANGES_SCORES, *_SET_SETTINGS, "prompt", "reference"}
+    for name in allow:
+        if name.partition(".")[0] not in known:
+            raise ValueError(f"allow names what may differ, of {listed(sorted(known))}; got {name!r}")
 
 
 def different_settings(metrics: Sequence[str], runs: Sequence[RunRows]) -> Iterator[Differing]:

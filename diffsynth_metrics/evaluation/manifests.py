@@ -32,6 +32,7 @@ __all__ = [
     "find_prompt",
     "first_label",
     "open_manifest",
+    "parse_json",
     "read_json",
     "read_text",
 ]
@@ -161,9 +162,16 @@ def open_manifest(file: Path) -> Manifest:
 
 
 def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], list[Row]]:
-    # strict: a quote that is never closed would swallow the rows behind it.
-    reader = csv.reader(io.StringIO(read_text(file), newline=""), delimiter=delimiter, strict=True)
+    text = read_text(file)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        # Where the names have spaces before them, so have the values; elsewhere they belong to a value.
+        skipinitialspace=f"{delimiter} " in text.partition("\n")[0],
+        strict=True,  # a quote that is never closed would swallow the rows behind it
+    )
     rows: list[Row] = []
+    before = 0
     try:
         columns = tuple(name.strip() for name in next(reader, []))
         if not any(columns):
@@ -185,6 +193,11 @@ def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], list[Row]]:
                 values = dict(zip(columns, fields, strict=True))
                 rows.append(Row(where, {name: value or None for name, value in values.items()}))
     except csv.Error as error:
+        if "field limit" in str(error):
+            raise ValueError(
+                f"{file}, line {before + 1}: a value is longer than {csv.field_size_limit():,} "
+                "characters, which tables of text do not hold; save it as .jsonl or .parquet"
+            ) from error
         raise ValueError(f"{file}, line {reader.line_num}: it is no table: {error}") from error
     return columns, rows
 
@@ -196,7 +209,7 @@ def _jsonl_rows(file: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line, object_pairs_hook=_unique)
+            values = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{where}: it is no JSON: {error}") from error
         rows.append(_json_row(where, values))
@@ -223,10 +236,22 @@ def read_json(file: Path) -> Any:
     if not text.strip():
         raise ValueError(f"{file} is empty")
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return parse_json(text)
     except ValueError as error:
         lines = "; if each line is one object, call it .jsonl" if "Extra data" in str(error) else ""
         raise ValueError(f"{file} is no JSON: {error}{lines}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return what a text of JSON holds.
+
+    Raises:
+        ValueError: It is no JSON, has one name twice in an object, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def prompt_of_png(file: Path) -> FoundPrompt:
         raise ValueError("there is no prompt of A1111 or ComfyUI in its text")
     try:
         nodes = json.loads(graph)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("its 'prompt' is no graph of ComfyUI: it is no JSON") from error
     return _prompt_of_graph(nodes)
 

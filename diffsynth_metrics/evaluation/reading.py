@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,12 +170,17 @@ def sample_row(sample: Sample) -> dict[str, str | list[str] | None]:
         "seed": sample.seed,
         "category": sample.category,
         "prompt": sample.prompt,
-        "image": reference_of(sample.image),
+        "image": _absolute(reference_of(sample.image)),
     }
     return {
         **{name: None if text is None else storable(str(text)) for name, text in texts.items()},
-        "sources": [storable(reference_of(source)) for source in sample.sources],
+        "sources": [storable(_absolute(reference_of(source))) for source in sample.sources],
     }
+
+
+def _absolute(reference: str) -> str:
+    """Return a reference that names the same file from every folder; one of a shard begins with it."""
+    return os.path.abspath(os.path.expanduser(reference)) if reference else ""
 
 
 def prompt_id(prompt_id: str | None, prompt: str | None, id: str) -> str:

@@ -183,6 +183,7 @@ def read_samples(
         FileNotFoundError: The source or the prompts are not there.
         ValueError: No layout fits, or several do; a manifest cannot be read, or names a file outside its
             folder; the message names the file and the row.
+        TypeError: `columns` is no dict.
         ImportError: A parquet file is to be read, and pyarrow is not installed.
     """
     from diffsynth_metrics.evaluation.layouts import choose_layout, open_source

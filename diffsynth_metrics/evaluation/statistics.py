@@ -35,6 +35,9 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 _ROUNDING = 1e-12
 """Means of the same scores in another order differ by less than this, relative to their size."""
 
+_CONVERGED = 1e-10
+"""Strengths that move by less in a step are found."""
+
 _RESAMPLED_AT_ONCE = 4_000_000
 """Values in memory at once while resampling: 32 MB."""
 
@@ -243,8 +246,10 @@ def bradley_terry(wins: npt.NDArray[Any]) -> Floats:
         new -= new.mean(axis=-1, keepdims=True)
         moved = float(np.max(np.abs(new - logs), initial=0))
         logs = new
-        if moved < 1e-10:
+        if moved < _CONVERGED:
             break
+    # What is left of a strength of 0 is rounding.
+    logs = np.where(np.abs(logs) < 10 * _CONVERGED, 0.0, logs)
     return np.where(solvable[..., None], logs, np.nan)
 
 

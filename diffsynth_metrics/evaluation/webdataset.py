@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth_metrics.evaluation.manifests import PICTURES, find_prompt, first_label
+from diffsynth_metrics.evaluation.manifests import PICTURES, find_prompt, first_label, parse_json
 from diffsynth_metrics.evaluation.samples import PackedImage, Sample
 from diffsynth_metrics.evaluation.shards import read_member, tar_members
 from diffsynth_metrics.evaluation.sources import Reading, Source, suffix_of
@@ -79,7 +78,7 @@ def _read_group(
     values: dict[str, Any] = {}
     if labels:
         try:
-            values = json.loads(_member_text(shard, labels))
+            values = parse_json(_member_text(shard, labels))
         except ValueError as error:
             raise ValueError(f"{where} is no JSON: {error}") from error
         if not isinstance(values, dict):

@@ -54,7 +54,7 @@ def row(
     **changes: Any,
 ) -> dict[str, Any]:
     """Make a row of a run: a picture with its score, or with the reason why there is none."""
-    failed = score is None
+    failed, file = score is None, Path(image)
     return {
         "id": f"{number:04d}",
         "prompt_id": f"p{number:04d}",
@@ -63,7 +63,7 @@ def row(
         "prompt": prompt,
         "image": str(image),
         "sources": [],
-        "image_sha256": hashlib.sha256(str(image).encode()).hexdigest(),
+        "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None,
         "metric": metric,
         "score": float("nan") if failed else score,
         "components": "{}",

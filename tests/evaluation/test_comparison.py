@@ -519,6 +519,27 @@ def test_one_category_for_all_is_the_whole() -> None:
     assert [each.category for each in same.differences] == [None]
 
 
+def test_categories_that_not_every_run_has_are_told() -> None:
+    def of(name: str, *categories: str) -> Results:
+        prompts = [row(f"p{i}", float(i), category=category) for i, category in enumerate(categories)]
+        return make(prompts, name)
+
+    notes = compare(of("a", "x", "y"), of("b", "x", "z"), **QUICK).notes
+    assert "no table by category: not every run has 'y' of a" in notes
+    assert "no table by category: not every run has 'z' of b" in notes
+    comparison = compare(of("a", "x", "y", "v"), of("b", "x", "y", "w"), **QUICK)
+    assert {each.category for each in comparison.differences} == {None, "x", "y"}
+    assert any("those of all runs: not every run has 'w' of b" in note for note in comparison.notes)
+    same = compare(of("a", "x", "y"), of("b", "x", "y"), **QUICK)
+    assert not any("category" in note for note in same.notes)
+
+
+def test_a_setting_may_be_allowed_that_does_not_differ() -> None:
+    scores = {"p1": 1.0, "p2": 2.0}
+    allow = ("weights", "dtype", "options.prompt", "prompt", "reference", "fingerprint")
+    assert compare(run(scores), run(scores, "b"), allow=allow, **QUICK).names == ("a", "b")
+
+
 def test_three_runs_are_compared_with_the_first_and_ranked() -> None:
     runs = [
         run(many(loc, seed=index), name)
@@ -673,6 +694,14 @@ def test_what_cannot_be_compared_says_what_to_do() -> None:
         (run(scores), run(scores), {"confidence": 95}, "between 0 and 1"),
         (run(scores), run(scores), {"resamples": 0}, "at least 100"),
         (run(scores), run(scores), {"pair_by": ("category",)}, "pair by"),
+        (run(scores), run(scores), {"metrics": []}, "metrics is empty: name some of 'pickscore'"),
+        (run(scores), run(scores), {"allow": ("dtyp",)}, "allow names .*'dtype'.*'weights'; got 'dtyp'"),
+        (
+            run(scores),
+            run({"p1": 1.0, "p2": -1e308}, "b"),
+            {},
+            "other metrics.*the score -1e.308 of pickscore for 'p2-0' in 'b' is too large",
+        ),
     ]
     for first, second, options, message in cases:
         with pytest.raises(ValueError, match=message):

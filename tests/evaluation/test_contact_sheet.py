@@ -114,6 +114,14 @@ def test_other_scripts_are_drawn_or_replaced_by_a_box(
     assert "é" not in caplog.text, "it is drawn as an e"
 
 
+def test_half_a_surrogate_pair_is_drawn_as_its_number() -> None:
+    expected = show([plain("red")] * 2, prompts=["a \\ud800", "b"], size=128)
+    assert show([plain("red")] * 2, prompts=["a \ud800", "b"], size=128) == expected
+    assert show(plain("red"), prompts="a \ud800", size=128) == show(
+        plain("red"), prompts="a \\ud800", size=128
+    )
+
+
 def test_what_is_wrong_is_named_with_its_position(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
@@ -134,5 +142,6 @@ def test_what_is_wrong_is_named_with_its_position(tmp_path: Path) -> None:
         show([good, good], [{"score": 1.0}, 2.0])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="columns"):
         show(good, columns=0)
-    with pytest.raises(ValueError, match="size"):
-        show(good, size=0)
+    for size in (0, 31, 4097):
+        with pytest.raises(ValueError, match="size must be 32 to 4096 pixels"):
+            show(good, size=size)

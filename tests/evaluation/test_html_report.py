@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import PIL.Image
 import pytest
 from report_runs import METRICS, picture, results, row, two_runs
 
-from diffsynth_metrics.evaluation import Results, compare, report
+from diffsynth_metrics.evaluation import Results, Sample, compare, report, score
 from diffsynth_metrics.evaluation.charts import Interval, histogram, interval_chart
 from diffsynth_metrics.evaluation.gallery import by_importance, gather_items
 
@@ -68,7 +69,7 @@ def pictures_of(page: Page) -> dict[str, dict[str, Any]]:
 def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
     before, after = two_runs(tmp_path, 8)
     comparison = compare(before, after)
-    path = report(comparison, tmp_path / "new folder" / "report.html", title="Colours")
+    path = report(comparison, tmp_path / "report.html", title="Colours")
     assert path == tmp_path / "new folder" / "report.html"
     page = Page(path)
     assert comparison.verdict in page.text
@@ -157,6 +158,34 @@ def test_a_picture_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     assert shown[""]["problem"] == "the run does not know a file of this picture"
 
 
+def test_a_picture_that_changed_is_not_shown_beside_the_score_of_another(tmp_path: Path) -> None:
+    file = picture(tmp_path, "x.png", "a red circle")
+    before = row(0, image=file)
+    assert page_of(results([before]), tmp_path).data["pictures"][0]["problem"] == ""
+    picture(tmp_path, "x.png", "a blue star")
+    after = row(0, image=file)
+    page = page_of([results([before], "before"), results([after], "after")], tmp_path)
+    changed, current = (page.data["pictures"][n] for n in page.data["items"][0]["pictures"])
+    assert changed["problem"] == f"{file} has changed since it was scored"
+    assert changed["source"] == changed["link"] == ""
+    assert current["source"].startswith("data:") and current["problem"] == ""
+
+
+def test_another_folder_shows_the_pictures_that_were_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: picture(tmp_path / name, "1.png", f"a {name} star") for name in ("red", "blue")}
+    monkeypatch.chdir(tmp_path / "red")
+    with PIL.Image.open("1.png") as opened:  # pixels in memory that still know their file
+        samples = [Sample("file", "a star", "1.png"), Sample("pixels", "a star", opened)]
+        scored = score(samples, ["shapes"], progress=False)
+    assert list(scored.to_pandas()["image"]) == [str(files["red"])] * 2
+    monkeypatch.chdir(tmp_path / "blue")
+    page = page_of(scored, tmp_path)
+    assert {one["name"] for one in page.data["pictures"]} == {str(files["red"])}
+    assert all(one["source"].startswith("data:") for one in page.data["pictures"])
+
+
 def test_small_copies_fill_the_limit_and_the_rest_is_linked(tmp_path: Path) -> None:
     before, after = two_runs(tmp_path, 12)
     everything = page_of(compare(before, after), tmp_path)
@@ -181,6 +210,7 @@ def test_small_copies_fill_the_limit_and_the_rest_is_linked(tmp_path: Path) -> N
 def test_links_survive_odd_file_names(tmp_path: Path) -> None:
     names = ["a b#?%41.png", "javascript:alert(1).png", "ü 漢.png", "x.png?y=.png"]
     rows = [row(n, image=picture(tmp_path / "pictures", name)) for n, name in enumerate(names)]
+    (tmp_path / "reports").mkdir()
     page = Page(report(results(rows), tmp_path / "reports" / "r.html", size_limit=0))
     shown = pictures_of(page)
     assert set(shown) == set(names)
@@ -284,6 +314,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         report(run, tmp_path / "r.html", size_limit=-1)
     with pytest.raises(IsADirectoryError, match=r"report\.html"):
         report(run, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"make the folder .*: there is no '.*typo'"):
+        report(run, tmp_path / "typo" / "r.html")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_histogram_shows_shares_of_each_run() -> None:

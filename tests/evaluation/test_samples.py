@@ -150,6 +150,11 @@ def test_columns_of_other_names_are_told(tmp_path: Path) -> None:
             read_samples(file, columns=wrong)
 
 
+def test_columns_that_are_no_mapping_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"columns must be a dict such as .* got list"):
+        read_samples(manifest(tmp_path, {"image": "1.png"}), columns=["image"])  # type: ignore[arg-type]
+
+
 def test_two_columns_for_one_thing_are_an_error(tmp_path: Path) -> None:
     draw(tmp_path / "1.png")
     file = manifest(tmp_path, {"image": "1.png", "caption": "a", "prompt": "b"})
@@ -230,6 +235,10 @@ def test_broken_tables_are_named_with_their_line(tmp_path: Path) -> None:
     wrong = {
         "a.csv": (b"", "no first line"),
         "b.csv": (b"image,prompt\n", "has no rows"),
+        "i.csv": (
+            b"image,prompt\n1.png,a\n2.png," + b"a" * 131_073 + b"\n",
+            r"i\.csv, line 3: a value is longer than 131,072 characters, .* \.jsonl",
+        ),
         "c.csv": (b"image,prompt\n1.png,a,b\n", r"c\.csv, line 2: it has 3 values, and .* 2 columns"),
         "d.csv": (b'image,prompt\n1.png,"a\n2.png,b\n', r"d\.csv, line 3: it is no table"),
         "e.csv": (b"image;prompt\n1.png;a\n", "semicolons"),
@@ -258,6 +267,8 @@ def test_broken_tables_are_named_with_their_line(tmp_path: Path) -> None:
         ),
         "c.json": (b'{"image": "1.png"}\n{"image": "2.png"}\n', r"call it \.jsonl"),
         "d.json": (b"[1]", r"d\.json, item 1: it must be an object"),
+        "e.json": (b"[" * 100_000, r"e\.json is no JSON: .* nested too deeply"),
+        "g.jsonl": (b"[" * 100_000, r"g\.jsonl, line 1: it is no JSON: .* nested too deeply"),
         "a.parquet": (b"PAR1", r"a\.parquet cannot be read as parquet"),
     }
     for name, (contents, message) in wrong.items():
@@ -272,6 +283,14 @@ def test_line_ends_of_windows_and_byte_order_marks_are_no_part_of_values(tmp_pat
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"image": "1.png", "prompt": "a\\r\\nb"}\r\n')
     for name in ("a.csv", "a.jsonl"):
         assert [sample.prompt for sample in read_samples(tmp_path / name)] == ["a\r\nb"]
+
+
+def test_spaces_behind_commas_belong_to_a_table_whose_names_have_them(tmp_path: Path) -> None:
+    draw(tmp_path / "1.png")
+    (tmp_path / "b.csv").write_text("prompt,image,id\n a cat,1.png,x\n")
+    (tmp_path / "a.csv").write_text('image, prompt, id\n1.png, "a cat, black", x\n1.png, a dog, y\n')
+    assert [sample.prompt for sample in read_samples(tmp_path / "a.csv")] == ["a cat, black", "a dog"]
+    assert [sample.prompt for sample in read_samples(tmp_path / "b.csv")] == [" a cat"]
 
 
 def test_sources_that_are_nothing_to_read(tmp_path: Path) -> None:
@@ -290,8 +309,20 @@ def test_sources_that_are_nothing_to_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             read_samples(source)
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere"):
-        read_samples(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, message in (
+        ("nowhere", r"no file or folder .*nowhere'$"),
+        ("a.txt/x", r"no file or folder .*a\.txt/x'$"),
+        ("n" * 301, r"no file or folder .*nnn': File name too long"),
+        ("loop", r"no file or folder .*loop': Too many levels of symbolic links"),
+        ("a\0b", "no file or folder .*: embedded null"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            read_samples(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.csv")
+    for special in ("/dev/null", tmp_path / "pipe.csv"):
+        with pytest.raises(ValueError, match="is a device, a pipe or a socket"):
+            read_samples(special)
 
 
 def test_hidden_files_are_left_out_and_counted(tmp_path: Path) -> None:

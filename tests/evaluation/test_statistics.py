@@ -197,6 +197,12 @@ def test_strengths_that_made_the_wins_are_found() -> None:
     assert bradley_terry(wins).tolist() == pytest.approx(true.tolist(), abs=1e-6)
 
 
+def test_a_strength_of_zero_is_no_rounding() -> None:
+    wins = np.array([[0, 3, 7, 5], [7, 0, 4, 5], [3, 6, 0, 5], [5, 5, 5, 0]], dtype=float)
+    assert bradley_terry(wins)[3] == 0.0
+    assert not (np.abs(bradley_terry(np.array([wins * k for k in (1, 3, 7)]))) < 1e-9).all()
+
+
 def test_strengths_without_bound_are_not_numbers() -> None:
     unbeaten = np.array([[0, 5, 5], [0, 0, 3], [0, 2, 0]])
     never_met = np.array([[0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 2], [0, 0, 1, 0]])
