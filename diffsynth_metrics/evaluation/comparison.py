@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from scipy.sparse.csgraph import connected_components
 
 from diffsynth_metrics.evaluation.likeness import (
     Differing,
@@ -28,6 +29,9 @@ from diffsynth_metrics.evaluation.likeness import (
     different_settings,
     listed,
     refuse,
+    same_runs,
+    several_of_one_seed,
+    shared_scores,
     unknown_weights,
 )
 from diffsynth_metrics.evaluation.pairing import Pair, RunRows, read_runs
@@ -59,6 +63,7 @@ _FEW_PROMPTS = 20
 _LARGEST_SCORE = 1e100
 _SHORT_NAME = 10
 """Names up to this length head columns, and a table still fits into 100 characters."""
+_PAIR_BY = (("prompt_id", "seed"), ("prompt_id",), ("prompt", "seed"), ("prompt",))
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,7 @@ def compare(
         *more: Further runs.
         pair_by: ``("prompt_id", "seed")``: of a prompt whose pictures name their seeds in both runs, the
             seeds that are in both count. ``("prompt_id",)``: all pictures of a prompt count.
+            With ``"prompt"`` instead of ``"prompt_id"``, prompts of the same text are one prompt.
         metrics: Labels, one at least; None: all that every run has.
         confidence: Of the intervals and of what may be claimed, between 0 and 1.
         seed: Of the resampling. The same runs and seed give the same numbers.
@@ -253,13 +259,16 @@ def compare(
     """
     allow, pair_by = _as_names(allow), _as_names(pair_by)
     resampling = _Resampling(confidence, seed, resamples)
-    if pair_by not in (("prompt_id", "seed"), ("prompt_id",)):
-        raise ValueError(f'pair by ("prompt_id", "seed") or ("prompt_id",), got {pair_by!r}')
-    runs = read_runs([_open(run) for run in (a, b, *more)], by_seed="seed" in pair_by)
-    labels = _choose_metrics(runs, None if metrics is None else _as_names(metrics))
+    if pair_by not in _PAIR_BY:
+        raise ValueError(f"pair by one of {', '.join(map(str, _PAIR_BY))}, got {pair_by!r}")
+    runs = read_runs(
+        [_open(run) for run in (a, b, *more)], by_text="prompt" in pair_by, by_seed="seed" in pair_by
+    )
+    wanted = None if metrics is None else _as_names(metrics)
+    labels = _choose_metrics(runs, wanted)
     _check_sizes(labels, runs)
     check_allowed(allow, labels, runs)
-    sets, differing = _compare_sets(runs)
+    sets, differing = _compare_sets(runs, wanted)
     differing = [*different_settings(labels, runs), *different_prompts(runs), *differing]
     refuse(differing, allow)
 
@@ -277,7 +286,7 @@ def compare(
         sets=sets,
         unpaired=_unpaired(against_first),
         verdict=_verdict(overall, differing, confidence),
-        notes=tuple(_notes(runs, labels, overall, differing)),
+        notes=tuple(_notes(runs, labels, against_first, overall, differing)),
         confidence=confidence,
         _pairs=tuple(against_first),
     )
@@ -317,19 +326,24 @@ def _open(run: Run) -> Results:
 
 
 def _choose_metrics(runs: Sequence[RunRows], wanted: Sequence[str] | None) -> list[str]:
-    """Return the labels that every run has rows of, or those of them that are wanted."""
+    """Return the labels that every run has rows of, or those of them that are wanted.
+
+    Metrics of whole sets have no rows; they may be wanted if every run has their numbers.
+    """
     shared = [label for label in runs[0].results.metrics if all(len(run.of(label)) for run in runs)]
     if wanted is not None and not wanted:
         raise ValueError(f"metrics is empty: name some of {listed(shared)}, or pass None for all")
     if wanted is None and not shared and not all(run.results.sets for run in runs):
         have = "; ".join(f"{run.name!r} has {listed(run.results.metrics)}" for run in runs)
         raise ValueError(f"score the runs with the same metrics; they have none in common: {have}")
+    names_of_sets = [{entry["metric"] for entry in run.results.sets} for run in runs]
+    of_sets = sorted(set.intersection(*names_of_sets) - set(shared))
     for label in wanted or ():
-        if label not in shared:
+        if label not in (*shared, *of_sets):
             raise ValueError(
-                f"choose metrics of {listed(shared)}: not every run has scores of {label!r}"
+                f"choose metrics of {listed([*shared, *of_sets])}: not every run has scores of {label!r}"
             )
-    return shared if wanted is None else list(dict.fromkeys(wanted))
+    return shared if wanted is None else [name for name in dict.fromkeys(wanted) if name in shared]
 
 
 def _check_sizes(labels: Sequence[str], runs: Sequence[RunRows]) -> None:
@@ -396,6 +410,9 @@ def _nothing_in_common(pairs: Sequence[Pair]) -> str:
             return (
                 f"look at failures() of the runs, or pass pair_by=('prompt_id',): nothing pairs: {why}"
             )
+    for pair in pairs:
+        if pair.prompts_with_two_ids():
+            return _pair_by_text(pair)
     some = "; ".join(
         f"{name!r} has {listed(rows['prompt_id'].unique()[:3])}, ..."
         for name, rows in (
@@ -406,13 +423,28 @@ def _nothing_in_common(pairs: Sequence[Pair]) -> str:
     return f"compare runs over the same prompts, or give samples a prompt_id; none is in both: {some}"
 
 
-def _compare_sets(runs: Sequence[RunRows]) -> tuple[Table, list[Differing]]:
+def _pair_by_text(pair: Pair) -> str:
+    """Say that prompts would pair by their texts."""
+    found = pair.prompts_with_two_ids()
+    first, second, text = found[0]
+    return (
+        f"pass pair_by=('prompt', 'seed') to pair by text: {len(found)} prompt{_s(len(found))} of the "
+        f"same text differ in their prompt ids, such as {text[:60]!r}, which is {first!r} in "
+        f"{pair.first} and {second!r} in {pair.second}"
+    )
+
+
+def _compare_sets(
+    runs: Sequence[RunRows], wanted: Sequence[str] | None
+) -> tuple[Table, list[Differing]]:
     """Put the numbers of whole sets side by side, and find what differs in how they were made."""
     first, *others = runs
     rows: list[tuple[Any, ...]] = []
     differing: list[Differing] = []
     for own in first.results.sets:
         metric = own["metric"]
+        if wanted is not None and metric not in wanted:
+            continue
         found = [own]
         for run in others:
             candidates = [entry for entry in run.results.sets if entry["metric"] == metric]
@@ -506,7 +538,8 @@ def _strengths(
     total = by_prompt.sum(axis=0)
     logs = bradley_terry(total)
     intervals = bradley_terry_intervals(by_prompt, **resampling.options)
-    games = (total + total.T).sum(axis=1)
+    games_of_pairs = total + total.T
+    games = games_of_pairs.sum(axis=1)
     rates = np.divide(total.sum(axis=1), games, out=np.full(len(names), np.nan), where=games > 0)
     rows = [
         (names[run], *map(_rounded, (logs[run], *intervals[run], rates[run])), len(by_prompt))
@@ -517,9 +550,20 @@ def _strengths(
         f"low to high: its {_percent(resampling.confidence)} interval; wins: share of prompts won"
     )
     if np.isnan(logs).any():
-        note = "no strengths: some runs won, or lost, every prompt against the others"
+        note = f"no strengths: {_why_no_strengths(names, games_of_pairs)}"
     columns = ("run", "strength", "low", "high", "wins", "prompts")
     return Table(columns, tuple(rows), title=f"Bradley-Terry strengths on {label}", notes=(note,))
+
+
+def _why_no_strengths(names: Sequence[str], games: Floats) -> str:
+    count, group_of = connected_components(games > 0, directed=False)
+    if count == 1:
+        return "some runs won, or lost, every prompt against the others"
+    groups = [
+        _and([name for name, group in zip(names, group_of, strict=True) if group == wanted])
+        for wanted in range(count)
+    ]
+    return f"no prompt that both have scores of links {', or '.join(groups)}"
 
 
 # How it is told.
@@ -583,17 +627,23 @@ def _fewest_prompts(confidence: float) -> int:
 def _notes(
     runs: Sequence[RunRows],
     labels: Sequence[str],
+    pairs: Sequence[Pair],
     rows: Sequence[Difference],
     differing: Sequence[Differing],
 ) -> Iterator[str]:
     """Yield what a reader should know before the numbers are used."""
+    same = {name: earlier for earlier, name in same_runs(runs)}
+    yield from (f"{name} is the same run as {earlier}" for name, earlier in same.items())
     yield from (f"allowed to differ: {found.message}" for found in differing)
     yield from different_environments(runs)
     yield from unknown_weights(labels, runs)
     yield from _categories_left_out(runs)
+    yield from shared_scores(labels, runs)
+    yield from several_of_one_seed(runs)
+    yield from dict.fromkeys(_pair_by_text(pair) for pair in pairs if pair.prompts_with_two_ids())
     first, *others = [(run.name, set(run.rows["image_sha256"].dropna())) for run in runs]
     for name, pictures in others:
-        if pictures and pictures == first[1]:
+        if pictures and pictures == first[1] and same.get(name) != first[0]:
             yield f"{first[0]} and {name} hold the very same pictures"
     for run in runs:
         more = [label for label in run.results.metrics if label not in labels and len(run.of(label))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,9 @@ __all__ = [
     "different_settings",
     "listed",
     "refuse",
+    "same_runs",
+    "several_of_one_seed",
+    "shared_scores",
     "unknown_weights",
 ]
 
@@ -209,6 +213,47 @@ def unknown_weights(metrics: Sequence[str], runs: Sequence[RunRows]) -> Iterator
             if elsewhere and rows["weights"].isna().any():
                 yield f"{metric}: its weights are not known, so nothing shows that they are the same"
                 break
+
+
+def same_runs(runs: Sequence[RunRows]) -> Iterator[tuple[str, str]]:
+    """Yield the names of each run that is an earlier one once more, the earlier one first."""
+    for position, run in enumerate(runs):
+        for earlier in runs[:position]:
+            if run.results is earlier.results or _same_folder(run, earlier):
+                yield earlier.name, run.name
+                break
+
+
+def _same_folder(run: RunRows, other: RunRows) -> bool:
+    paths = [each.results.path for each in (run, other)]
+    return None not in paths and len({Path(path).resolve() for path in paths if path is not None}) == 1
+
+
+def shared_scores(metrics: Sequence[str], runs: Sequence[RunRows]) -> Iterator[str]:
+    """Yield notes on scores that another score of the same picture replaces."""
+    for metric in metrics:
+        for run in runs:
+            rows = run.scored(metric)
+            change = (rows["score"] - rows["own_score"]).abs()
+            if count := int((change > 0).sum()):
+                yield (
+                    f"{metric}: {count} score{'s' if count > 1 else ''} of {run.name} count as the "
+                    f"first score of the same picture, prompt and metric, which differs by up to "
+                    f"{change.max():.1g}"
+                )
+
+
+def several_of_one_seed(runs: Sequence[RunRows]) -> Iterator[str]:
+    """Yield notes on prompts that have several pictures of one seed."""
+    for run in runs:
+        pictures = run.rows[["prompt_id", "seed", "id"]].dropna().drop_duplicates()
+        several = pictures[pictures.duplicated(["prompt_id", "seed"])]
+        if len(several):
+            prompts, such = several["prompt_id"].nunique(), several.iloc[0]
+            yield (
+                f"{run.name}: {prompts} prompt{'s have' if prompts > 1 else ' has'} several pictures of "
+                f"one seed, which are averaged, such as seed {such['seed']} of {such['prompt_id']!r}"
+            )
 
 
 def listed(texts: Iterable[str]) -> str:

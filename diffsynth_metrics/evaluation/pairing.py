@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from diffsynth_metrics.evaluation.reading import prompt_id
+
 if TYPE_CHECKING:
     from diffsynth_metrics.evaluation.results import Results
 
@@ -20,7 +22,17 @@ __all__ = ["Pair", "RunRows", "read_runs"]
 
 _COLUMNS = (
     *("id", "prompt_id", "seed", "category", "prompt", "image", "image_sha256", "metric", "score"),
-    *("error_type", "metric_version", "weights", "config", "fingerprint", "device", "torch"),
+    *(
+        "error_type",
+        "metric_version",
+        "weights",
+        "config",
+        "fingerprint",
+        "device",
+        "torch",
+        "sources",
+        "key",
+    ),
 )
 
 
@@ -32,6 +44,8 @@ class RunRows:
         name: No other run of the comparison has it.
         results: The run.
         rows: One per picture and metric, sorted by prompt, seed and id; None for what is not known.
+            ``score`` is the one that counts, ``own_score`` the one that the run has, see
+            :func:`read_runs`.
     """
 
     name: str
@@ -47,16 +61,21 @@ class RunRows:
         return self.rows[(self.rows["metric"] == metric) & np.isfinite(self.rows["score"])]
 
 
-def read_runs(runs: Sequence[Results], *, by_seed: bool) -> tuple[RunRows, ...]:
+def read_runs(runs: Sequence[Results], *, by_text: bool, by_seed: bool) -> tuple[RunRows, ...]:
     """Read the rows of runs.
+
+    The same picture with the same prompt, scored by the same metric, has one score: that of the first
+    run that has it. Batches of other sizes move the last digits, and a test of ranks would count that.
 
     Args:
         runs: The runs; runs of one name are called after their parent folders, or numbered.
+        by_text: Whether the text of a prompt identifies it, instead of its ``prompt_id``.
         by_seed: Whether seeds are looked at.
     """
+    frames = _share_scores([_read_rows(run, by_text, by_seed) for run in runs])
     return tuple(
-        RunRows(name, run, _read_rows(run, by_seed))
-        for name, run in zip(_unique_names(runs), runs, strict=True)
+        RunRows(name, run, frame)
+        for name, run, frame in zip(_unique_names(runs), runs, frames, strict=True)
     )
 
 
@@ -73,13 +92,50 @@ def _unique_names(runs: Sequence[Results]) -> list[str]:
     return names
 
 
-def _read_rows(run: Results, by_seed: bool) -> pd.DataFrame:
+def _read_rows(run: Results, by_text: bool, by_seed: bool) -> pd.DataFrame:
     frame = run.to_pandas().reindex(columns=list(_COLUMNS))
     scores = pd.to_numeric(frame.pop("score")).astype(float)
     frame = frame.astype(object).where(frame.notna(), None)
     frame["score"] = scores
+    frame["own_score"] = scores
+    frame["content"] = _contents(run, frame)
     frame["seed"] = frame["seed"].map(str, na_action="ignore") if by_seed else None
+    if by_text:
+        texts = zip(frame["prompt_id"], frame["prompt"], strict=True)
+        frame["prompt_id"] = [own if text is None else prompt_id(None, text, own) for own, text in texts]
     return frame.sort_values(["prompt_id", "seed", "id"], ignore_index=True)
+
+
+def _contents(run: Results, frame: pd.DataFrame) -> list[tuple[Any, ...] | None]:
+    """Return what each score was made of and by: equal where it must be the same; None if not known."""
+    uses_sources = {
+        label: "source" in made.get("needs", ("source",)) for label, made in run.metrics.items()
+    }
+    contents: list[tuple[Any, ...] | None] = []
+    names = ("metric", "image_sha256", "prompt", "fingerprint", "sources", "key")
+    for metric, image, prompt, fingerprint, sources, key in zip(
+        *(frame[name] for name in names), strict=True
+    ):
+        used = sources is not None and len(sources) > 0 and uses_sources.get(metric, True)
+        if not image or not fingerprint or (used and not key):
+            contents.append(None)
+        else:
+            # A row has the names of its sources only; what is in them is in its key.
+            contents.append((metric, image, prompt, fingerprint, key if used else ""))
+    return contents
+
+
+def _share_scores(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Give rows of one content the first score among them."""
+    first: dict[tuple[Any, ...], float] = {}
+    shared = []
+    for frame in frames:
+        scores = [
+            score if content is None or not np.isfinite(score) else first.setdefault(content, score)
+            for content, score in zip(frame["content"], frame["score"], strict=True)
+        ]
+        shared.append(frame.drop(columns="content").assign(score=np.array(scores, dtype=np.float64)))
+    return shared
 
 
 @dataclass(frozen=True)
@@ -134,6 +190,24 @@ class Pair:
                 found.append((self.metric, name, str(reason), len(left_out), prompts, example))
         return found
 
+    def prompts_with_two_ids(self) -> list[tuple[str, str, str]]:
+        """Return prompts of one text that do not pair: their id in the first and second run, the text.
+
+        Edits are not among them: the same words for another picture are another prompt.
+        """
+        columns = ["prompt_id", "prompt"]
+        first, second = (
+            rows.loc[~rows["prompt_id"].isin(other["prompt_id"]) & ~_has_sources(rows), columns]
+            .dropna()
+            .drop_duplicates("prompt")
+            for rows, other in (
+                (self.rows_first, self.rows_second),
+                (self.rows_second, self.rows_first),
+            )
+        )
+        both = first.merge(second, on="prompt", suffixes=("_first", "_second"))
+        return list(zip(both["prompt_id_first"], both["prompt_id_second"], both["prompt"], strict=True))
+
     def side_by_side(self) -> pd.DataFrame:
         """Return the pictures that count next to their partners, the largest gain first."""
         first, second = self.counting()
@@ -151,6 +225,10 @@ class Pair:
         columns = [f"{name}_{run}" for run in ("first", "second") for name in ("id", "image", "score")]
         table = table[["prompt_id", *shared, *columns, "gain"]]
         return table.sort_values("gain", ascending=False, kind="stable", ignore_index=True)
+
+
+def _has_sources(rows: pd.DataFrame) -> pd.Series[bool]:
+    return rows["sources"].map(lambda names: names is not None and len(names) > 0).astype(bool)
 
 
 def _reasons(rows: pd.DataFrame, other: pd.DataFrame, name: str) -> pd.Series[Any]:

@@ -74,9 +74,10 @@ def prompt_means(prompts: Sequence[str], scores: Sequence[float]) -> tuple[list[
     """
     values = np.asarray(scores, dtype=np.float64)
     known, index = np.unique(np.asarray(prompts, dtype=np.str_), return_inverse=True)
-    order = np.lexsort((values, index))
-    sums = np.bincount(index[order], weights=values[order], minlength=len(known))
-    return known.tolist(), sums / np.bincount(index, minlength=len(known))
+    ends = np.cumsum(np.bincount(index, minlength=len(known)))[:-1]
+    groups = np.split(values[np.argsort(index, kind="stable")], ends) if len(known) else []
+    # Of scores that nearly cancel out, a plain sum leaves little but rounding.
+    return known.tolist(), np.array([math.fsum(group) / len(group) for group in groups])
 
 
 def difference_of_means(first: Floats, second: Floats) -> Floats:

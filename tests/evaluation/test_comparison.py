@@ -158,6 +158,100 @@ def test_equal_runs_and_equal_shifts() -> None:
     assert any("differ by the same 1" in note for note in up.notes)
 
 
+def pictures(scores: Mapping[str, float], name: str, noise: float = 0.0, **more: Any) -> Results:
+    """A run with three pictures for each prompt, whose content follows from the prompt and the seed."""
+    generator = np.random.default_rng(len(name))
+    rows = [
+        row(
+            prompt,
+            score + seed / 7 + noise * generator.normal(),
+            seed=str(seed),
+            **{"image_sha256": f"sha of {prompt} {seed}", **more},
+        )
+        for prompt, score in scores.items()
+        for seed in range(3)
+    ]
+    return make(rows, name)
+
+
+def test_the_same_picture_has_the_same_score() -> None:
+    scores = many()
+    first, second = pictures(scores, "a"), pictures(scores, "bb", noise=1e-6)
+    same = compare(first, second, **QUICK)
+    found = overall(same)
+    assert (found.difference.value, found.difference.low, found.difference.high) == (0, 0, 0)
+    assert (found.p, found.win_rate.value, found.better) == (1, 0.5, None)
+    assert any("all 60 prompts are equal" in note for note in same.notes)
+    (told,) = (note for note in same.notes if "first score of the same picture" in note)
+    assert told.startswith("pickscore: 180 scores of bb count as") and "e-06" in told
+    assert set(same.pairs("pickscore")["gain"]) == {0}
+    assert not any("first score" in note for note in compare(first, first, **QUICK).notes)
+    # What is not known to be the same is compared as it is.
+    source = {"sources": ["source.png"]}
+    for of_first, of_second in (
+        ({"image_sha256": None}, {"image_sha256": None}),
+        ({"image_sha256": ""}, {"image_sha256": ""}),
+        ({"fingerprint": None}, {"fingerprint": None}),
+        (source, source),
+        ({**source, "key": "a"}, {**source, "key": "b"}),
+    ):
+        first, second = pictures(scores, "a", **of_first), pictures(scores, "bb", 1e-6, **of_second)
+        assert 0 < abs(overall(compare(first, second, **QUICK)).difference.value) < 1e-5, of_first
+    changed = pictures(scores, "bb", noise=1e-6, prompt="another")
+    other_prompt = compare(pictures(scores, "a"), changed, allow="prompt", **QUICK)
+    assert overall(other_prompt).difference.value != 0
+    edits = [
+        pictures(scores, name, noise, sources=[f"{name}/source.png"], key="content")
+        for name, noise in (("a", 0.0), ("bb", 1e-6))
+    ]
+    assert overall(compare(*edits, **QUICK)).p == 1
+
+
+def test_several_pictures_of_one_seed_are_told() -> None:
+    first = make([row("p1", 1.0, seed="7"), row("p1", 2.0, seed="7", id="x"), row("p2", 1.0, seed="7")])
+    second = make([row("p1", 1.0, seed="7"), row("p2", 1.0, seed="7")], "b")
+    notes = compare(first, second, **QUICK).notes
+    (told,) = (note for note in notes if "several pictures" in note)
+    assert told.startswith("a: 1 prompt has several pictures of one seed") and "seed 7 of 'p1'" in told
+    two = compare(run({"p1": [1.0, 2.0]}), run({"p1": [1.0, 2.0]}, "b"), **QUICK)
+    assert not any("several pictures" in note for note in two.notes)
+
+
+def test_prompts_with_other_ids_pair_by_their_texts() -> None:
+    def of(ids: Mapping[str, str], name: str, **more: Any) -> Results:
+        rows = [row(ids.get(p, p), s, prompt=p, id=p, seed="0", **more) for p, s in many().items()]
+        return make(rows, name)
+
+    geneval = {prompt: f"{number:05}" for number, prompt in enumerate(many())}
+    first, second = of({}, "a"), of(geneval, "b")
+    with pytest.raises(
+        ValueError, match=r"pass pair_by=\('prompt', 'seed'\) to pair by text: 60 prompts"
+    ):
+        compare(first, second, **QUICK)
+    for pair_by in (("prompt", "seed"), ("prompt",)):
+        found = compare(first, second, pair_by=pair_by, **QUICK)
+        assert overall(found).difference.prompts == 60
+        assert not any("by text" in note for note in found.notes)
+    some = compare(first, of({"p000": "00000"}, "b"), **QUICK)
+    assert overall(some).difference.prompts == 59
+    (told,) = (note for note in some.notes if "by text" in note)
+    assert "1 prompt of the same text" in told and "'p000' in a and '00000' in b" in told
+    # The same words for another picture are another prompt.
+    with pytest.raises(ValueError, match="compare runs over the same prompts"):
+        compare(of({}, "a", sources=["x.png"]), of(geneval, "b", sources=["y.png"]), **QUICK)
+
+
+def test_a_run_against_itself_is_told(tmp_path: Path) -> None:
+    rows = [row("p", 1.0, image_sha256="f" * 64)]
+    one, other = make(rows, "a", tmp_path / "a"), make(rows, "b", tmp_path / "x" / ".." / "a")
+    notes = compare(one, other, **QUICK).notes
+    assert [note for note in notes if "the same run" in note] == ["b is the same run as a"]
+    assert not any("very same pictures" in note for note in notes)
+    twice = make(rows, "b")
+    notes = compare(make(rows), twice, twice, **QUICK).notes
+    assert [note for note in notes if "the same run" in note] == ["b (2) is the same run as b"]
+
+
 def test_the_direction_of_the_metric_decides_who_wins() -> None:
     rows = [
         [row(prompt, score, metric="distance") for prompt, score in many(loc, seed=seed).items()]
@@ -470,7 +564,15 @@ def test_a_run_that_loses_every_prompt_has_no_strength() -> None:
     table = compare(*runs, **QUICK).strengths["pickscore"]
     assert [entry["strength"] for entry in table.records()] == [None] * 3
     assert [entry["wins"] for entry in table.records()] == [1, 0.25, 0.25]
-    assert "no strengths" in table.text()
+    assert "no strengths: some runs won, or lost, every prompt" in table.text()
+
+
+def test_runs_that_share_no_prompts_have_no_strengths_for_that_reason() -> None:
+    own = [{f"{prefix}{index}": float(index) for index in range(9)} for prefix in "xxy"]
+    runs = [run(scores, name) for scores, name in zip(own, "abc", strict=True)]
+    text = compare(*runs, **QUICK).strengths["pickscore"].text()
+    assert "no strengths: no prompt that both have scores of links a and b, or c" in text
+    assert "every prompt" not in text
 
 
 def test_pairs_for_a_gallery() -> None:
@@ -523,9 +625,15 @@ def test_numbers_of_whole_sets_are_listed_and_not_tested() -> None:
     both = compare(of("a", fid, other), of("b", other, fid), **QUICK)
     assert [entry[2:] for entry in both.sets.rows[::2]] == [(14.5, 14.5), (99.0, 99.0)]
     assert compare(of("a", fid), of("b"), **QUICK).sets.rows == ()
-    alone = [make([], name, sets=[fid]) for name in "ab"]
+    # They can be chosen as other metrics can.
+    alone = compare(of("a", fid), of("b", fid), metrics=["fid"], **QUICK)
+    assert alone.differences == () and len(alone.sets.rows) == 2
+    assert compare(of("a", fid), of("b", fid), metrics="pickscore", **QUICK).sets.rows == ()
+    with pytest.raises(ValueError, match=r"choose metrics of 'pickscore': not every run .*'fid'"):
+        compare(of("a", fid), of("b"), metrics=["fid"], **QUICK)
+    without_rows = [make([], name, sets=[fid]) for name in "ab"]
     assert (
-        compare(*alone, **QUICK).verdict
+        compare(*without_rows, **QUICK).verdict
         == "nothing can be claimed: numbers of whole sets have no interval."
     )
 

@@ -52,6 +52,14 @@ def test_prompt_means_are_the_same_in_any_order() -> None:
         assert again[1].tolist() == means.tolist()  # to the last bit, since ties depend on it
 
 
+def test_means_of_scores_that_cancel_out_are_exact() -> None:
+    scores = [-0.7, 0.3, 0.4]
+    once, twice = (prompt_means(["p"] * 3 * n, scores * n)[1] for n in (1, 2))
+    assert difference_of_means(once, twice).tolist() == [0]
+    assert once[0] == pytest.approx(math.fsum(scores) / 3, rel=1e-12, abs=0)
+    assert prompt_means([], [])[1].tolist() == []
+
+
 def test_rounding_does_not_break_a_tie() -> None:
     first, second = np.array([0.1 + 0.2, 1.0, 0.0]), np.array([0.3, 1.0 + 1e-6, 0.0])
     assert first[0] != second[0]
