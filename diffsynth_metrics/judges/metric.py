@@ -85,6 +85,7 @@ class JudgeMetric(BaseMetric):
         self.engine = engine
         self.on_parse_error = _checked_policy(on_parse_error)
         self.weight_files = ()
+        self.options = {}
 
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> nn.Module:
