@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -22,6 +23,8 @@ from diffsynth_metrics.evaluation.run_folder import RunFolder
 from diffsynth_metrics.evaluation.sample_scoring import Run, score_samples
 from diffsynth_metrics.evaluation.samples import Sample
 from diffsynth_metrics.evaluation.set_scoring import Reference, check_reference, score_set
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["MetricInput", "OnError", "score"]
 
@@ -110,6 +113,9 @@ def score(
         return Results.open(folder)
 
     if out is not None:
+        source = getattr(samples, "source", "")
+        if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
+            raise ValueError(f"choose another out=: {os.fspath(out)!r} is the folder of the pictures")
         return run_in(out)
     with tempfile.TemporaryDirectory() as folder:
         results = run_in(folder)
@@ -278,6 +284,7 @@ def _score_all(
     run: Run, wanted: Mapping[str, _Wanted], reference: Reference | None, **options: Any
 ) -> None:
     """Score with one metric after the other."""
+    _tell_of_other_samples(run)
     run.folder.write_samples(run.reader.table())
     run.folder.write_description(run.metrics, run.sets)
     try:
@@ -288,6 +295,30 @@ def _score_all(
             _empty_cache(device)
     finally:
         run.folder.write_samples(run.reader.table())
+
+
+def _tell_of_other_samples(run: Run) -> None:
+    """Warn where a folder has shown other samples: a run that is named after them would show these."""
+    try:
+        before = run.folder.read_samples()
+    except (OSError, ValueError):
+        return  # there are none, or they are damaged and are written anew
+    new = run.reader.table()
+    now = set(zip(new["id"].to_pylist(), new["image"].to_pylist(), strict=True))
+    others = [
+        id
+        for id, image in zip(before["id"].to_pylist(), before["image"].to_pylist(), strict=True)
+        if (id, image) not in now
+    ]
+    if others:
+        logger.warning(
+            "%s was a run of other samples too: %d of %d, such as %r, are not among those of this call "
+            "(or have another file) and no longer shown; take another out= to keep both",
+            run.folder.path,
+            len(others),
+            len(before),
+            others[0],
+        )
 
 
 def _score_one(run: Run, label: str, metric: BaseMetric, reference: Reference | None) -> torch.device:

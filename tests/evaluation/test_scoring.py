@@ -27,7 +27,14 @@ from counting import Brightness, Difference, Wordiness, gray, gray_files
 
 from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric, UnifiedRewardEditMetric
 from diffsynth_metrics.base import BaseMetric, ImageMetric
-from diffsynth_metrics.evaluation import Results, Sample, SampleSet, sample_scoring, score
+from diffsynth_metrics.evaluation import (
+    Results,
+    Sample,
+    SampleSet,
+    read_samples,
+    sample_scoring,
+    score,
+)
 from diffsynth_metrics.evaluation.fingerprint import CHANGES_SCORES, INERT, fingerprint_of
 from diffsynth_metrics.evaluation.run_folder import ROWS, RowWriter, RunFolder
 from diffsynth_metrics.testing import ScriptedEngine
@@ -985,3 +992,24 @@ def _flip(file: Path) -> None:
 
 def _empty(file: Path) -> None:
     file.write_bytes(b"")
+
+
+def test_a_folder_that_has_shown_other_samples_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / name / "1.png")
+    good, bad = ([Sample("1", "a red circle", tmp_path / name / "1.png")] for name in ("good", "bad"))
+    for _ in range(2):
+        score(good, ["shapes"], out=tmp_path / "run")
+    assert not [record for record in caplog.records if "other samples" in record.message]
+    score(bad, ["shapes"], out=tmp_path / "run")
+    assert "1 of 1, such as '1', are not among those of this call" in caplog.text
+
+
+def test_the_folder_of_the_pictures_is_no_run_folder(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("a red circle")
+    with pytest.raises(ValueError, match=r"choose another out=: .* is the folder of the pictures"):
+        score(read_samples(tmp_path), ["shapes"], out=tmp_path)
