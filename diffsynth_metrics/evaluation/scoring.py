@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -290,8 +291,7 @@ def _score_all(
     try:
         for label, one in wanted.items():
             device = _score_one(run, label, one.load(options), reference)
-            # What was loaded is held by nobody now, and its memory serves the next.
-            gc.collect()
+            _collect_garbage()
             _empty_cache(device)
     finally:
         run.folder.write_samples(run.reader.table())
@@ -329,6 +329,17 @@ def _score_one(run: Run, label: str, metric: BaseMetric, reference: Reference | 
     else:
         score_samples(run, label, metric)
     return metric.device
+
+
+def _collect_garbage() -> None:
+    """Free what was loaded, which nobody holds now, also where it refers to itself.
+
+    In a thread: an interruption during a collection would be raised in some object's callback, where
+    Python ignores it; the caller, who waits here, gets it.
+    """
+    collector = threading.Thread(target=gc.collect)
+    collector.start()
+    collector.join()
 
 
 def _empty_cache(device: torch.device) -> None:
