@@ -14,8 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import conv2d
 
-from diffsynth_metrics import CheckpointError, ImageError, LPIPSMetric, ModelConfig, PickScoreMetric
+from diffsynth_metrics import (
+    CheckpointError,
+    ImageError,
+    LPIPSMetric,
+    ModelConfig,
+    PickScoreMetric,
+    RewardError,
+)
 from diffsynth_metrics.networks.lpips import NETS, LPIPSNetwork, unit_normalized
+from diffsynth_metrics.rewards import Component, RewardSet
 from diffsynth_metrics.testing.encoders import write_lpips_of
 from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint
 
@@ -157,3 +165,14 @@ def test_broken_weights_are_said(tiny: Callable[[str], Path], tmp_path: Path) ->
     image = PIL.Image.new("RGB", (64, 64), "red")
     with pytest.raises(CheckpointError, match=r"NaN or infinity in net\.slice1\.0\.weight"):
         metric.compute(image, image)
+
+
+def test_it_is_a_reward_that_rises_as_pictures_become_alike(metric: LPIPSMetric) -> None:
+    images = torch.rand(3, 3, 48, 48)
+    sources = [[image.roll(1, -1)] for image in images]
+    result = RewardSet({"lpips": Component(metric)}).score(["", "", ""], images, sources=sources)
+    distances = metric.compute([source for (source,) in sources], list(images))
+    assert min(distances) > 0
+    assert result.reward.tolist() == pytest.approx([-distance for distance in distances], rel=1e-3)
+    with pytest.raises(RewardError, match="LPIPSMetric needs one source image per sample"):
+        RewardSet({"lpips": Component(metric)}).score([""], images[:1])
