@@ -546,7 +546,7 @@ def test_300_pictures_and_three_interruptions_give_900_rows(
     for stop_by, code in (("SIGINT", 130), ("SIGKILL", -9), ("SIGKILL", -9)):
         done = python("-c", STOPPING, *command, STOP_BY=stop_by, STOP_AT="12")
         assert done.returncode == code, done.stderr
-        assert done.stdout == ""
+        assert "interrupted" in done.stdout if code == 130 else done.stdout == ""
         if stop_by == "SIGINT":
             assert "the same command goes on" in done.stderr.splitlines()[-1]
         rows.append(sum(pq.read_metadata(part).num_rows for part in folder.glob("parts/*.parquet")))
