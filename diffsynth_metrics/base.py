@@ -404,10 +404,13 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
                 pairs of images needs; one that does not need them is given none.
 
         Raises:
-            TypeError: The metric does not score single samples.
+            TypeError: The metric compares sets, and does not score single samples.
             ValueError: The metric needs exactly one source image per sample, and there is none, or more.
         """
-        raise TypeError(f"{type(self).__name__} does not score single samples")
+        taken: list[Any] = [prompts] if "prompt" in self.needs else []
+        if "source" in self.needs:
+            taken.append(one_source(self, sources, len(images)))
+        return (*taken, images)
 
     def check_weights(self) -> None:
         """Look for the cause of a score that is not finite.
@@ -475,15 +478,6 @@ class PromptMetric(BaseMetric):
 
     needs = ("prompt",)
 
-    def arguments(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[ImageInput] | Tensor,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> tuple[Any, ...]:
-        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
-        return (prompts, images)
-
     @abstractmethod
     def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
         """Compute everything that the metric knows of pairs of prompts and images.
@@ -542,15 +536,6 @@ class RowMetric(BaseMetric):
     numbers: ClassVar[tuple[str, ...]] = ("score",)
     """What of a row is a number, or None."""
 
-    def arguments(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[ImageInput] | Tensor,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> tuple[Any, ...]:
-        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
-        return (prompts, images)
-
     @abstractmethod
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
         """Return a row of plain values for each pair; arguments as in :meth:`PromptMetric.compute`."""
@@ -578,15 +563,6 @@ class RowMetric(BaseMetric):
 
 class ImageMetric(BaseMetric):
     """A metric that scores images alone; it defines :meth:`components`."""
-
-    def arguments(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[ImageInput] | Tensor,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> tuple[Any, ...]:
-        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
-        return (images,)
 
     @abstractmethod
     def components(self, images: ImagesInput) -> dict[str, Tensor]:
@@ -631,15 +607,6 @@ class ReferenceMetric(BaseMetric):
     """
 
     needs = ("source",)
-
-    def arguments(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[ImageInput] | Tensor,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> tuple[Any, ...]:
-        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
-        return (one_source(self, sources, len(images)), images)
 
     @abstractmethod
     def components(self, reference: ImagesInput, images: ImagesInput) -> dict[str, Tensor]:
@@ -690,6 +657,10 @@ class ReferenceMetric(BaseMetric):
 
 class SetMetric(BaseMetric):
     """A metric of two sets of images, such as FID; it defines :meth:`evaluate`."""
+
+    def arguments(self, *samples: Any, **named: Any) -> tuple[Any, ...]:
+        """Refuse single samples, see :meth:`BaseMetric.arguments`."""
+        raise TypeError(f"{type(self).__name__} does not score single samples")
 
     @abstractmethod
     def evaluate(self, reference_images: Any, generated_images: Any, **options: Any) -> dict[str, Any]:

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffsynth_metrics
+from diffsynth_metrics.catalog import NAMES, find_class
 
-_CLASSES = {
-    "aesthetic": "AestheticMetric",
-    "bioclip": "BioCLIPMetric",
-    "clip": "CLIPMetric",
-    "cmmd": "CMMDMetric",
-    "fd_dinov2": "FDDINOv2Metric",
-    "fid": "FIDMetric",
-    "hpsv2": "HPSv2Metric",
-    "hpsv3": "HPSv3Metric",
-    "image_reward": "ImageRewardMetric",
-    "image_similarity": "ImageSimilarityMetric",
-    "lpips": "LPIPSMetric",
-    "pickscore": "PickScoreMetric",
-    "qwen_image_bench": "QwenImageBenchMetric",
-    "unified_reward_2": "UnifiedReward2Metric",
-    "unified_reward_edit": "UnifiedRewardEditMetric",
-}
+LOADED = tuple(name for name in NAMES if name not in ("shapes", "text_rendering"))
+"""The metrics that a tiny checkpoint stands for."""
 
 DIFFERENTIABLE = ("aesthetic", "bioclip", "clip", "hpsv2", "hpsv3", "image_reward", "pickscore")
 JUDGES = ("qwen_image_bench", "unified_reward_2", "unified_reward_edit")
@@ -30,4 +15,4 @@ JUDGES = ("qwen_image_bench", "unified_reward_2", "unified_reward_edit")
 
 def metric_class(name: str) -> Any:
     """Return the class of the metric whose tiny checkpoint has this name."""
-    return getattr(diffsynth_metrics, _CLASSES[name])
+    return find_class(name)

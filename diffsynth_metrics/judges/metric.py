@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +19,11 @@ from diffsynth_metrics.base import BaseMetric, check_batch_size
 from diffsynth_metrics.errors import AnswerError, ImageError
 from diffsynth_metrics.inputs import (
     CheckedImage,
-    ImageInput,
     ImagesInput,
     as_pil,
     as_rgb,
     image_name,
+    image_size,
     open_image,
     pair,
 )
@@ -166,15 +165,6 @@ class JudgeMetric(BaseMetric):
         """See :meth:`BaseMetric.describe`; the engine learns what it runs."""
         super().describe()
         self.engine.weight_files = self.weight_files  # type: ignore[attr-defined]
-
-    def arguments(
-        self,
-        prompts: Sequence[str],
-        images: Sequence[ImageInput] | Tensor,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> tuple[Any, ...]:
-        """Return what the verbs take, see :meth:`BaseMetric.arguments`."""
-        return prompts, images
 
     @abstractmethod
     def evaluate(
@@ -336,7 +326,7 @@ class JudgeMetric(BaseMetric):
         return parts
 
     def _checked_pixels(self, image: CheckedImage, name: str) -> int:
-        width, height = _size(image, name)
+        width, height = image_size(image, name)
         self._check_size((width, height), image_name(name, image))
         return width * height
 
@@ -388,20 +378,6 @@ def pairs(
         prompts * count if len(prompts) == 1 else prompts,
         [[image] for image in (alone * count if len(alone) == 1 else alone)],
     )
-
-
-def _size(image: CheckedImage, name: str) -> tuple[int, int]:
-    """Return width and height without decoding an image."""
-    if isinstance(image, Tensor):
-        return image.shape[-1], image.shape[-2]
-    if isinstance(image, (Path, bytes)):
-        try:
-            opened: PIL.Image.Image
-            with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-                return opened.size
-        except Exception:
-            return open_image(image, name).size  # which says why it cannot be read
-    return image.size
 
 
 def _rgb(image: CheckedImage, name: str) -> PIL.Image.Image:

@@ -22,7 +22,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import torch
-from classes import _CLASSES
+from classes import LOADED
 from counting import Brightness, Difference, Wordiness, gray, gray_files
 
 from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric, UnifiedRewardEditMetric
@@ -678,7 +678,7 @@ class Crop:
 class TestFingerprint:
     def test_every_field_of_a_provenance_is_classified(self, metrics: Any) -> None:
         assert not CHANGES_SCORES & INERT
-        loaded: list[BaseMetric] = [metrics(name) for name in _CLASSES]
+        loaded: list[BaseMetric] = [metrics(name) for name in LOADED]
         loaded.append(UnifiedReward2Metric(ScriptedEngine("")))
         for metric in loaded:
             unknown = metric.provenance.keys() - CHANGES_SCORES - INERT
