@@ -44,9 +44,9 @@ other cost could reach.
 Upstream resizes with torch's uint8 kernel, which is faster and whose pixels are not the official ones;
 for HPSv2 it crops the centre, where the authors' letterbox resizes floats.
 
-**Full size.** All three run the same matrix products, and on this machine a call is little else. The authors'
-Aesthetic reads no prompt, and their ImageReward lets the prompt attend to each picture, which nobody can
-do once for all: only HPSv2's loop does work that can be left out."""
+**Full size.** All three run the same matrix products, and on this machine a call is little else. The
+authors' Aesthetic reads no prompt, and their ImageReward lets the prompt attend to each picture, which
+nobody can do once for all: only HPSv2's loop does work that can be left out."""
 
 
 def folder_of(name: str, size: str) -> Path:
