@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from diffsynth_metrics.rewards.batches import Batch, Frames, as_batch, check_fra
 from diffsynth_metrics.rewards.normalization import Normalization, collapsed, find_normalization
 from diffsynth_metrics.rewards.scales import ScaleInput
 from diffsynth_metrics.rewards.scoring import (
+    ERRORS_OF_A_SAMPLE,
     FailurePolicy,
     MetricScorer,
     Scored,
@@ -149,7 +151,7 @@ class RewardSet:
             images: One image or several, see ``PromptMetric.compute``; or a list of videos.
             sources: For each sample the image that it was made from, several, or None.
             groups: What group each sample belongs to, anything hashable or a tensor ``[N]``; by default
-                samples of one prompt (and of the same source files or objects) are a group. All samples
+                samples of one prompt (and of the same source files or pictures) are a group. All samples
                 of a group must be in this call.
             frames: What becomes of the frames of a video: the ``"mean"`` or ``"min"`` of their scores,
                 the ``"first"`` or ``"middle"`` frame alone, or ``"all"`` as one list for a function.
@@ -186,7 +188,7 @@ class RewardSet:
     def result(self, batch: Batch, *, groups: Sequence[Hashable] | Tensor | None = None) -> RewardResult:
         """Score like :meth:`score`; a sample without a score is NaN, and `errors` says why."""
         as_prompts(batch.prompts)
-        members = _members(_groups_of(batch) if groups is None else groups, len(batch))
+        members = _members(self._groups_of(batch) if groups is None else groups, len(batch))
         self._check(batch, members)
         scores = self._scores(batch)
         normalized: dict[str, Tensor] = {}
@@ -206,6 +208,21 @@ class RewardSet:
             self._collapsed(scores, Scored(total, []), members),
             _errors(total, {name: scores[name] for name in self.components if name in reasons}),
         )
+
+    def _groups_of(self, batch: Batch) -> list[Hashable]:
+        """Return the prompts, and where there are sources their files or what tells their pictures."""
+        if not batch.sources:
+            return [*batch.prompts]
+        # Trainers repeat a source as other objects, which only matters where groups do.
+        of_picture: Callable[[Any], Hashable] = _digest if self.group_sizes else id
+
+        def name(source: Any) -> Hashable:
+            is_path = isinstance(source, (str, os.PathLike))
+            return os.fspath(source) if is_path else of_picture(source)
+
+        return [
+            (prompt, *map(name, of)) for prompt, of in zip(batch.prompts, batch.sources, strict=True)
+        ]
 
     def _check(self, batch: Batch, members: Mapping[Hashable, Sequence[int]]) -> None:
         """Check what normalisations need: whole groups, and no gradient through ranks."""
@@ -289,15 +306,15 @@ def _shared(batch: Batch, scorers: Sequence[MetricScorer]) -> Batch:
         return batch
 
 
-def _groups_of(batch: Batch) -> list[Hashable]:
-    """Return the prompts, and where there are sources their files or, for lack of these, objects."""
-    if not batch.sources:
-        return [*batch.prompts]
-    names = [
-        tuple(os.fspath(one) if isinstance(one, (str, os.PathLike)) else id(one) for one in images)
-        for images in batch.sources
-    ]
-    return [*zip(batch.prompts, names, strict=True)]
+def _digest(picture: Any) -> str:
+    """Return a short name of the pixels of a picture, or of the object if they cannot be read."""
+    try:
+        if isinstance(picture, Tensor):
+            picture = picture.float().numpy(force=True)
+        pixels = np.asarray(picture)
+    except ERRORS_OF_A_SAMPLE:
+        return f"object {id(picture)}"
+    return hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:16]
 
 
 def _members(groups: Any, count: int) -> dict[Hashable, list[int]]:

@@ -350,7 +350,16 @@ class TestGroups:
 
         rewards = RewardSet({"p": Component(mine, normalize="rank")})
         images = torch.rand(4, 3, 8, 8)
-        for sources in (["a.png", "a.png", "b.png", "b.png"], [*[images[0]] * 2, *[images[1]] * 2]):
+        of_two: list[Any] = [
+            ["a.png", "a.png", "b.png", "b.png"],
+            # Trainers repeat a source as the rows of a tensor, or open its file again.
+            images[[0, 0, 1, 1]],
+            images[[0, 0, 1, 1]].bfloat16(),
+            [PIL.Image.new("RGB", (8, 8), color) for color in ("red", "red", "blue", "blue")],
+            [np.full((8, 8, 3), level, np.uint8) for level in (1, 1, 2, 2)],
+            [b"a", b"a", b"b", b"b"],
+        ]
+        for sources in of_two:
             result = rewards.score("make it blue", images, sources)
             assert result.reward.tolist() == [0, 1, 0, 1]
         result = rewards.score("make it blue", images, ["a.png", "b.png", "b.png", "a.png"])
@@ -464,6 +473,20 @@ class TestFrames:
         result = RewardSet({"b": Brightness()}).score("a", videos, frames="mean", on_failure="nan")
         assert result.reward.isnan().tolist() == [False, True] and [*result.failures["b"]] == [1]
 
+    @pytest.mark.parametrize("frames", ["mean", "min", "first", "middle", "all"])
+    @pytest.mark.parametrize("nothing", [[], None])
+    def test_a_video_without_frames_fails_alone(self, frames: Any, nothing: Any) -> None:
+        def count(prompts: list[str], images: Any) -> list[float]:
+            return [float(len(one)) if isinstance(one, list) else 1.0 for one in images]
+
+        source: Any = count if frames == "all" else Brightness()
+        video = [PIL.Image.new("RGB", (32, 32))] * 2
+        result = RewardSet({"b": source}).score(
+            "a", [video, nothing, video], frames=frames, on_failure="nan"
+        )
+        assert result.reward.isnan().tolist() == [False, True, False]
+        assert result.failures == {"b": {1: "the video has no frames"}}
+
     def test_a_function_may_score_all_frames_together(self, videos: torch.Tensor) -> None:
         def steady(prompts: list[str], images: list[list[torch.Tensor]]) -> list[float]:
             return [-float(torch.stack(frames).mean(dim=(1, 2, 3)).std()) for frames in images]
@@ -492,8 +515,6 @@ class TestFrames:
                 rewards.score("a", pictures)
         with pytest.raises(ValueError, match="frames must be one of mean, min, first, middle, all, got"):
             rewards.score("a", videos, frames="median")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="the video of sample 1 has no frames"):
-            rewards.score("a", [[PIL.Image.new("RGB", (8, 8))], []], frames="mean")
         assert rewards.score("a", videos[:, 0], frames="mean").reward.shape == (2,)
 
 
