@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from diffsynth_metrics import __version__
 from diffsynth_metrics.catalog import NAMES, find_card, find_class
 from diffsynth_metrics.cli import main
 from diffsynth_metrics.embedded.drawing import draw_shape
@@ -155,6 +156,13 @@ def test_the_numbers_beside_the_code_are_what_it_computes() -> None:
 
 def test_the_picture_is_small() -> None:
     assert (ROOT / "examples" / "report.webp").stat().st_size < 200_000
+
+
+def test_files_about_the_release_have_the_version_of_the_package() -> None:
+    version = re.escape(__version__)
+    assert re.search(rf"^version: {version}$", read(ROOT / "CITATION.cff"), re.MULTILINE)
+    assert re.search(rf'^version = "{version}"$', read(ROOT / "pyproject.toml"), re.MULTILINE)
+    assert re.search(rf"^## {version} ", read(ROOT / "CHANGELOG.md"), re.MULTILINE)
 
 
 if __name__ == "__main__":
