@@ -88,6 +88,8 @@ def test_the_tables_are_those_of_the_cards() -> None:
 def test_both_editions_have_the_same_code() -> None:
     assert len(blocks(README)) == 5
     assert blocks(README) == blocks(CHINESE_README)
+    commands, same = (set(re.findall(r"`[^`\n]+`", read(path))) for path in (README, CHINESE_README))
+    assert commands == same
     links, chinese = (set(targets(path)) for path in (README, CHINESE_README))
     assert links - {"README.zh.md"} == {
         link.replace("docs/zh/", "docs/") for link in chinese - {"README.md"}
