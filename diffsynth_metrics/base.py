@@ -248,7 +248,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             check_batch_size(batch_size)
         _check_options(cls, options)
         cls.check_options(**options)
-        weights = cls._find_weights(model_config, options)
+        weights = cls._weights_config(model_config, options)
         if device is not None and device_map is not None:
             raise ValueError("pass either device or device_map")
         if device_map is not None and not cls.supports_device_map:
@@ -258,29 +258,16 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         dtype = choose_dtype(torch_dtype, cls.official_dtype)
 
         files = [] if weights is None else find_weights(cls, weights)
-        if cls.variant is not None:
-            cls._check_variant_of(files, cls._chosen_variant(options))
         folder = None
         if cls.processor_files and weights is not None:
             folder = find_processor(cls, weights, processor_config, files)
         # Buffers that are computed belong in memory and in no caller's inference mode.
         with torch.device("cpu"), torch.inference_mode(False):
-            model = cls.build(None if weights is None else cls.read_config(weights, files))
-            if weights is None:
-                model.to(first).eval()
-            else:
-                load_weights(
-                    model,
-                    files,
-                    metric=cls.__name__,
-                    # Mapped from the files on the CPU, not copied, before they are spread.
-                    device=first if device_map is None else torch.device("cpu"),
-                    dtype=dtype,
-                    float32=cls.float32_parts,
-                    unused=cls.unused_weights,
-                    config=cls.config_file,
-                )
-            model = cls.finish(model, dtype)
+            # Mapped from the files on the CPU, where they are not copied, before they are spread.
+            loaded_on = first if device_map is None else torch.device("cpu")
+            model = cls.finish(cls._load_network(weights, files, loaded_on, dtype), dtype)
+            # Now that they are known to be this metric's: of other files a variant means nothing.
+            cls._check_variant(files, options)
             if gradient_checkpointing:
                 checkpoint_blocks(model)
             if device_map is not None:
@@ -320,7 +307,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         raise NotImplementedError(f"{cls.__name__} does not say which variant weights are of")
 
     @classmethod
-    def _find_weights(
+    def _weights_config(
         cls, model_config: ModelConfig | None, options: Mapping[str, Any]
     ) -> ModelConfig | None:
         """Return where the weights are, or None for a metric that has none.
@@ -328,16 +315,36 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         Raises:
             ValueError: It has none, and the caller says where they are.
         """
+        if model_config is None and cls.variant is not None:
+            return cls.variants[cls._chosen_variant(options)]
         if model_config is None:
-            return (
-                cls.default_model if cls.variant is None else cls.variants[cls._chosen_variant(options)]
-            )
+            return cls.default_model
         # A class of a user's that has no default takes weights by path.
         if getattr(cls, "default_model", model_config) is None:
             raise ValueError(
                 f"leave model_config out: {cls.__name__} loads no weights, got {model_config!r}"
             )
         return model_config
+
+    @classmethod
+    def _load_network(
+        cls, weights: ModelConfig | None, files: Sequence[Path], device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
+        """Build the network and load its weights, if it has any."""
+        if weights is None:
+            return cls.build(None).to(device).eval()
+        model = cls.build(cls.read_config(weights, files))
+        load_weights(
+            model,
+            files,
+            metric=cls.__name__,
+            device=device,
+            dtype=dtype,
+            float32=cls.float32_parts,
+            unused=cls.unused_weights,
+            config=cls.config_file,
+        )
+        return model
 
     @classmethod
     def _chosen_variant(cls, options: Mapping[str, Any]) -> str:
@@ -352,8 +359,11 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         return chosen
 
     @classmethod
-    def _check_variant_of(cls, files: Sequence[Path], chosen: str) -> None:
-        if (found := cls.variant_of(files)) != chosen:
+    def _check_variant(cls, files: Sequence[Path], options: Mapping[str, Any]) -> None:
+        if cls.variant is None:
+            return
+        found, chosen = cls.variant_of(files), cls._chosen_variant(options)
+        if found != chosen:
             raise CheckpointError(
                 f"Pass {cls.variant}={found!r}: the weights are not those of {cls.variant}={chosen!r}"
             )
