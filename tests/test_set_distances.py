@@ -285,6 +285,8 @@ class TestFeatures:
     ) -> None:
         with pytest.raises(ValueError, match="at least 2 generated images, got 1"):
             cmmd.compute(sides[0], sides[1][0])
+        with pytest.raises(ValueError, match="at least 2 generated images, got 1"):
+            cmmd.compute(sides[0], (image for image in sides[1][:1]))
         with pytest.raises(ValueError, match=r"features must be \[N, D\], got shape \(3,\)"):
             FeatureSet(np.zeros(3), "x")
         with pytest.raises(ValueError, match="the features of image 1 of 2 are not finite"):

@@ -110,7 +110,13 @@ class CMMDMetric(FeatureMetric):
         sources = {side: self.open_side(side, images, **options) for side, images in given.items()}
         for side, source in sources.items():
             check_count(side, source, {self.label: 2})
-        reference, generated = (self._extract(side, source) for side, source in sources.items())
+        features = {side: self._extract(side, source) for side, source in sources.items()}
+        for (
+            side,
+            found,
+        ) in features.items():  # now that generators have ended, and without what was skipped
+            check_count(side, found, {self.label: 2})
+        reference, generated = features.values()
         for doubt in differences_of_networks(reference, generated, self.label):
             warnings.warn(doubt, UserWarning, stacklevel=2)
         return {
