@@ -46,7 +46,6 @@ class LocalEngine(Engine):
     """
 
     weight_files: tuple[Path, ...] = ()
-    _weights: str | None = None
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
         """Wrap a loaded network and its processor."""
@@ -78,20 +77,18 @@ class LocalEngine(Engine):
     @model.setter
     def model(self, model: Any) -> None:
         self._model = model
-        self.weight_files, self._weights = (), None
+        self.weight_files = ()
 
     @property
     def identity(self) -> dict[str, Any]:
         """Weights, architecture, processor, dtype and the limit of tokens; not versions of libraries.
 
-        ``"weights"`` is the sha256 of the files, which are read once, or None for a network that was not
-        loaded from files. Weights that were changed in memory are not noticed.
+        ``"weights"`` is the sha256 of the files, or None for a network that was not loaded from files.
+        Weights that were changed in memory are not noticed.
         """
-        if self._weights is None and self.weight_files:
-            self._weights = sha256_of(self.weight_files)
         return {
             "engine": type(self).__name__,
-            "weights": self._weights,
+            "weights": sha256_of(self.weight_files) if self.weight_files else None,
             "settings": self._settings(),
             "dtype": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
             "max_new_tokens": self.max_new_tokens,
