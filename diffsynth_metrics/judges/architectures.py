@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    PreTrainedConfig,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
@@ -24,7 +23,7 @@ from transformers import (
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.judges.prompts import load_prompts
 
-__all__ = ["build_judge", "judge_config", "without_kernel_hints"]
+__all__ = ["build_judge", "without_kernel_hints"]
 
 _CLASSES = {
     "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
@@ -35,15 +34,19 @@ _VISION_THETA = 10000.0
 _HINTING = ("transformers.integrations.hub_kernels", "transformers.models.qwen3_5.modeling_qwen3_5")
 
 
-def judge_config(config: dict[str, Any] | None, judge: str) -> PreTrainedConfig:
-    """Return what a ``config.json`` describes, or the published architecture where there is none.
+def build_judge(config: dict[str, Any] | None, judge: str) -> nn.Module:
+    """Build the network on the meta device, with its rotary frequencies in memory, in float32.
+
+    They are computed and not read, and whatever dtype the network runs in they stay float32: rounded to
+    bfloat16, the angle at position 1000 is wrong by up to a radian.
 
     Args:
-        config: The parsed ``config.json`` next to the weights.
+        config: The parsed ``config.json`` next to the weights; None: the published architecture.
         judge: A name in ``prompts/architectures.json``.
 
     Raises:
-        CheckpointError: The config describes another kind of network than the published one.
+        CheckpointError: The config describes another kind of network than the published one, or asks
+            for frequencies that are stretched for longer texts.
     """
     published = load_prompts("architectures")[judge]
     config = published if config is None else config
@@ -52,28 +55,16 @@ def judge_config(config: dict[str, Any] | None, judge: str) -> PreTrainedConfig:
             f"the config.json next to the weights describes a {config.get('model_type')!r} network, and "
             f"this judge is a {published['model_type']!r}"
         )
-    described, _ = _CLASSES[published["model_type"]]
-    return described.from_dict(config)
-
-
-def build_judge(config: PreTrainedConfig) -> nn.Module:
-    """Build the network on the meta device, with its rotary frequencies in memory, in float32.
-
-    They are computed and not read, and whatever dtype the network runs in they stay float32: rounded to
-    bfloat16, the angle at position 1000 is wrong by up to a radian.
-
-    Raises:
-        CheckpointError: The config asks for frequencies that are stretched for longer texts.
-    """
-    rope = config.text_config.rope_parameters
+    described, network = _CLASSES[published["model_type"]]
+    architecture = described.from_dict(config)
+    rope = architecture.text_config.rope_parameters
     if (kind := rope.get("rope_type", "default")) != "default":
         raise CheckpointError(
             f"the config.json next to the weights has the rope_type {kind!r}; the judges were trained "
             "with 'default', and no other is computed here"
         )
-    _, network = _CLASSES[config.model_type]
     with torch.device("meta"), without_kernel_hints():
-        model: Any = network(config)
+        model: Any = network(architecture)
     _set_frequencies(model.model.language_model.rotary_emb, rope["rope_theta"])
     _set_frequencies(model.model.visual.rotary_pos_emb, _VISION_THETA)
     return model  # type: ignore[no-any-return]

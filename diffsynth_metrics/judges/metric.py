@@ -28,7 +28,7 @@ from diffsynth_metrics.inputs import (
     pair,
 )
 from diffsynth_metrics.judges.answers import READER
-from diffsynth_metrics.judges.architectures import build_judge, judge_config
+from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.engine import Answer, Engine, Question, checked_count
 from diffsynth_metrics.judges.local import LocalEngine, check_max_new_tokens
 from diffsynth_metrics.modes import plain_modes
@@ -88,7 +88,7 @@ class JudgeMetric(RowMetric):
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> nn.Module:
         """Build the network, see :meth:`BaseMetric.build`."""
-        return build_judge(judge_config(config, cls.architecture))
+        return build_judge(config, cls.architecture)
 
     @classmethod
     def load_processor(cls, folder: Path, model: nn.Module, **processor_kwargs: Any) -> Any:
