@@ -299,6 +299,7 @@ def _values(
 
 def _lists(text: str) -> list[list[float]]:
     """Return the lists behind "score:"; in JSON that is not valid, only those behind a key."""
+    text = re.sub(r"\[[^\[\]]*\]", lambda found: found.group().replace("\n", " "), text)
     in_json = re.search(r"[\"']reasoning[\"'] ?: ?[\"']", text)
     label = r"[\"'](?P<key>scores?)(?=[\"']| ?\()" if in_json else r"(?<![\w\\])(?P<key>scores?)(?!\w)"
     return _values(_labels(label, text), _ANY_SCALE, _LIST)

@@ -30,9 +30,11 @@ __all__ = [
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _IF = r"(?<!as )if(?! you (?:look|need|want|zoom))"
+# "The format is:" is followed by an example, "in the requested format:" by an answer.
+_FORMAT = r"(?<!json )(?<!requested )(?<!required )(?<!specified )format"
 CONDITION = (
     rf"\b(?:{_IF}|unless|assum(?:e|ing|ption)|suppos(?:e|ing)|imagine|maybe|perhaps|possibly"
-    r"|hypothetical(?:ly)?|template|format|(?<!for )example|had (?:\w+ ){1,4}been)\b"
+    rf"|hypothetical(?:ly)?|template|{_FORMAT}|(?<!for )example|had (?:\w+ ){{1,4}}been)\b"
 )
 _TAKES_BACK = re.compile(
     # At the beginning of a sentence or a part of it.
@@ -63,7 +65,8 @@ _BEFORE = re.compile(
     re.IGNORECASE,
 )
 _SUPPOSES = re.compile(
-    rf"{CONDITION}|\b(?:would|could|might|were|not|never|than|example|typical|like)\b",
+    rf"{CONDITION}|\b(?:would(?! (?:evaluate|rate|score) [^,.]*as follows)|could|might|were|not|never"
+    r"|than|example|typical|like)\b",
     re.IGNORECASE,
 )
 _SAME = str.maketrans("：＝−“”’{", ':=-""\'\n') | {ord("–"): " - ", ord("—"): " - "}

@@ -18,7 +18,8 @@ _SUMS_UP = (
     r"so|thus|therefore|hence|overall|finally|in (?:conclusion|summary|the end)|to sum up|on balance"
     r"|all in all|all things considered|(?:based on|considering|given) (?:all|both|these|the)(?: above)?"
     r"(?: evaluations?| criteria| analysis| comparison| assessment)"
-    rf"|after (?:careful )?(?:comparison|consideration|evaluation)|{_ANSWER}"
+    r"|after (?:careful )?(?:comparison|consideration|evaluation)"
+    rf"|after (?:comparing|evaluating) both(?: edited)? images|{_ANSWER}"
 )
 _OPENING = (
     rf"(?:(?P<final>{_SUMS_UP})[,:]* |i (?:think|believe|conclude|find)(?: that)? "
