@@ -599,35 +599,44 @@ class PromptMetric(BaseMetric):
 
 
 class RowMetric(BaseMetric):
-    """A metric of a prompt and an image that may say why a pair has no score; without gradients.
+    """A metric of prompts and images that may say why a sample has no score; without gradients.
 
     It defines :meth:`evaluate`, whose rows have ``"score"``, None where there is none, and ``"error"``.
+    The other verbs take the same arguments.
     """
 
-    needs = ("prompt",)
+    needs: ClassVar[tuple[str, ...]] = ("prompt",)
     numbers: ClassVar[tuple[str, ...]] = ("score",)
     """What of a row is a number, or None."""
 
     @abstractmethod
-    def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
-        """Return a row of plain values for each pair; arguments as in :meth:`PromptMetric.compute`."""
+    def evaluate(self, prompt: Any, images: Any, *asked: Any, **options: Any) -> list[dict[str, Any]]:
+        """Return a row of plain values for each sample; a metric says which arguments it takes."""
 
-    def components(self, prompt: str | Sequence[str], images: ImagesInput) -> dict[str, Tensor]:
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return what :meth:`components` has of a row."""
+        return {name: row[name] for name in self.numbers}
+
+    def components(self, prompt: Any, images: Any, *asked: Any, **options: Any) -> dict[str, Tensor]:
         """Return the numbers of :meth:`evaluate`: float32 ``[N]``, NaN where there is none."""
-        rows = self.evaluate(prompt, images)
-        columns = {name: [_or_nan(row[name]) for row in rows] for name in self.numbers}
+        rows = [self._numbers(row) for row in self.evaluate(prompt, images, *asked, **options)]
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [_or_nan(row.get(name)) for row in rows] for name in names}
         return {
             name: torch.tensor(column, dtype=torch.float32, device=self.device)
             for name, column in columns.items()
         }
 
-    def compute(self, prompt: str | Sequence[str], images: ImagesInput) -> list[float]:
-        """Return the ``"score"`` of :meth:`evaluate`, NaN where there is none."""
-        return [_or_nan(row["score"]) for row in self.evaluate(prompt, images)]
+    def compute(self, prompt: Any, images: Any, *asked: Any, **options: Any) -> list[Any]:
+        """Return the ``"score"`` of :meth:`evaluate`: a number per sample, NaN where there is none.
 
-    def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
+        Where the score of a sample is several numbers, it is their list.
+        """
+        return [_or_nan(row["score"]) for row in self.evaluate(prompt, images, *asked, **options)]
+
+    def reward(self, prompt: Any, images: Any, *asked: Any, **options: Any) -> Tensor:
         """Score like :meth:`compute`, as a tensor ``[N]``, without gradients."""
-        return self.components(prompt, images)["score"]
+        return self.components(prompt, images, *asked, **options)["score"]
 
     def check_weights(self) -> None:
         """Do nothing: that a score is missing is no sign of broken weights."""
@@ -838,8 +847,11 @@ def _words(value: str | bool) -> str:
     return value if isinstance(value, str) else "yes" if value else "no"
 
 
-def _or_nan(number: float | None) -> float:
-    return math.nan if number is None else float(number)
+def _or_nan(score: Any) -> Any:
+    """Return a score, NaN where it is None; of a list, each of its numbers."""
+    if isinstance(score, list):
+        return [_or_nan(number) for number in score]
+    return math.nan if score is None else score
 
 
 def _floats(values: Tensor) -> list[float]:

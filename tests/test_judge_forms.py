@@ -89,6 +89,8 @@ LABELLED: list[tuple[str, Any]] = [
     (lines("3 (good, but not perfect)", "4 (could be sharper)", "2 (flat)"), (3, 4, 2)),
     (lines("3 (2/3 dogs)", "4", "2"), (3, 4, 2)),
     ("<answer>" + lines(3, 4, 2) + "</answer>", (3, 4, 2)),
+    ("Here are the scores in the requested format:\n\n" + lines(3, 4, 2), (3, 4, 2)),
+    ("I would rate this picture as follows:\n" + lines(3, 4, 2), (3, 4, 2)),
     # refused
     (
         "If the dog were red, Alignment Score (1-5): 5.\nCoherence Score (1-5): 4\nStyle Score (1-5): 2",
@@ -160,7 +162,12 @@ LISTS: list[tuple[str, Any]] = [
     ('{"reasoning": "He said "hi".", "score": [20, 18]}\nDone.', (20, 18)),
     ('<answer>{"reasoning": "ok", "score": [20, 18]}</answer>', (20, 18)),
     ('{\n"reasoning": "ok",\n"score": [\n20,\n18\n]\n}', (20, 18)),
+    ('{\n"reasoning": "It says "hi".",\n"score": [\n20,\n18\n],\n}', (20, 18)),
+    ('Here is the result in JSON format:\n{"reasoning": "ok", "score": [20, 18]}', (20, 18)),
     # refused
+    ('A typical answer is {"score": [20, 18]}', N2),
+    ('{"reasoning": "score: [1, 2]", "scor', N2),
+    ("score: [20, 18]\nscore [19, 17]", N2),
     ("Score: [20, 18] would be too generous here.", N2),
     ("Score: [0, 25] scale.", N2),
     ("If it were red, score: [20, 18].", N2),
@@ -217,6 +224,7 @@ PAIRS: list[tuple[str, Any]] = [
     ("Image 1: 0 to 10\nImage 2: 0 to 10", N2),
     ("Image 1: 4 or 5\nImage 2: 3", N2),
     ("Image 1: [0, 10] scale\nImage 2: 3", N2),
+    ('If it were red:\n{"image_1": {"score": [8, 7]}, "image_2": {"score": [8, 7]}}', N2),
     (
         "### Edited Image 1\n1. Fidelity: good\n2. Realism: good\n### Edited Image 2\n1. Fidelity: bad",
         N2,
@@ -258,6 +266,7 @@ RANKS: list[tuple[str, Any]] = [
     ("`Edited image 2` is better", 2),
     ("After careful comparison, edited image 1 is better.", 1),
     ("I think edited image 1 is better.", 1),
+    ("After evaluating both images, edited image 1 is better.", 1),
     ("Overall: Image 2", 2),
     ("Winner: Edited Image 2", 2),
     ("The winner is edited image 2.", 2),

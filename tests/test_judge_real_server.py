@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AddedToken, AutoTokenizer
 
 from diffsynth_metrics import (
     ModelConfig,
@@ -159,6 +162,50 @@ def test_qwen_image_bench(start: Callable[[str], Any], tiny: Callable[[str], Pat
         for dimension, text in theirs["raw_outputs"].items():
             # A server strips thinking and answer, and says where thinking ended also where it did not.
             assert words(text) == words(ours["raw_outputs"][dimension])
+
+
+def write_answering(source: Path, folder: Path, answer: str) -> Path:
+    """Copy a tiny judge that thinks, with weights that always write "</think>" and then an answer.
+
+    The answer is one added token. The layers add nothing, so that the last token alone, of which the
+    embedding is a unit vector, says which one follows.
+    """
+    shutil.copytree(source, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(answer, special=False, normalized=False)])
+    tokenizer.save_pretrained(folder)
+    chain = [
+        tokenizer("\n")["input_ids"][-1],  # the end of a prompt
+        *tokenizer.convert_tokens_to_ids(["</think>", answer, "<|im_end|>"]),
+    ]
+    for file in folder.glob("model-*.safetensors"):
+        weights = load_file(file)
+        for name, weight in weights.items():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "mlp.down_proj.weight")):
+                weight.zero_()
+            elif name.endswith("language_model.norm.weight"):
+                weight.fill_(1)
+            elif name.endswith("embed_tokens.weight"):
+                weight.zero_()[chain[:-1], range(3)] = 1
+            elif name == "lm_head.weight":
+                weight.zero_()[chain[1:], range(3)] = 1
+        save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_scores_that_can_be_read_travel_through_the_server(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    answer = '{"Detail": {"Noise": {"score": 1}, "Edge Clarity": {"score": 2}}}'
+    folder = write_answering(tiny("qwen_image_bench"), tmp_path / "judge", answer)
+    here = local(QwenImageBenchMetric, folder).evaluate("a cat", picture(0), "Quality")
+    with serving(folder, tmp_path / "log") as address:
+        served = QwenImageBenchMetric.from_server(address, max_new_tokens=NEW_TOKENS, retries=0)
+        there = served.evaluate("a cat", picture(0), "Quality")
+    for (row,) in (here, there):
+        assert row["error"] is None and row["finish"] == {"Quality": "stop"}
+        assert row["score"] == 80
+        assert row["raw_scores"] == {"Quality": {"Detail": {"Noise": 1, "Edge Clarity": 2}}}
 
 
 def words(text: str) -> list[str]:

@@ -26,7 +26,7 @@ from diffsynth_metrics import (
     UnifiedReward2Metric,
     UnifiedRewardEditMetric,
 )
-from diffsynth_metrics.judges.architectures import build_judge, judge_config
+from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.engine import Answer, Question
 from diffsynth_metrics.judges.metric import JudgeMetric
 from diffsynth_metrics.judges.prompts import load_prompts
@@ -649,19 +649,17 @@ def test_arguments_are_checked_before_files_are_looked_for(name: str) -> None:
             CLASSES[name].from_pretrained(NOWHERE, **options)
 
 
-@pytest.mark.parametrize(
-    "published", [UnifiedReward2Metric.published, UnifiedRewardEditMetric.published]
-)
+@pytest.mark.parametrize("name", ["unified_reward_2", "unified_reward_edit"])
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_rotary_frequencies_that_are_not_computed_here_are_an_error(published: Any, kind: str) -> None:
-    config = published().to_dict()
+def test_rotary_frequencies_that_are_not_computed_here_are_an_error(name: str, kind: str) -> None:
+    config = copy.deepcopy(load_prompts("architectures")[name])
     config["text_config"]["rope_parameters"] |= {
         "rope_type": kind,
         "factor": 4.0,
         "original_max_position_embeddings": 32768,
     }
     with pytest.raises(CheckpointError, match=f"has the rope_type '{kind}'"):
-        build_judge(judge_config(config, published()))
+        build_judge(config, name)
 
 
 def test_arguments_by_position_have_the_order_of_upstream(folders: dict[str, Path]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import torch
 
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 
@@ -22,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 # Part of every key; raised when keys or files change.
 _FORMAT = 1
+
+
+def _of_engine(name: str) -> Any:
+    """Return a property that reads and sets that of the engine that is asked."""
+    return property(
+        lambda cached: getattr(cached.engine, name),
+        lambda cached, value: setattr(cached.engine, name, value),
+    )
 
 
 class CachedEngine(Engine):
@@ -40,6 +47,11 @@ class CachedEngine(Engine):
         engine: The engine that is asked.
         folder: Where the answers are. It may be deleted at any time.
     """
+
+    batch_size = _of_engine("batch_size")
+    device = _of_engine("device")
+    identity = _of_engine("identity")
+    model = _of_engine("model")
 
     def __init__(self, engine: Engine, folder: str | os.PathLike[str]) -> None:
         """Keep the answers of an engine in a folder, which is made if needed.
@@ -89,7 +101,7 @@ class CachedEngine(Engine):
             yield from ((index, answer) for index in indices)
 
     def _known_identity(self) -> dict[str, Any]:
-        identity = self.identity
+        identity: dict[str, Any] = self.identity
         if unknown := [name for name, value in identity.items() if value is None]:
             raise ValueError(
                 f"load the judge from files, or use it without a cache: the {unknown[0]} of its "
@@ -99,34 +111,6 @@ class CachedEngine(Engine):
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key[2:]}.json"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """That of the engine that is asked."""
-        return self.engine.identity
-
-    @property
-    def device(self) -> torch.device:
-        """That of the engine that is asked."""
-        return self.engine.device
-
-    @property
-    def batch_size(self) -> int:
-        """That of the engine that is asked."""
-        return self.engine.batch_size
-
-    @batch_size.setter
-    def batch_size(self, batch_size: int) -> None:
-        self.engine.batch_size = batch_size
-
-    @property
-    def model(self) -> Any:
-        """The network of the engine that is asked; one that has none is an AttributeError."""
-        return self.engine.model  # type: ignore[attr-defined]
-
-    @model.setter
-    def model(self, network: torch.nn.Module) -> None:
-        self.engine.model = network  # type: ignore[attr-defined]
 
 
 def _key(question: Question, identity: dict[str, Any], digests: dict[int, str]) -> str:

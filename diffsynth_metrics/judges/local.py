@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
@@ -29,7 +29,7 @@ __all__ = ["LocalEngine", "check_max_new_tokens"]
 
 logger = logging.getLogger(__name__)
 
-# A text of a question, while the chat template is rendered: from Unicode's private use area.
+# Replaces what looks like a special token in a text: from Unicode's private use area.
 _MARK = "\ue000"
 # Modules that Qwen3.5 runs its linear attention with, and the packages that have them.
 _KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
@@ -46,7 +46,6 @@ class LocalEngine(Engine):
     """
 
     weight_files: tuple[Path, ...] = ()
-    _weights: str | None = None
 
     def __init__(self, model: Any, processor: Any, *, batch_size: int, max_new_tokens: int) -> None:
         """Wrap a loaded network and its processor."""
@@ -58,6 +57,7 @@ class LocalEngine(Engine):
         added = tokenizer.get_added_vocab()
         self._added_ids: dict[str, int] = added
         self._added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+        self._hidden = re.compile(f"{self._added.pattern}|{_MARK}")
         self._plain = without_added_tokens(tokenizer.backend_tokenizer)
         self._image_id = model.config.image_token_id
         eos = model.config.get_text_config().eos_token_id
@@ -78,20 +78,18 @@ class LocalEngine(Engine):
     @model.setter
     def model(self, model: Any) -> None:
         self._model = model
-        self.weight_files, self._weights = (), None
+        self.weight_files = ()
 
     @property
     def identity(self) -> dict[str, Any]:
         """Weights, architecture, processor, dtype and the limit of tokens; not versions of libraries.
 
-        ``"weights"`` is the sha256 of the files, which are read once, or None for a network that was not
-        loaded from files. Weights that were changed in memory are not noticed.
+        ``"weights"`` is the sha256 of the files, or None for a network that was not loaded from files.
+        Weights that were changed in memory are not noticed.
         """
-        if self._weights is None and self.weight_files:
-            self._weights = sha256_of(self.weight_files)
         return {
             "engine": type(self).__name__,
-            "weights": self._weights,
+            "weights": sha256_of(self.weight_files) if self.weight_files else None,
             "settings": self._settings(),
             "dtype": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
             "max_new_tokens": self.max_new_tokens,
@@ -173,10 +171,6 @@ class LocalEngine(Engine):
         )
         return Answer(text, "length" if end is None else "stop")
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
-
     def _patches(self, questions: Sequence[Question]) -> list[list[tuple[Tensor, Tensor]]]:
         """Return the patches ``[P, D]`` and the grid ``[3]`` of each image of each question.
 
@@ -198,26 +192,32 @@ class LocalEngine(Engine):
     def _tokens(self, question: Question, grids: list[Tensor]) -> list[int]:
         """Tokenize a question as the official tokenizer does, except that its texts are plain text.
 
-        The chat template is rendered with marks in place of the texts, so that what is a special token
-        in the result is the template's. What lies between two special tokens is tokenized as a whole.
+        While the chat template is rendered, a mark replaces what looks like a special token in a text,
+        so that what is one in the result is the template's. What lies between two special tokens is
+        tokenized as a whole.
         """
-        texts: list[str] = []
+        hidden: list[str] = []
+
+        def hide(text: str) -> str:
+            hidden.extend(self._hidden.findall(text))
+            return self._hidden.sub(_MARK, text)
+
         rendered = self.processor.apply_chat_template(
-            _messages(question, texts),
+            _messages(question, hide),
             tokenize=False,
             add_generation_prompt=True,
             **({} if question.thinking is None else {"enable_thinking": question.thinking}),
         )
         merge = self.processor.image_processor.merge_size**2
         counts = (int(grid.prod()) // merge for grid in grids)
-        remaining = iter(texts)
+        remaining = iter(hidden)
         ids: list[int] = []
         done = 0
         for found in [*self._added.finditer(rendered), None]:
             end = len(rendered) if found is None else found.start()
             if end > done:
                 text = re.sub(_MARK, lambda _: next(remaining), rendered[done:end])
-                ids += self._encode(text)
+                ids += self._plain.encode(text, add_special_tokens=False).ids
             if found is not None:
                 token = self._added_ids[found.group()]
                 ids += [token] * (next(counts) if token == self._image_id else 1)
@@ -244,25 +244,13 @@ def _name_missing_kernels(device: str) -> None:
         logger.warning("Qwen3.5 is much faster on a GPU with: pip install %s", " ".join(missing))
 
 
-def _messages(question: Question, texts: list[str]) -> list[dict[str, Any]]:
-    """Write a question as messages whose texts are marks, and collect the texts in their order.
-
-    Space around a text stays outside its mark, because chat templates strip messages.
-    """
-
-    def mark(text: str) -> str:
-        core = text.strip()
-        if not core:
-            return text
-        texts.append(core)
-        start = text.index(core)
-        return text[:start] + _MARK + text[start + len(core) :]
-
+def _messages(question: Question, hide: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Write a question as messages, with every text changed by a function, in their order."""
     messages: list[dict[str, Any]] = []
     if question.system is not None:
-        messages.append({"role": "system", "content": mark(question.system)})
+        messages.append({"role": "system", "content": hide(question.system)})
     content = [
-        {"type": "text", "text": mark(part)} if isinstance(part, str) else {"type": "image"}
+        {"type": "text", "text": hide(part)} if isinstance(part, str) else {"type": "image"}
         for part in question.content
     ]
     return [*messages, {"role": "user", "content": content}]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor, PreTrainedConfig
+from transformers import AutoProcessor
 from typing_extensions import Self
 
-from diffsynth_metrics.base import BaseMetric, check_batch_size
+from diffsynth_metrics.base import RowMetric, check_batch_size
 from diffsynth_metrics.errors import AnswerError, ImageError
 from diffsynth_metrics.inputs import (
     CheckedImage,
@@ -28,7 +28,7 @@ from diffsynth_metrics.inputs import (
     pair,
 )
 from diffsynth_metrics.judges.answers import READER
-from diffsynth_metrics.judges.architectures import build_judge, judge_config
+from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.engine import Answer, Engine, Question, checked_count
 from diffsynth_metrics.judges.local import LocalEngine, check_max_new_tokens
 from diffsynth_metrics.modes import plain_modes
@@ -42,7 +42,7 @@ _MAX_RATIO = 200
 _PIXELS_AT_ONCE = 2**27
 
 
-class JudgeMetric(BaseMetric):
+class JudgeMetric(RowMetric):
     """A metric that asks a generative model and reads its answer.
 
     It only knows an :class:`~diffsynth_metrics.judges.engine.Engine`; ``Metric(engine)`` takes any.
@@ -58,15 +58,14 @@ class JudgeMetric(BaseMetric):
     ``batch_size`` is the largest number of answers that are written at once.
     """
 
-    published: ClassVar[Callable[[], PreTrainedConfig]]
-    """Returns the architecture of the published checkpoint."""
+    architecture: ClassVar[str]
+    """Name of the published architecture in ``prompts/architectures.json``."""
     image_name: ClassVar[str] = "image {sample}"
     """How an error calls image `image` of sample `sample`."""
     processor_files = ("tokenizer.json", "vocab.json")
     official_dtype = torch.bfloat16
     default_batch_size = 20
     supports_device_map = True
-    needs: ClassVar[tuple[str, ...]] = ("prompt",)
     positional: ClassVar[tuple[str, ...]] = ("max_new_tokens", "processor_kwargs", "vram_limit")
 
     def __init__(self, engine: Engine, *, on_parse_error: str = "nan") -> None:
@@ -89,7 +88,7 @@ class JudgeMetric(BaseMetric):
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> nn.Module:
         """Build the network, see :meth:`BaseMetric.build`."""
-        return build_judge(judge_config(config, cls.published()))
+        return build_judge(config, cls.architecture)
 
     @classmethod
     def load_processor(cls, folder: Path, model: nn.Module, **processor_kwargs: Any) -> Any:
@@ -118,107 +117,26 @@ class JudgeMetric(BaseMetric):
         return cls(engine, **options)
 
     @classmethod
-    def from_server(
-        cls,
-        base_url: str,
-        model: str | None = None,
-        *,
-        api_key: str | None = None,
-        dialect: str = "auto",
-        concurrency: int = 16,
-        timeout: float = 300,
-        retries: int = 4,
-        max_new_tokens: int = _MAX_NEW_TOKENS,
-        extra_body: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Self:
+    def from_server(cls, base_url: str, model: str | None = None, **options: Any) -> Self:
         """Ask a server that runs the judge's checkpoint: vLLM, SGLang or ``transformers serve``.
 
         Args:
             base_url: Such as ``"http://host:8000/v1"``.
-            model: See :class:`~diffsynth_metrics.judges.server.ServerEngine`, as for what follows.
-            api_key: Its key, if it wants one.
-            dialect: Which server it is.
-            concurrency: How many requests are under way at once.
-            timeout: Seconds that a reply may take.
-            retries: How often a request is sent again.
-            max_new_tokens: Answers are cut off there, and then say so.
-            extra_body: Further fields of every request.
-            **options: The metric's own options, see its class.
+            model: The name under which the server has the judge; None: the only one that it has.
+            **options: What :class:`~diffsynth_metrics.judges.server.ServerEngine` takes besides
+                (``api_key``, ``dialect``, ``concurrency``, ``timeout``, ``retries``, ``max_new_tokens``,
+                ``extra_body``), and the metric's own options, see its class.
         """
         from diffsynth_metrics.judges.server import ServerEngine
 
-        engine = ServerEngine(
-            base_url,
-            model,
-            api_key=api_key,
-            dialect=dialect,
-            concurrency=concurrency,
-            timeout=timeout,
-            retries=retries,
-            max_new_tokens=max_new_tokens,
-            extra_body=extra_body,
-        )
+        of_engine = inspect.signature(ServerEngine).parameters.keys() & options.keys()
+        engine = ServerEngine(base_url, model, **{name: options.pop(name) for name in of_engine})
         return cls(engine, **options)
 
     def describe(self) -> None:
         """See :meth:`BaseMetric.describe`; the engine learns what it runs."""
         super().describe()
         self.engine.weight_files = self.weight_files  # type: ignore[attr-defined]
-
-    @abstractmethod
-    def evaluate(
-        self, prompt: str | Sequence[str] | None, images: Any, *asked: Any, **options: Any
-    ) -> list[dict[str, Any]]:
-        """Ask, and return what was answered, with the raw texts."""
-
-    @abstractmethod
-    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
-        """Return what :meth:`components` has of a row of :meth:`evaluate`; None is unreadable."""
-
-    def components(
-        self, prompt: str | Sequence[str] | None, images: Any, *asked: Any, **options: Any
-    ) -> dict[str, Tensor]:
-        """Ask like :meth:`evaluate`, which takes the same arguments, and return the numbers.
-
-        Returns:
-            Name to float32 ``[N]`` on the metric's device, without gradients, NaN where the answer does
-            not say it: ``"score"`` where it is one number per sample, and what the metric has besides.
-        """
-        rows = [self._numbers(row) for row in self.evaluate(prompt, images, *asked, **options)]
-        names = dict.fromkeys(name for row in rows for name in row)
-        columns = {name: [_or_nan(row.get(name)) for row in rows] for name in names}
-        return {
-            name: torch.tensor(column, dtype=torch.float32, device=self.device)
-            for name, column in columns.items()
-        }
-
-    def compute(
-        self, prompt: str | Sequence[str] | None, images: Any, *asked: Any, **options: Any
-    ) -> list[Any]:
-        """Ask like :meth:`evaluate`, which takes the same arguments.
-
-        Returns:
-            The ``"score"`` of each row; NaN where the answer does not say it.
-        """
-        rows = self.evaluate(prompt, images, *asked, **options)
-        return [_or_nan(row["score"]) for row in rows]
-
-    def reward(
-        self, prompt: str | Sequence[str] | None, images: Any, *asked: Any, **options: Any
-    ) -> Tensor:
-        """Score like :meth:`compute`, as float32 ``[N]`` on the metric's device, without gradients.
-
-        Raises:
-            ValueError: The score of a sample is not one number.
-        """
-        numbers = self.components(prompt, images, *asked, **options)
-        if "score" not in numbers:
-            raise ValueError(
-                "a reward is one number per sample, and the score is several here; "
-                f"components() gives {', '.join(numbers)}"
-            )
-        return numbers["score"]
 
     @property
     def model(self) -> Any:
@@ -254,9 +172,6 @@ class JudgeMetric(BaseMetric):
         if isinstance(getattr(self.engine, "model", None), nn.Module):
             super().to(device, dtype, non_blocking)
         return self
-
-    def check_weights(self) -> None:
-        """Do nothing: an answer that cannot be read is no sign of broken weights."""
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -299,7 +214,9 @@ class JudgeMetric(BaseMetric):
                     if id(image) not in pictures:
                         pictures[id(image)] = self._prepared(_rgb(image, self._name(index, position)))
                 asked.append(questions(index, [pictures[id(image)] for image in samples[index]]))
-            answers = iter(self._ask([question for group in asked for question in group]))
+            together = [question for group in asked for question in group]
+            with plain_modes(self.device.type, gradients=False):
+                answers = iter(checked_count(self.engine, self.engine.ask(together), together))
             rows += [
                 row(index, list(islice(answers, len(group))))
                 for index, group in zip(part, asked, strict=True)
@@ -312,10 +229,12 @@ class JudgeMetric(BaseMetric):
         held: set[int] = set()
         pixels = 0
         for index, sample in enumerate(samples):
-            sizes = {
-                id(image): self._checked_pixels(image, self._name(index, position))
-                for position, image in enumerate(sample)
-            }
+            sizes = {}
+            for position, image in enumerate(sample):
+                name = self._name(index, position)
+                width, height = image_size(image, name)
+                self._check_size((width, height), image_name(name, image))
+                sizes[id(image)] = width * height
             more = sum(size for key, size in sizes.items() if key not in held)
             if parts[-1] and pixels + more > _PIXELS_AT_ONCE:
                 parts.append([])
@@ -324,11 +243,6 @@ class JudgeMetric(BaseMetric):
             held |= sizes.keys()
             pixels += more
         return parts
-
-    def _checked_pixels(self, image: CheckedImage, name: str) -> int:
-        width, height = image_size(image, name)
-        self._check_size((width, height), image_name(name, image))
-        return width * height
 
     def _name(self, sample: int, image: int) -> str:
         return self.image_name.format(sample=sample, image=image)
@@ -347,10 +261,6 @@ class JudgeMetric(BaseMetric):
     def _prepared(self, picture: PIL.Image.Image) -> PIL.Image.Image:
         """Return a picture as the model is shown it."""
         return picture
-
-    def _ask(self, questions: Sequence[Question]) -> list[Answer]:
-        with plain_modes(self.device.type, gradients=False):
-            return checked_count(self.engine, self.engine.ask(questions), questions)
 
     def _report(self, row: int, answers: Sequence[Answer], problem: str | None) -> None:
         """Raise where the caller asked for it."""
@@ -383,13 +293,6 @@ def pairs(
 def _rgb(image: CheckedImage, name: str) -> PIL.Image.Image:
     """Return an image as RGB bytes, as a judge is given them; floats are rounded to 0..255."""
     return as_pil(image) if isinstance(image, Tensor) else as_rgb(open_image(image, name))
-
-
-def _or_nan(score: Any) -> Any:
-    """Return a score, NaN where it is None; of a list, each of its numbers."""
-    if isinstance(score, list):
-        return [_or_nan(number) for number in score]
-    return math.nan if score is None else score
 
 
 def mean(values: Sequence[float | None]) -> float | None:

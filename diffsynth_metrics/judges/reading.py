@@ -18,7 +18,6 @@ __all__ = [
     "Reading",
     "Unreadable",
     "because",
-    "check_lines",
     "check_words",
     "final_text",
     "has_digit",
@@ -31,11 +30,13 @@ __all__ = [
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _IF = r"(?<!as )if(?! you (?:look|need|want|zoom))"
+# "The format is:" is followed by an example, "in the requested format:" by an answer.
+_FORMAT = r"(?<!json )(?<!requested )(?<!required )(?<!specified )format"
 CONDITION = (
     rf"\b(?:{_IF}|unless|assum(?:e|ing|ption)|suppos(?:e|ing)|imagine|maybe|perhaps|possibly"
-    r"|hypothetical(?:ly)?|template|format|(?<!for )example|had (?:\w+ ){1,4}been)\b"
+    rf"|hypothetical(?:ly)?|template|{_FORMAT}|(?<!for )example|had (?:\w+ ){{1,4}}been)\b"
 )
-_TAKES_BACK = (
+_TAKES_BACK = re.compile(
     # At the beginning of a sentence or a part of it.
     r"(?:^|[.!?,;:(-] ?)(?:wait|hmm+|oops|sorry|actually|correct(?:ion|ed)|scratch|never ?mind"
     r"|on (?:second thought|reflection)\b(?!:)|i (?:take|was|mis|first (?:th|s))|my mistake"
@@ -47,9 +48,10 @@ _TAKES_BACK = (
     r"|\b(?:is|are|was) (?:just |only )?(?:an? (?:mistake|example|draft|placeholder)|wrong|incorrect)\b"
     r"|(?:\bnot|n't) (?:true|so|correct|right|the case|final|my|sure|certain|believe)\b|\bcannot tell\b"
     r"|\b(?:score|rating|verdict)s? (?:sh|w|c)ould\b|\bholds? only\b|\bopposite is\b"
-    r"|\b(?:w|sh)ould (?:lower|raise|reduce|correct|only)\b"
+    r"|\b(?:w|sh)ould (?:lower|raise|reduce|correct|only)\b",
+    re.IGNORECASE,
 )
-DOUBTS = re.compile(f"{CONDITION}|{_TAKES_BACK}", re.IGNORECASE)
+DOUBTS = re.compile(f"{CONDITION}|{_TAKES_BACK.pattern}", re.IGNORECASE)
 # A number in a sentence that may be another score.
 _CLAIM = re.compile(
     r"(?:^[^\w(]*(?:(?:of|at) )?|^(?=[^a-z]*$)\W*|[:=\[] ?|\bto "
@@ -59,11 +61,12 @@ _CLAIM = re.compile(
 )
 # What may stand before a label in its sentence, and what may not.
 _BEFORE = re.compile(
-    r"(?:^|[^\w\s]|[0-9])\s?(?:(?:and|the|my|final|overall|total|output|edited|scores?|of|for) )*$",
+    r"(?:^|[^\w\s]|[0-9])\s?(?:(?:and|the|my|final|overall|total|output|edited|json|scores?|of|for) )*$",
     re.IGNORECASE,
 )
 _SUPPOSES = re.compile(
-    rf"{CONDITION}|\b(?:would|could|might|were|not|never|than|example|typical|like)\b",
+    rf"{CONDITION}|\b(?:would(?! (?:evaluate|rate|score) [^,.]*as follows)|could|might|were|not|never"
+    r"|than|example|typical|like)\b",
     re.IGNORECASE,
 )
 _SAME = str.maketrans("：＝−“”’{", ':=-""\'\n') | {ord("–"): " - ", ord("—"): " - "}
@@ -141,42 +144,29 @@ def has_digit(text: str) -> bool:
 
 
 def may_precede(before: str) -> bool:
-    """Whether a label that follows these words is neither inside a sentence nor a supposition."""
-    sentence = _last_sentence(before)
-    return _BEFORE.search(sentence) is not None and not _supposes(before)
+    """Whether a score that follows these words is neither inside a sentence nor a supposition."""
+    before = before[-300:]
+    sentence = re.split(r"[.!?][\"']?,? |[\"'], ?|(?<!\w[:,])\n", before)[-1]
+    sentence = re.sub(r"\([^()]*\)", "", sentence)
+    imagines = re.search(r"\b(?:suppose|imagine)\b", before, re.IGNORECASE)
+    return bool(_BEFORE.search(sentence)) and not (imagines or _SUPPOSES.search(sentence))
 
 
-def _last_sentence(before: str) -> str:
-    sentence = re.split(r"[.!?][\"']?,? |[\"'], ?|(?<!\w[:,])\n", before[-300:])[-1]
-    return re.sub(r"\([^()]*\)", "", sentence)
+def check_words(words: str, scores: Sequence[float] | None = None) -> None:
+    """Check that words do not take scores back.
 
-
-def _supposes(before: str) -> bool:
-    """Whether words before something say that it is not, or would be under other circumstances."""
-    imagines = re.search(r"\b(?:suppose|imagine)\b", before[-300:], re.IGNORECASE)
-    return imagines is not None or _SUPPOSES.search(_last_sentence(before)) is not None
-
-
-def check_words(words: str, scores: Sequence[float]) -> None:
-    """Check that words around scores may explain them, but neither doubt them nor give others.
+    Args:
+        words: Plain text, line by line.
+        scores: Where the words stand next to scores, these: then they may also neither doubt them nor
+            give others. Further away they may be about anything else.
 
     Raises:
         Unreadable: They do.
     """
     for line in map(str.strip, words.split("\n")):
-        claims = [claim["number"] for claim in _CLAIM.finditer(line)]
-        if DOUBTS.search(line) or any(claim is None or float(claim) not in scores for claim in claims):
-            raise Unreadable(f"{line.strip()[:_EXCERPT]!r} may change it")
-
-
-def check_lines(lines: Sequence[str]) -> None:
-    """Check that lines below scores do not take them back; they may be about anything else.
-
-    Raises:
-        Unreadable: They do.
-    """
-    for line in lines:
-        if re.search(_TAKES_BACK, line, re.IGNORECASE):
+        doubt = (_TAKES_BACK if scores is None else DOUBTS).search(line)
+        claims = [] if scores is None else [claim["number"] for claim in _CLAIM.finditer(line)]
+        if doubt or any(claim is None or float(claim) not in (scores or ()) for claim in claims):
             raise Unreadable(f"{line[:_EXCERPT]!r} may change the scores")
 
 
@@ -187,13 +177,13 @@ def json_object(text: str) -> tuple[dict[str, Any], str]:
 
     Raises:
         NoJson: There is none that is valid.
-        Unreadable: It is valid and contradicts itself, or the words before it make it a supposition.
+        Unreadable: It is valid and contradicts itself, or the words before it say that it is none.
     """
     opening = re.search(r"\{(?=\s*[\"'}*])", text)
     if opening is None:
         raise NoJson("there is no JSON object")
-    if _supposes(plain(text[: opening.start()][-300:])):
-        raise Unreadable("the JSON object is part of a supposition")
+    if not may_precede(plain(text[: opening.start()])):
+        raise Unreadable("the JSON object is inside a sentence or a supposition")
     # The form that the prompts show has a comma before the closing brace; numbers may be emphasized.
     text = re.sub(
         r'("(?:\\.|[^"\\])*(?:"|\Z))|,(?=\s*[}\]])|[*`](?=[\s*`0-9\]},])',

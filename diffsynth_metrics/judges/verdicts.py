@@ -18,7 +18,8 @@ _SUMS_UP = (
     r"so|thus|therefore|hence|overall|finally|in (?:conclusion|summary|the end)|to sum up|on balance"
     r"|all in all|all things considered|(?:based on|considering|given) (?:all|both|these|the)(?: above)?"
     r"(?: evaluations?| criteria| analysis| comparison| assessment)"
-    rf"|after (?:careful )?(?:comparison|consideration|evaluation)|{_ANSWER}"
+    r"|after (?:careful )?(?:comparison|consideration|evaluation)"
+    rf"|after (?:comparing|evaluating) both(?: edited)? images|{_ANSWER}"
 )
 _OPENING = (
     rf"(?:(?P<final>{_SUMS_UP})[,:]* |i (?:think|believe|conclude|find)(?: that)? "
@@ -53,7 +54,6 @@ _TIE = re.compile(
     r"(?:equally (?:good|well|bad|successful)|tied|equal|equivalent)(?: overall)?)",
     re.IGNORECASE,
 )
-_BARE = re.compile(r"(?:(?:edited )?image ?)?([12])", re.IGNORECASE)
 _PREFERS = re.compile(
     r"\b(?:better|best|prefer\w*|cho(?:ice|ose|oses|sen|osing)|picks?|selects?|wins?|winner|superior"
     r"|verdict|answer|deserves)\b",
@@ -72,7 +72,7 @@ def find_verdicts(text: str, *, bare: bool) -> list[int]:
 
     Args:
         text: A plain text.
-        bare: Whether a number or the name of an image alone is a verdict.
+        bare: Whether the text is an answer already, so that a number or a name alone is a verdict.
 
     Raises:
         Unreadable: What follows the last verdict may change it.
@@ -83,7 +83,8 @@ def find_verdicts(text: str, *, bare: bool) -> list[int]:
         sentence = (
             re.sub(r'["}]', "", found[1]).replace(" :", ":").replace(" ,", ",").strip().lstrip("#->•| ")
         )
-        verdict = None if found[2] == "?" or supposing else _verdict(sentence, bare=bare)
+        is_said = found[2] != "?" and not supposing
+        verdict = _verdict(f"Answer: {sentence}" if bare else sentence) if is_said else None
         if verdict is not None:
             verdicts.append(verdict)
             turned = False
@@ -96,30 +97,24 @@ def find_verdicts(text: str, *, bare: bool) -> list[int]:
     return [winner for winner, is_final in verdicts if is_final or not last_is_final]
 
 
-def _verdict(sentence: str, *, bare: bool) -> tuple[int, bool] | None:
+def _verdict(sentence: str) -> tuple[int, bool] | None:
     """Return who wins by a sentence, and whether it sums up; None where it is no verdict, or more."""
-    if tie := _TIE.fullmatch(sentence):
-        return 0, tie["final"] is not None
-    if bare and (number := _BARE.fullmatch(sentence)):
-        return int(number[1]), True
-    for pattern in _VERDICTS:
-        found = pattern.fullmatch(sentence)
-        if (
-            found
-            and found["winner"] != found["other"]
-            and not _turns(found["reason"], int(found["winner"]))
-        ):
-            return int(found["winner"]), found["final"] is not None
+    for pattern in (_TIE, *_VERDICTS):
+        if found := pattern.fullmatch(sentence):
+            said = {"winner": "0", "other": None, "reason": None, **found.groupdict()}
+            winner = int(said["winner"] or 0)
+            if said["winner"] != said["other"] and not _turns(said["reason"] or "", winner):
+                return winner, said["final"] is not None
     return None
 
 
-def _turns(words: str | None, winner: int) -> bool:
+def _turns(words: str, winner: int) -> bool:
     """Whether words behind a verdict could deny it or prefer another image."""
-    words = (words or "").strip(" ,")
+    words = words.strip(" ,")
     other = rf"\bimage ?(?!{winner})[0-9]|\b(?:other|former|latter|first|second)\b"
-    if re.match(rf"(?:the )?(?:edited )?(?:{other})", words, re.IGNORECASE):
-        return DOUBTS.search(words) is not None or _PREFERS.search(words) is not None
-    names_other = re.search(other, words, re.IGNORECASE) is not None
-    prefers = names_other and _PREFERS.search(words) is not None
-    denies = words.lower().endswith(" not") and not names_other
-    return prefers or denies or DOUBTS.search(words) is not None or _DENIES.search(words) is not None
+    if DOUBTS.search(words):
+        return True
+    if re.search(other, words, re.IGNORECASE):
+        is_about_it = re.match(rf"(?:the )?(?:edited )?(?:{other})", words, re.IGNORECASE)
+        return bool(_PREFERS.search(words) or (not is_about_it and _DENIES.search(words)))
+    return bool(_DENIES.search(words)) or words.lower().endswith(" not")

@@ -7,22 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import PIL.Image
-from transformers import Qwen3_5Config
 
 from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.judges.answers import Reading, read_checklist
-from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
-from diffsynth_metrics.judges.metric import (
-    JudgeMetric,
-    mean,
-    pairs,
-)
+from diffsynth_metrics.judges.metric import JudgeMetric, mean, pairs
 from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
-__all__ = ["QwenImageBenchMetric", "qwen_image_bench_config"]
+__all__ = ["QwenImageBenchMetric"]
 
 Dimensions: TypeAlias = "str | Iterable[str] | Mapping[str, Any] | None"
 
@@ -30,13 +24,6 @@ _REPETITION_PENALTY = 1.05
 _LONG_EDGE = 1024
 # The network sees squares of 32 pixels; a picture that is smaller says nothing.
 _SMALLEST_SIDE = 32
-
-
-def qwen_image_bench_config() -> Qwen3_5Config:
-    """Return the architecture of the published checkpoint, Qwen3.6-27B."""
-    return qwen3_5_config(
-        hidden_size=5120, layers=64, heads=24, intermediate_size=17408, linear_value_heads=48
-    )
 
 
 class QwenImageBenchMetric(JudgeMetric):
@@ -69,7 +56,7 @@ class QwenImageBenchMetric(JudgeMetric):
         model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="model-*.safetensors"
     )
     default_processor = ModelConfig(model_id="Qwen/Qwen-Image-Bench", origin_file_pattern="*.[jt]*")
-    published = staticmethod(qwen_image_bench_config)
+    architecture = "qwen_image_bench"
     dimensions = (
         "Quality",
         "Aesthetics",

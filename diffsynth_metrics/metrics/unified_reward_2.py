@@ -6,31 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
-from transformers import Qwen3_5Config
 
 from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.inputs import ImagesInput
 from diffsynth_metrics.judges.answers import read_labelled_scores
-from diffsynth_metrics.judges.architectures import qwen3_5_config
 from diffsynth_metrics.judges.engine import Answer, Question
 from diffsynth_metrics.judges.metric import JudgeMetric, mean, pairs
 from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.model_config import ModelConfig
 
-__all__ = ["UnifiedReward2Metric", "unified_reward_2_config"]
+__all__ = ["UnifiedReward2Metric"]
 
 _LABELS = {
     "alignment": "Alignment Score",
     "coherence": "Coherence Score",
     "style": "Style Score",
 }
-
-
-def unified_reward_2_config() -> Qwen3_5Config:
-    """Return the architecture of the published checkpoint, Qwen3.5-9B."""
-    return qwen3_5_config(
-        hidden_size=4096, layers=32, heads=16, intermediate_size=12288, linear_value_heads=32
-    )
 
 
 class UnifiedReward2Metric(JudgeMetric):
@@ -63,7 +54,8 @@ class UnifiedReward2Metric(JudgeMetric):
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-2.0-qwen35-9b/*.[jt]*",
     )
-    published = staticmethod(unified_reward_2_config)
+    architecture = "unified_reward_2"
+    numbers = ("score", *_LABELS)
 
     def evaluate(self, prompt: str | Sequence[str] | None, images: ImagesInput) -> list[dict[str, Any]]:
         """Ask about pairs of prompts and images.
@@ -108,7 +100,3 @@ class UnifiedReward2Metric(JudgeMetric):
             }
 
         return self._rows(samples, questions, row)
-
-    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
-        """Return the score and its three parts."""
-        return {name: row[name] for name in ("score", *_LABELS)}

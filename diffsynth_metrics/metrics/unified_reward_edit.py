@@ -13,7 +13,6 @@ from diffsynth_metrics.base import MetricCard, one_source
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, as_prompts
 from diffsynth_metrics.judges.answers import Reading, read_pair_scores, read_score_list, read_winner
-from diffsynth_metrics.judges.architectures import qwen3_vl_config
 from diffsynth_metrics.judges.engine import Answer, Engine, Question
 from diffsynth_metrics.judges.metric import JudgeMetric, mean
 from diffsynth_metrics.judges.prompts import load_prompts
@@ -97,7 +96,7 @@ class UnifiedRewardEditMetric(JudgeMetric):
         model_id="DiffSynth-Studio/ImageMetrics",
         origin_file_pattern="UnifiedReward-Edit-qwen3vl-8b/*.[jt]*",
     )
-    published = staticmethod(qwen3_vl_config)
+    architecture = "unified_reward_edit"
     positional = ("task", "max_new_tokens", "processor_kwargs", "vram_limit")
     image_name = "sample {sample}: image {image}"
     needs = ("prompt", "source")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 from urllib3 import Retry
 
-from diffsynth_metrics.base import BaseMetric, MetricCard, check_batch_size
+from diffsynth_metrics.base import MetricCard, RowMetric, check_batch_size
 from diffsynth_metrics.errors import ServerError
 from diffsynth_metrics.inputs import (
     CheckedImage,
@@ -35,7 +34,7 @@ _AGAIN = (429, 502, 503, 504)
 _PNG_MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")
 
 
-class RemoteMetric(BaseMetric):
+class RemoteMetric(RowMetric):
     """A metric on a server, used like any other; without gradients.
 
     Example:
@@ -156,47 +155,17 @@ class RemoteMetric(BaseMetric):
             rows += list(_rows(self._ask("POST", "/compute", body)))
         return rows
 
-    def components(
-        self,
-        prompt: str | Sequence[str],
-        images: ImagesInput,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> dict[str, Tensor]:
-        """Return the numbers of :meth:`evaluate`, float32 ``[N]`` without gradients; NaN is missing."""
-        rows = self.evaluate(prompt, images, sources)
-        names = dict.fromkeys(
-            name
-            for row in rows
+    def _numbers(self, row: dict[str, Any]) -> dict[str, float | None]:
+        """Return the score and the other numbers of a row."""
+        return {
+            name: value
             for name, value in row.items()
             if isinstance(value, (int, float)) or name == "score"
-        )
-        return {
-            name: torch.tensor(
-                [math.nan if row.get(name) is None else float(row[name]) for row in rows],
-                dtype=torch.float32,
-                device=self._device,
-            )
-            for name in names
         }
 
-    def compute(
-        self,
-        prompt: str | Sequence[str],
-        images: ImagesInput,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> list[float]:
-        """Return the scores of :meth:`evaluate`, which takes the same arguments; NaN is missing."""
-        rows = self.evaluate(prompt, images, sources)
-        return [math.nan if row["score"] is None else row["score"] for row in rows]
-
-    def reward(
-        self,
-        prompt: str | Sequence[str],
-        images: ImagesInput,
-        sources: Sequence[Sequence[ImageInput]] = (),
-    ) -> Tensor:
+    def reward(self, prompt: Any, images: Any, *asked: Any, **options: Any) -> Tensor:
         """Return the scores as a tensor ``[N]`` without gradients: minus them where lower is better."""
-        score = self.components(prompt, images, sources)["score"]
+        score = super().reward(prompt, images, *asked, **options)
         return score if self.card.higher_is_better else -score
 
     @property
@@ -220,9 +189,6 @@ class RemoteMetric(BaseMetric):
         if device is not None and not isinstance(device, torch.dtype):
             self._device = torch.device(device)
         return self
-
-    def check_weights(self) -> None:
-        """Do nothing: the weights are on the server."""
 
     @property
     def provenance(self) -> dict[str, Any]:

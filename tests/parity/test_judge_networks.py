@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,34 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from diffsynth_metrics.judges.architectures import build_judge, judge_config, qwen3_vl_config
-from diffsynth_metrics.metrics.qwen_image_bench import qwen_image_bench_config
-from diffsynth_metrics.metrics.unified_reward_2 import unified_reward_2_config
+from diffsynth_metrics.judges.architectures import build_judge
+from diffsynth_metrics.judges.prompts import load_prompts
 from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint
 
 LAYOUTS = Path(__file__).parent.parent / "data" / "layouts"
-PUBLISHED: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
-    "unified_reward_2": ("UnifiedReward2Metric", unified_reward_2_config),
-    "unified_reward_edit": ("UnifiedRewardEditMetric", qwen3_vl_config),
-    "qwen_image_bench": ("QwenImageBenchMetric", qwen_image_bench_config),
+PUBLISHED = {
+    "unified_reward_2": "UnifiedReward2Metric",
+    "unified_reward_edit": "UnifiedRewardEditMetric",
+    "qwen_image_bench": "QwenImageBenchMetric",
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_full_size_network_has_exactly_the_published_layout(name: str) -> None:
-    metric, config = PUBLISHED[name]
-    model = build_judge(config())
+    model = build_judge(None, name)
     layout = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     published = json.loads((LAYOUTS / f"{name}.json").read_text())
     assert layout == {key: tuple(shape) for key, shape in published.items()}
-    assert KNOWN_LAYOUTS[fingerprint(layout)] == (metric,)
+    assert KNOWN_LAYOUTS[fingerprint(layout)] == (PUBLISHED[name],)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_saved_config_describes_the_same_network(name: str) -> None:
-    config = PUBLISHED[name][1]()
-    again = judge_config(json.loads(config.to_json_string(use_diff=False)), config)
-    layout = {key: tensor.shape for key, tensor in build_judge(again).state_dict().items()}
-    assert layout == {key: tensor.shape for key, tensor in build_judge(config).state_dict().items()}
+    published: Any = build_judge(None, name)
+    again = build_judge(json.loads(published.config.to_json_string(use_diff=False)), name)
+    layout = {key: tensor.shape for key, tensor in again.state_dict().items()}
+    assert layout == {key: tensor.shape for key, tensor in published.state_dict().items()}
 
 
 SIGHT: dict[str, Any] = {"depth": 1, "hidden_size": 96, "num_heads": 2, "out_hidden_size": 64}
@@ -56,11 +53,12 @@ SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "vocab_size
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
 def test_rotary_frequencies_are_those_of_transformers(family: str, head_dim: int) -> None:
-    published = unified_reward_2_config() if family == "qwen3_5" else qwen3_vl_config()
+    judge = "unified_reward_2" if family == "qwen3_5" else "unified_reward_edit"
+    published = load_prompts("architectures")[judge]["text_config"]
     text = SMALL | {
         "head_dim": head_dim,
         "num_hidden_layers": 4,
-        "rope_parameters": dict(published.text_config.rope_parameters),
+        "rope_parameters": dict(published["rope_parameters"]),
     }
     config: PreTrainedConfig
     if family == "qwen3_5":
@@ -69,7 +67,8 @@ def test_rotary_frequencies_are_those_of_transformers(family: str, head_dim: int
     else:
         config = Qwen3VLConfig(text_config=text, vision_config=SIGHT | {"deepstack_visual_indexes": [0]})
         official = Qwen3VLForConditionalGeneration(config)
-    ours, theirs = dict(build_judge(config).named_buffers()), dict(official.named_buffers())
+    ours = dict(build_judge(config.to_dict(), judge).named_buffers())
+    theirs = dict(official.named_buffers())
     assert ours.keys() == theirs.keys() and len(ours) >= 2
     for name, buffer in theirs.items():
         assert torch.equal(ours[name], buffer), name

@@ -1,4 +1,7 @@
-"""The texts that the judges and HPSv3 were trained with, one JSON file each; data, with its source."""
+"""What the judges and HPSv3 were trained with, as JSON with its source.
+
+One file for the texts of each metric, and ``architectures.json`` for the judges' published networks.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ __all__ = ["load_prompts"]
 
 @cache
 def load_prompts(name: str) -> dict[str, Any]:
-    """Return the texts of ``judges/prompts/<name>.json``; do not change them."""
+    """Return what is in ``judges/prompts/<name>.json``; do not change them."""
     file = resources.files(__name__) / f"{name}.json"
     prompts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return prompts
