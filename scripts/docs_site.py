@@ -35,7 +35,7 @@ _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?(?:[a-z_]+\.)*([
 
 
 def sections(markdown: str) -> dict[str, str]:
-    """Return the sections of a page by their headings of level 2; what comes first has the heading ""."""
+    """Return the sections of a page by their headings of level 2, what comes before them by ""."""
     _, *parts = re.split(r"^## (.*)\n", "\n## \n" + markdown, flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
@@ -136,8 +136,8 @@ def card_table(card: MetricCard) -> str:
 
 def overview_table() -> str:
     """Return all cards in one table."""
-    head = "| metric | good for | input | range | better | download | memory |\n|---|---|---|---|---|--:|--:|\n"
-    rows = ""
+    head = "| metric | good for | input | range | better | download | memory |\n"
+    rows = "|---|---|---|---|---|--:|--:|\n"
     for name in PUBLISHED:
         card = find_card(name)
         values = (

@@ -57,6 +57,7 @@ def site_hooks() -> Any:
 
 
 HOOKS = site_hooks()
+NUMBER = r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?"
 
 
 # Messages
@@ -262,9 +263,6 @@ def test_the_numbers_about_speed_are_those_of_the_results() -> None:
         assert (ROOT / command).is_file() and command in results, f"{title}: {command}"
     assert sorted(seen) == sorted(path.name for path in (ROOT / "benchmarks").glob("RESULTS*.md"))
     assert not stale, "not in the results:\n" + "\n".join(stale)
-
-
-NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
 
 
 class Assets(HTMLParser):
