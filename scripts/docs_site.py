@@ -131,7 +131,7 @@ def card_table(card: MetricCard) -> str:
         "licence of the weights": card.weights_license,
     }
     lines = [f"| **{key}** | {cell(value)} |\n" for key, value in rows.items() if value]
-    return "| | |\n|---|---|\n" + "".join(lines)
+    return "".join([lines[0], "|---|---|\n", *lines[1:]])
 
 
 def overview_table() -> str:
@@ -156,11 +156,15 @@ def cell(text: str) -> str:
 
 
 def overview_page(markdown: str) -> str:
-    """Return docs/metrics.md without the sections that have pages of their own, with all cards."""
+    """Return docs/metrics.md with all cards in place of the sections that have pages of their own."""
     moved = {section_of(name) for name in PUBLISHED}
-    parts = sections(markdown)
-    text = parts.pop("").rstrip() + f"\n\n{overview_table()}\n"
-    return text + "".join(f"## {key}\n{value}" for key, value in parts.items() if key not in moved)
+    rest = {key: text for key, text in sections(markdown).items() if key and key not in moved}
+    introduction = (
+        "# All metrics\n\n"
+        "Each metric has a page that says what it computes, where that is defined, and under which "
+        "licences it is. [Choosing a metric](choosing.md) says which one is for what.\n\n"
+    )
+    return introduction + overview_table() + "".join(f"\n## {key}\n{text}" for key, text in rest.items())
 
 
 def linked_files() -> set[str]:

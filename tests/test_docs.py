@@ -162,7 +162,7 @@ def message(case: Callable[[], Any]) -> str:
     text = text.replace(f"{os.path.realpath('.')}/", "").replace(f"{os.getcwd()}/", "")
     text = re.sub(r"\(\d+ bytes\) (.*?) \(.*\)", r"\1", text)
     text = re.sub(r"(cannot be used|Connection\w*Error): .*", r"\1: ...", text)
-    return "\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in text.splitlines())
+    return "\n".join(textwrap.fill(line, 84, subsequent_indent="  ") for line in text.splitlines())
 
 
 def errors_page(folder: Path) -> str:
@@ -235,6 +235,12 @@ def test_every_metric_has_a_page_with_its_card() -> None:
         assert f"`{find_class(name).__name__}`" in page.partition("## Definition")[2]
         assert f"(metrics/{name}.md)" in overview
         assert f"## {HOOKS.section_of(name)}\n" not in overview
+
+
+def test_the_sizes_in_choosing_are_those_of_the_cards() -> None:
+    table = (DOCS / "choosing.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    downloads = {find_card(name).download for name in HOOKS.PUBLISHED}
+    assert set(re.findall(r"\d[\d.]* [GM]B", table)) <= downloads
 
 
 def test_the_reference_has_every_public_name() -> None:
