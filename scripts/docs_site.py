@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import inspect
 import posixpath
 import re
 from collections.abc import Callable
+from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,17 +100,37 @@ def for_site(markdown: str, path: str, site_path: str) -> str:
         moved = page or page_of(file) + hash_sign + anchor
         return posixpath.relpath(moved, posixpath.dirname(site_path) or ".")
 
-    return replace_links(markdown, change)
+    return replace_links(with_titles(markdown, path), change)
+
+
+def with_titles(markdown: str, path: str) -> str:
+    """Let links whose text is the name of a page show the heading that they lead to instead."""
+
+    def change(match: re.Match[str]) -> str:
+        file, _, anchor = match[2].partition("#")
+        page = ROOT / posixpath.dirname(path) / file
+        if not page.is_file():  # mkdocs says that the link is dead
+            return match[0]
+        headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        title = next((one for one in headings if not anchor or slug(one) == anchor), match[1])
+        return f"[{title}]({match[2]})"
+
+    return re.sub(r"\[(\w+\.md)\]\(([^)\s]*\1[^)\s]*)\)", change, markdown)
 
 
 def metric_page(name: str) -> str:
     """Return the page of a metric: its card, how to load it, and its section of docs/metrics.md."""
     cls, card = find_class(name), find_card(name)
     heading = section_of(name)
+    _, *parameters = inspect.signature(cls.compute).parameters.values()
+    needed = (
+        one.name for one in parameters if one.default is one.empty and one.kind < one.VAR_POSITIONAL
+    )
     text = sections((ROOT / METRICS).read_text(encoding="utf-8"))[heading]
     return (
         f"# {card.name}\n\n{card_table(card)}\n"
-        f"In Python: `{cls.__name__}.from_pretrained()`. On the command line: `--metrics {name}`. "
+        f"In Python: `{cls.__name__}.from_pretrained().compute({', '.join(needed)})`. "
+        f"On the command line: `--metrics {name}`. "
         f"[What holds for all metrics](../metrics.md#what-holds-for-all), "
         f"[the class](../reference/metrics.md#diffsynth_metrics.{cls.__name__}).\n\n"
         f"## Definition\n{for_site(text, METRICS, f'metrics/{name}.md')}"
@@ -122,7 +144,7 @@ def card_table(card: MetricCard) -> str:
         "input": card.inputs,
         "range": card.range,
         "better": "higher" if card.higher_is_better else "lower",
-        "definition": f"`{card.definition}`",
+        "definition": f"<code>{escape(card.definition)}</code>",
         "to know": card.notes,
         "download": card.download,
         "memory of the weights": card.memory,
@@ -152,7 +174,7 @@ def overview_table() -> str:
 
 def cell(text: str) -> str:
     """Escape what would end a cell of a table."""
-    return text.replace("|", "\\|")
+    return text.replace("|", "&#124;")
 
 
 def overview_page(markdown: str) -> str:
@@ -196,7 +218,7 @@ def defined_at(match: re.Match[str]) -> str:
         return match[0]
     return (
         f"::: {value.__module__}.{value.__qualname__}\n"
-        f"    options: {{heading: {name}, toc_label: {name}}}"
+        f"    options: {{heading: {name}, toc_label: {name}, separate_signature: false, show_bases: false}}"
     )
 
 
