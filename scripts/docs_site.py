@@ -207,19 +207,35 @@ def linked_files() -> set[str]:
     return found
 
 
-def defined_at(match: re.Match[str]) -> str:
-    """Return what mkdocstrings is asked about a public name that is another name of a private class.
+def reference_page(markdown: str) -> str:
+    """Return a page of docs/reference/ as mkdocstrings reads it.
+
+    A line ``::: module.*`` stands for the public names of a module that no page there lists.
+    """
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")]
+    listed = {match[0] for page in pages for match in _REFERENCE.finditer(page)}
+
+    def write(match: re.Match[str]) -> str:
+        module, name = match.groups()
+        if name != "*":
+            return directive(module, name)
+        names = [one for one in import_module(module).__all__ if f"::: {module}.{one}" not in listed]
+        return "\n\n".join(directive(module, one) for one in names)
+
+    return _REFERENCE.sub(write, markdown)
+
+
+def directive(module: str, name: str) -> str:
+    """Return what mkdocstrings is asked about a public name.
 
     It reads the source and does not run it, so it does not see what ``to_trl = _TRLReward`` means.
     """
-    module, name = match.groups()
     value = getattr(import_module(module), name)
-    if getattr(value, "__name__", name) == name:
-        return match[0]
-    return (
-        f"::: {value.__module__}.{value.__qualname__}\n"
-        f"    options: {{heading: {name}, toc_label: {name}, separate_signature: false, show_bases: false}}"
-    )
+    public = getattr(import_module(module), "__all__", ())
+    if not isinstance(value, type) or value.__name__ in (name, *public):
+        return f"::: {module}.{name}"
+    options = f"heading: {name}, toc_label: {name}, separate_signature: false, show_bases: false"
+    return f"::: {value.__module__}.{value.__qualname__}\n    options: {{{options}}}"
 
 
 # What mkdocs calls
@@ -252,7 +268,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if in_docs and uri == "metrics.md":
         markdown = overview_page(markdown)
     if uri.startswith("reference/"):
-        markdown = _REFERENCE.sub(defined_at, markdown)
+        markdown = reference_page(markdown)
     return for_site(markdown, f"docs/{uri}" if in_docs else uri, uri)
 
 
