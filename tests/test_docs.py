@@ -160,6 +160,7 @@ def message(case: Callable[[], Any]) -> str:
     else:
         raise AssertionError("there is no error")
     text = text.replace(f"{os.path.realpath('.')}/", "").replace(f"{os.getcwd()}/", "")
+    text = re.sub(r"There are aesthetic, .*", "There are ...", text)
     text = re.sub(r"\(\d+ bytes\) (.*?) \(.*\)", r"\1", text)
     text = re.sub(r"(cannot be used|Connection\w*Error): .*", r"\1: ...", text)
     return "\n".join(textwrap.fill(line, 84, subsequent_indent="  ") for line in text.splitlines())
@@ -265,7 +266,8 @@ def test_the_numbers_about_speed_are_those_of_the_results() -> None:
         seen.append(name)
         (command,) = re.findall(r"^python (benchmarks/\w+\.py)$", part, re.MULTILINE)
         assert (ROOT / command).is_file() and command in results, f"{title}: {command}"
-    assert sorted(seen) == sorted(path.name for path in (ROOT / "benchmarks").glob("RESULTS*.md"))
+    results_files = {path.name for path in (ROOT / "benchmarks").glob("RESULTS*.md")}
+    assert not results_files - set(seen), "docs/speed.md needs a section about these"
     assert not stale, "not in the results:\n" + "\n".join(stale)
 
 
