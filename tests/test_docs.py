@@ -163,7 +163,7 @@ def message(case: Callable[[], Any]) -> str:
     text = re.sub(r"There are aesthetic, .*", "There are ...", text)
     text = re.sub(r"\(\d+ bytes\) (.*?) \(.*\)", r"\1", text)
     text = re.sub(r"(cannot be used|Connection\w*Error): .*", r"\1: ...", text)
-    return "\n".join(textwrap.fill(line, 84, subsequent_indent="  ") for line in text.splitlines())
+    return "\n".join(textwrap.fill(line, 78, subsequent_indent="  ") for line in text.splitlines())
 
 
 def errors_page(folder: Path) -> str:
