@@ -25,8 +25,9 @@ QUICKSTART = ROOT / "examples" / "quickstart.py"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 DOCUMENTS = [
     path
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    if "```python" in path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    # The Chinese pages have the code of the English ones (tests/test_docs.py).
+    if path.parent.name != "zh" and "```python" in path.read_text(encoding="utf-8")
 ]
 
 
@@ -104,7 +105,7 @@ def test_examples_run_as_they_stand(hub: LocalHub, tmp_path: Path) -> None:
 def test_documentation_runs_as_it_stands(hub: LocalHub, tmp_path: Path) -> None:
     scripts: list[tuple[Path, bool, Path, list[str]]] = []
     for document in DOCUMENTS:
-        folder = tmp_path / document.stem
+        folder = tmp_path / "_".join(document.relative_to(ROOT).with_suffix("").parts)
         folder.mkdir()
         blocks = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
         PIL.Image.new("RGB", (64, 48), "brown").save(folder / "cat.png")
