@@ -28,7 +28,13 @@ from diffsynth_metrics.modes import in_its_own_modes
 from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.pixels.transforms import Transform
-from diffsynth_metrics.weights.checkpoint import find_non_finite, is_published, load_weights
+from diffsynth_metrics.weights.checkpoint import (
+    blamed,
+    check_sizes,
+    find_non_finite,
+    is_published,
+    load_weights,
+)
 from diffsynth_metrics.weights.files import find_config, find_processor, find_weights, sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import (
@@ -192,6 +198,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         batch_size: int | None = None,
         device_map: DeviceMap | None = None,
         gradient_checkpointing: bool = False,
+        check_finite: bool = True,
         processor_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Self:
@@ -212,6 +219,8 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
                 names of modules to devices. For HPSv3 and the judges.
             gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
                 back, which takes less memory and more time. Scores and gradients are the same.
+            check_finite: Whether NaN and infinity are looked for in the weights, which reads all of
+                them. Without it, a first score that is no number is looked into.
             processor_kwargs: Passed on to the ``from_pretrained`` of the tokenizer or processor.
             **options: The metric's own options, see its class.
 
@@ -256,7 +265,12 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             folder = find_processor(cls, model_config, processor_config, files)
         # Buffers that are computed belong in memory and in no caller's inference mode.
         with torch.device("cpu"), torch.inference_mode(False):
-            model = cls.build(cls.read_config(model_config, files))
+            config_path = files[0].parent / (cls.config_file or "")
+            with blamed(config_path):
+                config = cls.read_config(model_config, files)
+            check_sizes(config, files, config_path)
+            with blamed(config_path, config):
+                model = cls.build(config)
             load_weights(
                 model,
                 files,
@@ -267,14 +281,18 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
                 float32=cls.float32_parts,
                 unused=cls.unused_weights,
                 config=cls.config_file,
+                check_finite=check_finite,
             )
             model = cls.finish(model, dtype)
             if gradient_checkpointing:
                 checkpoint_blocks(model)
             if device_map is not None:
                 model = dispatch(model, device_map, dtype)
-            processor = folder and cls.load_processor(folder, model, **processor_kwargs)
-            metric = cls.assemble(model, processor, batch_size=batch_size, **options)
+            # Wrong options of the caller are no damage of a file.
+            with blamed(folder or config_path, passed=(TypeError,) if processor_kwargs else ()):
+                processor = folder and cls.load_processor(folder, model, **processor_kwargs)
+            with blamed(folder or config_path, passed=(TypeError, ValueError)):
+                metric = cls.assemble(model, processor, batch_size=batch_size, **options)
         metric.weight_files = tuple(files)
         metric.options = options
         metric.describe()

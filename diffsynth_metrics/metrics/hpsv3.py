@@ -24,7 +24,7 @@ from diffsynth_metrics.networks.hpsv3 import (
 )
 from diffsynth_metrics.pixels.batches import pixel_lists
 from diffsynth_metrics.pixels.transforms import SmartResize
-from diffsynth_metrics.tokens import padded
+from diffsynth_metrics.tokens import check_canaries, padded
 from diffsynth_metrics.weights.checkpoint import read_layout
 from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import execution_device
@@ -170,7 +170,9 @@ class HPSv3Metric(PromptMetric):
         cls, folder: Path, model: Any, **processor_kwargs: Any
     ) -> PreTrainedTokenizerFast:
         """Load Qwen2-VL's tokenizer."""
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **processor_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **processor_kwargs)
+        check_canaries(tokenizer, folder, model.config.text_config.vocab_size)
+        return tokenizer
 
     @property
     def device(self) -> torch.device:
