@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from modelscope_hub.config import set_default_config
 from safetensors.torch import load_file, save_file
 
 from diffsynth_metrics import tokens
+from diffsynth_metrics.embedded.drawing import draw_shape
 from diffsynth_metrics.errors import CheckpointError, DownloadError, ImageError
 from diffsynth_metrics.weights import hub as hub_module
 from diffsynth_metrics.weights.model_config import ModelConfig
@@ -411,6 +415,30 @@ def test_what_the_hub_says_is_in_the_error(
             assert "the hub is being repaired" in result["message"], result["message"]
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_hint_fits_its_cause(
+    source: str, hub: LocalHub, config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DownloadError, match=r"^Check model_id and origin_file_pattern"):
+        config("M/absent.json", source).resolve()
+    cases = {
+        "Make room on the disk": OSError(errno.ENOSPC, "No space left on device"),
+        "Set DIFFSYNTH_MODEL_BASE_PATH to a folder that can be written": PermissionError(13, "denied"),
+        "Check the network": ConnectionError("reset"),
+    }
+    for hint, cause in cases.items():
+
+        def fail(*arguments: object, cause: Exception = cause) -> None:
+            try:
+                raise cause
+            except Exception as error:
+                raise RuntimeError("the client gives up") from error
+
+        monkeypatch.setattr(hub_module.Repository, "_fetch_files", fail)
+        with pytest.raises(DownloadError, match=f"^{hint}"):
+            config("M/", source).resolve()
+
+
 def in_new_process(config: ModelConfig, **variables: str) -> Any:
     """Resolve in a new Python, whose clients read their settings afresh."""
     code = (
@@ -637,3 +665,183 @@ def test_tensors_of_exotic_kinds_are_our_errors(metrics: Callable[[str], Any]) -
             with pytest.raises((ImageError, TypeError, ValueError)) as caught:
                 metric.compute("a red circle", given)
             assert "image" in str(caught.value), (kind, caught.value)
+
+
+# Fuzz: the plain suite runs a sample, and `-m slow` the whole
+
+
+def change_bytes(content: bytes, dice: random.Random) -> bytes:
+    """Cut, flip or insert somewhere."""
+    at = dice.randrange(len(content))
+    kind = dice.randrange(3)
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        return content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1 :]
+    return content[:at] + dice.randbytes(dice.randrange(1, 5)) + content[at:]
+
+
+HOSTILE_VALUES: tuple[Any, ...] = (
+    *(0, -1, 1, 2, 3, 10**9, 10**30, -(10**9), 1.5, 1e300, True, False, None, "", "x", "10", "../x"),
+    *([], [1], [[]], {}, {"a": 1}),
+)
+
+
+def change_value(content: Any, dice: random.Random) -> None:
+    """Delete or replace one value of a parsed JSON file."""
+    where = content
+    while True:
+        keys = list(where) if isinstance(where, dict) else list(range(len(where)))
+        key = dice.choice(keys)
+        inner = where[key]
+        if not isinstance(inner, dict | list) or not inner or dice.random() < 0.1:
+            break
+        where = inner
+    if dice.random() < 0.2:
+        del where[key]
+    else:
+        where[key] = dice.choice(HOSTILE_VALUES)
+
+
+def changed_fields(old: Any, new: Any) -> set[str]:
+    """Return the names of the values that two parsed JSON files do not share."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = old.keys() | new.keys()
+        inside = [changed_fields(old.get(name), new.get(name)) or set() for name in names]
+        return {
+            name if found == {""} else part
+            for name, found in zip(names, inside, strict=True)
+            for part in found
+        }
+    return set() if old == new and type(old) is type(new) else {""}
+
+
+@pytest.fixture(params=[12, pytest.param(300, marks=pytest.mark.slow)])
+def count(request: pytest.FixtureRequest) -> int:
+    """How many hostile things are tried."""
+    return int(request.param)
+
+
+def test_fuzz_listings(
+    count: int, hub: LocalHub, tmp_path: Path, local: Path, config: Callable[..., ModelConfig]
+) -> None:
+    dice = random.Random(0)
+    pieces = ["..", ".", "", "M", "evil", "/", "\\", "C:", "~", "con", "a" * 300, "\0", "\n", "\u202e"]
+    for _ in range(count):
+        hub.list_no_more()
+        name = dice.choice(["/", "\\", "//", ""]).join(dice.choices(pieces, k=dice.randrange(1, 6)))
+        fields = {
+            "size": dice.choice([4, 4, 4, -1, 0, 10**20, "4", None, 1.5, []]),
+            "sha256": dice.choice([None, "", "0" * 64, "../" * 20, 3, []]),
+        }
+        chosen = dice.sample(sorted(fields), k=dice.randrange(3))
+        hub.list_also(name, **{field: fields[field] for field in chosen})
+        started = time.process_time()
+        try:
+            for path in config(dice.choice([None, "M/"]), dice.choice(SOURCES)).resolve():
+                assert Path(path).resolve().is_relative_to(local)
+        except DownloadError:
+            pass
+        assert time.process_time() - started < 10
+        assert files_outside(tmp_path, local) == set(), name
+
+
+def test_fuzz_notes(
+    count: int, hub: LocalHub, tmp_path: Path, local: Path, config: Callable[..., ModelConfig]
+) -> None:
+    dice = random.Random(0)
+    paths = config("M/", "modelscope").resolve()
+    note = note_of(local)
+    content = note.read_bytes()
+    for _ in range(count):
+        damaged = change_bytes(content, dice)
+        if dice.random() < 0.5:
+            parsed = json.loads(content)
+            change_value(parsed, dice)
+            damaged = json.dumps(parsed).encode()
+        note.write_bytes(damaged)
+        for verify in (False, True):
+            try:
+                result = config("M/", "modelscope", skip_download=True).resolve(verify=verify)
+                assert result == paths
+            except DownloadError as error:
+                assert "damaged since the download" in str(error) or verify
+            assert note.read_bytes() == damaged
+    assert files_outside(tmp_path, local) == set()
+
+
+UNSEEN_IN_SHAPES = {
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "heads", "head_width"),
+    *("hidden_act", "layer_norm_eps", "rms_norm_eps", "attn_mask", "quick_gelu", "type"),
+    *("rope_theta", "mrope_section", "rope_scaling", "spatial_merge_size", "temporal_patch_size"),
+    *("eos_token_id", "bos_token_id", "image_token_id", "text_config", "vision_config"),
+}
+"""Fields of a config that change scores and no tensor's shape: only the config says them."""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuzz_configs(count: int, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    dice = random.Random(0)
+    for number in range(count):
+        name = ("clip", "hpsv2", "image_reward", "aesthetic", "hpsv3")[number % 5]
+        folder = copy_of(tiny(name), tmp_path / name)
+        file = "open_clip_config.json" if name == "hpsv2" else "config.json"
+        content = (tiny(name) / file).read_bytes()
+        parsed = json.loads(content)
+        if dice.random() < 0.3:
+            damaged = change_bytes(content, dice)
+        else:
+            change_value(parsed, dice)
+            damaged = json.dumps(parsed).encode()
+        (folder / file).write_bytes(damaged)
+        check_same_or_refused(name, folder, tiny(name), file, UNSEEN_IN_SHAPES)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuzz_tokenizers(count: int, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    dice = random.Random(0)
+    for number in range(count * 2 // 3):
+        name = ("image_reward", "hpsv3", "image_reward", "hpsv3", "clip")[number % 5]
+        folder = copy_of(tiny(name), tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny(name) / file, folder / file)
+        file = "tokenizer.json" if dice.random() < 0.8 else "tokenizer_config.json"
+        content = (tiny(name) / file).read_bytes()
+        if dice.random() < 0.4:
+            (folder / file).write_bytes(change_bytes(content, dice))
+        else:
+            parsed = json.loads(content)
+            change_value(parsed, dice)
+            (folder / file).write_text(json.dumps(parsed))
+        check_same_or_refused(name, folder, tiny(name), file, set())
+
+
+def check_same_or_refused(
+    name: str, folder: Path, original: Path, file: str, meanings: set[str]
+) -> None:
+    """Check that a changed checkpoint is refused, or scores as before, or says that it is another."""
+    expected = scores_of(name, original)
+    started = time.process_time()
+    damaged = (folder / file).read_bytes()
+    try:
+        found = scores(load(name, folder))
+    except CheckpointError as error:
+        assert str(folder) in str(error) or "next to the weights" in str(error), error
+        found = expected
+    assert time.process_time() - started < 10
+    if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(found, expected, strict=True)):
+        fields = changed_fields(json.loads((original / file).read_bytes()), json.loads(damaged))
+        assert fields and fields <= meanings, (name, file, fields, found, expected)
+
+
+@cache
+def scores_of(name: str, folder: Path) -> list[float]:
+    """Return the scores of an unchanged checkpoint."""
+    return scores(load(name, folder))
+
+
+def scores(metric: Any) -> list[float]:
+    """Return scores of one picture for several prompts, of any metric of single samples."""
+    prompts = ["a red circle", "the GREEN zebra's café, isn't it?", "in 4k"]
+    pictures = [draw_shape("circle", "red")] * len(prompts)
+    return list(map(float, metric.compute(*metric.arguments(prompts, pictures))))
