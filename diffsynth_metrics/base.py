@@ -291,8 +291,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             # Wrong options of the caller are no damage of a file.
             with blamed(folder or config_path, passed=(TypeError,) if processor_kwargs else ()):
                 processor = folder and cls.load_processor(folder, model, **processor_kwargs)
-            with blamed(folder or config_path, passed=(TypeError, ValueError)):
-                metric = cls.assemble(model, processor, batch_size=batch_size, **options)
+            metric = cls.assemble(model, processor, batch_size=batch_size, **options)
         metric.weight_files = tuple(files)
         metric.options = options
         metric.describe()
@@ -773,7 +772,7 @@ def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None
             if not any(one.kind is one.VAR_KEYWORD for one in parameters):
                 break
     if unknown := sorted(options.keys() - set(known)):
-        known = sorted({*known, "batch_size", "device", "device_map", "torch_dtype"})
+        known = sorted({*known, "batch_size", "check_finite", "device", "device_map", "torch_dtype"})
         raise TypeError(
             f"{metric.__name__}.from_pretrained has no argument {unknown[0]!r}; it has model_config, "
             f"processor_config, processor_kwargs, gradient_checkpointing, {', '.join(known)}"

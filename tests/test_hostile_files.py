@@ -56,6 +56,8 @@ HOSTILE_NAMES: tuple[object, ...] = (
     "..\\evil",
     "C:\\evil",
     "C:evil",
+    " ../evil",
+    "M/.. /evil",
     "M/CON",
     "M/nul.json",
     "lpt1/evil",

@@ -256,6 +256,8 @@ def blamed(
         is_damage = isinstance(error, Exception) or type(error).__name__ == "PanicException"
         if not is_damage or isinstance(error, (DiffSynthMetricsError, ImportError, *passed)):
             raise
+        if not path.exists():  # nothing was read, so that it is a mistake of the code
+            raise
         logger.debug("the library's error", exc_info=True)
         fields = f"; look at {', '.join(odd)}" if (odd := _odd_fields(config)) else ""
         said = " ".join(str(error).split())[:300]

@@ -216,8 +216,8 @@ class Repository:
             self.model_id,
             revision=revision,
             local_dir=str(self.folder),
-            # To this client a comma separates patterns.
-            allow_patterns=[pattern.replace(",", "?") for pattern in patterns],
+            # To this client a comma separates patterns: "[+--]" is what lies between + and -.
+            allow_patterns=[pattern.replace(",", "[+--]") for pattern in patterns],
             endpoint=os.environ.get("MODELSCOPE_ENDPOINT") or None,
         )
 

@@ -47,8 +47,9 @@ class HubFile:
     def __post_init__(self) -> None:
         """Check all values."""
         parts = self.name.split("/") if isinstance(self.name, str) else [""]
-        inside = all(part not in ("", ".", "..") and not _DEVICE.fullmatch(part) for part in parts)
-        inside = inside and parts[0] != NOTES  # nobody but this package writes there
+        inside = all(part.strip(" .") and not _DEVICE.fullmatch(part) for part in parts)
+        # Spaces around a name are cut by ModelScope's client; nobody but this package writes its notes.
+        inside = inside and all(part == part.strip() for part in parts) and parts[0] != NOTES
         if not inside or not self.name.isprintable() or re.search(r"[\\:]", self.name):
             raise ValueError(f"{self.name!r} is not the name of a file inside the repository's folder")
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 0:
