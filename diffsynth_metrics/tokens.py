@@ -73,13 +73,15 @@ _BERT = Canaries(
         "embeddings": [101, 7861, 8270, 4667, 2015, 102],
     }
 )
-# From transformers' test of the published tokenizer, which Qwen2-VL and Qwen3-VL share.
+# From transformers' test of the published tokenizer, which Qwen2-VL and Qwen3-VL share, and from the
+# latter's config.
 _QWEN2 = Canaries(
     {
         "Hello world": [9707, 1879],
         " provides general-purpose architectures": [5707, 4586, 58238, 77235],
         " models in 100+ languages": [4119, 304, 220, 16, 15, 15, 10, 15459],
         "世界，你好！": [99489, 3837, 108386, 6313],
+        "<|im_end|><|vision_start|><|image_pad|><|vision_end|>": [151645, 151652, 151655, 151653],
     }
 )
 _PUBLISHED = {49408: _CLIP, 30524: _BERT, 151658: _QWEN2, 151936: _QWEN2}
@@ -110,7 +112,8 @@ def check_canaries(tokenizer: Any, folder: Path, tokens: int) -> None:
 
 
 def write_canaries(tokenizer: Any, folder: Path, texts: Sequence[str]) -> None:
-    """Write what a tokenizer gives beside it, for :func:`check_canaries`."""
+    """Write beside a tokenizer what it gives texts and its added tokens, for :func:`check_canaries`."""
+    texts = [*texts, "".join(tokenizer.get_added_vocab())]
     ids = {text: tokenizer(text, verbose=False)["input_ids"] for text in texts}
     canaries = Canaries(ids, digest_of_vocabulary(tokenizer))
     (folder / CANARIES_FILE).write_text(json.dumps(asdict(canaries), indent=1), encoding="utf-8")
