@@ -266,11 +266,15 @@ class _Frame:
         self.reward_id: int = vocabulary.get(texts["reward_token"], len(tokenizer))
         needed = {"<|im_start|>", "<|im_end|>", "<|vision_start|>", texts["image_token"]}
         if missing := sorted((needed | {texts["after_image"]}) - vocabulary.keys()):
-            raise CheckpointError(f"the tokenizer is not Qwen2-VL's: it has no {', '.join(missing)}")
+            raise CheckpointError(
+                f"the tokenizer is not Qwen2-VL's: it has no {', '.join(missing)} "
+                f"(in {tokenizer.name_or_path})"
+            )
         if max(self.reward_id + 1, len(tokenizer)) != vocab_size:
             raise CheckpointError(
                 f"the tokenizer does not belong to these weights: with {texts['reward_token']} it has "
-                f"{max(self.reward_id + 1, len(tokenizer))} tokens, and the network has {vocab_size}"
+                f"{max(self.reward_id + 1, len(tokenizer))} tokens, and the network has {vocab_size} "
+                f"(in {tokenizer.name_or_path})"
             )
         self.image_id: int = vocabulary[texts["image_token"]]
         self.before: list[int] = tokenizer.encode(texts["before_image"], add_special_tokens=False)
