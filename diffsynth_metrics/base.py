@@ -265,11 +265,11 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             folder = find_processor(cls, model_config, processor_config, files)
         # Buffers that are computed belong in memory and in no caller's inference mode.
         with torch.device("cpu"), torch.inference_mode(False):
-            config_path = files[0].parent / (cls.config_file or "")
+            config_path = files[0].parent / (cls.config_file or "config.json")
             with blamed(config_path):
                 config = cls.read_config(model_config, files)
-            check_sizes(config, files, config_path)
             with blamed(config_path, config):
+                check_sizes(config, files, config_path)
                 model = cls.build(config)
             load_weights(
                 model,

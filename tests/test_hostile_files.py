@@ -585,6 +585,17 @@ def set_at(config: Any, keys: tuple[str, ...], value: Any) -> None:
     config[keys[-1]] = value
 
 
+def test_a_config_that_is_nested_without_end_is_named(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy_of(tiny("clip"), tmp_path / "clip")
+    for depth in (100, 400, 900, 10**5):
+        nested = '{"a": ' * depth + "1" + "}" * depth
+        (folder / "config.json").write_text(f'{{"model_type": "clip", "text_config": {nested}}}')
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load("clip", folder)
+
+
 def test_zeros_and_wrong_types_are_named_with_file_and_field(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:

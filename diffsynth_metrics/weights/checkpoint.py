@@ -207,14 +207,15 @@ def check_sizes(config: Any, files: Sequence[Path], path: Path) -> None:
     layout = read_layout(files)
     largest = max((side for shape in layout.values() for side in shape), default=0)
     for name, value in _numbers(config):
-        if _COUNT.search(name) and (isinstance(value, bool) or value <= 0):
+        key = name.rpartition(".")[2]
+        if _COUNT.search(key) and (isinstance(value, bool) or value <= 0):
             raise CheckpointError(f"Download {path} again: it says {name} = {value!r}")
-        if _NO_SIZE.search(name):
+        if _NO_SIZE.search(key):
             continue
         limit = max(largest, _LARGEST_NUMBER)
-        if _LAYERS.search(name):
+        if _LAYERS.search(key):
             limit = len(layout)
-        elif _SQUARED.search(name):
+        elif _SQUARED.search(key):
             limit = _LARGEST_SIDE
         if value > limit:
             raise CheckpointError(
@@ -259,7 +260,8 @@ def blamed(
         if not path.exists():  # nothing was read, so that it is a mistake of the code
             raise
         logger.debug("the library's error", exc_info=True)
-        fields = f"; look at {', '.join(odd)}" if (odd := _odd_fields(config)) else ""
+        odd = [] if isinstance(error, RecursionError) else _odd_fields(config)
+        fields = f"; look at {', '.join(odd)}" if odd else ""
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"Download {_damaged_file(path)} again: it cannot be used ({type(error).__name__}: "
