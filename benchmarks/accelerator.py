@@ -28,7 +28,7 @@ from diffsynth_metrics.networks.clip import build_clip, vit_h_14_config
 from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.networks.hpsv3 import build_hpsv3, qwen2_vl_7b_config
 from diffsynth_metrics.pixels.transforms import Transform, normalize_
-from diffsynth_metrics.rewards import Component, RewardSet, to_flow_grpo
+from diffsynth_metrics.rewards import RewardSet, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
 
 IMAGES = 16
@@ -107,7 +107,7 @@ def measure_pickscore(metric: PickScoreMetric, folder: Path, size: int, rounds: 
     network = metric.model
     texts = metric.encode_text(PROMPTS)
     processor = CLIPProcessor.from_pretrained(folder)
-    rewards = RewardSet({"pickscore": Component(metric, 1.0, "zscore")})
+    rewards = RewardSet({"pickscore": metric})
     flow_grpo = to_flow_grpo(metric, scale=None)(device)
 
     @torch.no_grad()

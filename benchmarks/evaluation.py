@@ -175,8 +175,7 @@ def main() -> None:
         machine("python benchmarks/evaluation.py", time.perf_counter() - begun),
         f"| load average at the start | {load:.1f} |",
         "",
-        "A ratio of at most 1.10 is wanted. Where other work shares the cores, CPU time says more than "
-        "wall time.",
+        "Where other work shares the cores, CPU time says more than wall time.",
         "",
     ]
     options.output.write_text("\n".join([*head, *tables]), encoding="utf-8")

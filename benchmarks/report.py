@@ -1,4 +1,4 @@
-"""Measurements to the Markdown of ``RESULTS.md``: tables of ratios, the targets, and the limits."""
+"""Measurements to the Markdown of ``RESULTS.md``: tables of ratios, and the limits."""
 
 from __future__ import annotations
 
@@ -64,7 +64,6 @@ def markdown(results: Measurements, command: str, seconds: float) -> str:
     """Return the whole results file."""
     sections = [
         _head(results, command, seconds),
-        _targets(results),
         _section("Import", results.rows.get("import"), _IMPORT),
         _section("Full-size checkpoint: load time and memory", results.rows.get("load"), _LOAD),
         _section(
@@ -195,38 +194,6 @@ def _number(value: float) -> str:
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-
-
-def _targets(results: Measurements) -> str:
-    checks: list[tuple[str, float, float, bool]] = []  # what, measured, wanted, at least
-    rows = {key: {row.name: row for row in rows} for key, rows in results.rows.items()}
-    if imports := rows.get("import"):
-        whole = imports["`import` of the package, whole process"]
-        checks.append(("import, whole process: ratio", whole.ratio, 20, True))
-    if load := rows.get("load"):
-        for name in (
-            "`from_pretrained`",
-            "`from_pretrained` and a first score",
-            "peak of the load (VmHWM)",
-            "peak of load and first score (VmHWM)",
-        ):
-            checks.append((f"{name}: ratio", load[name].ratio, 1, True))
-        for name in ("peak of the load, times the file", _SCORED_SHARE):
-            checks.append((f"our {name}", median(load[name].ours), 1.15, False))
-    checks += [(f"tiny tower, {r.name}: ratio", r.ratio, 2, True) for r in _get(results, "tiny")]
-    for row in _get(results, "full"):
-        wanted = 1.1 if row.name.endswith("one prompt") else 1.0
-        checks.append((f"full size, {row.name}: ratio", row.ratio, wanted, True))
-    if not checks:
-        return ""
-    table = ["| target | wanted | measured | |", "|---|--:|--:|---|"]
-    for what, measured, wanted, at_least in checks:
-        reached = measured >= wanted if at_least else measured <= wanted
-        table.append(
-            f"| {what} | {'at least' if at_least else 'at most'} {wanted:g} | {_number(measured)} | "
-            f"{'reached' if reached else '**not reached**, see Limits'} |"
-        )
-    return "\n\n".join(["## Targets", "\n".join(table)])
 
 
 def _get(results: Measurements, section: str) -> list[Row]:

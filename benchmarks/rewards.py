@@ -31,7 +31,7 @@ from transformers import CLIPModel
 from diffsynth_metrics import AestheticMetric, ModelConfig, PickScoreMetric
 from diffsynth_metrics.metrics.aesthetic import aesthetic_score
 from diffsynth_metrics.pixels.transforms import Transform, normalize_
-from diffsynth_metrics.rewards import Component, RewardSet, to_dance_grpo, to_flow_grpo
+from diffsynth_metrics.rewards import Component, FixedScale, RewardSet, to_dance_grpo, to_flow_grpo
 from diffsynth_metrics.testing import tiny_checkpoint
 
 IMAGES = 16
@@ -112,12 +112,12 @@ def measure(size: int, rounds: int, folder: Path) -> list[tuple[str, float, floa
 
     flow_grpo = to_flow_grpo(pickscore, scale=None)("cpu")
     dance_grpo = to_dance_grpo(pickscore, scale=None)
-    one = RewardSet({"pickscore": Component(pickscore, 1.0, "zscore")})
+    one = RewardSet({"pickscore": Component(pickscore, 1.0, FixedScale(20, 2))})
     grouped = RewardSet({"pickscore": Component(pickscore, 1.0, "group")})
     two = RewardSet(
         {
-            "pickscore": Component(pickscore, 1.0, "zscore"),
-            "aesthetic": Component(aesthetic, 1.0, "zscore"),
+            "pickscore": Component(pickscore, 1.0, FixedScale(20, 2)),
+            "aesthetic": Component(aesthetic, 1.0, FixedScale(5.5, 0.7)),
         }
     )
 

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from diffsynth_metrics.metrics.image_similarity import ImageSimilarityMetric
     from diffsynth_metrics.metrics.lpips import LPIPSMetric
     from diffsynth_metrics.metrics.pickscore import PickScoreMetric
+    from diffsynth_metrics.metrics.psnr import PSNRMetric
     from diffsynth_metrics.metrics.qwen_image_bench import QwenImageBenchMetric
+    from diffsynth_metrics.metrics.ssim import SSIMMetric
     from diffsynth_metrics.metrics.text_rendering import TextRenderingMetric
     from diffsynth_metrics.metrics.unified_reward_2 import UnifiedReward2Metric
     from diffsynth_metrics.metrics.unified_reward_edit import UnifiedRewardEditMetric
@@ -68,9 +70,11 @@ _HOME = {
     "Metric": "base",
     "MetricCard": "base",
     "ModelConfig": "weights.model_config",
+    "PSNRMetric": "metrics.psnr",
     "PickScoreMetric": "metrics.pickscore",
     "QwenImageBenchMetric": "metrics.qwen_image_bench",
     "RewardError": "errors",
+    "SSIMMetric": "metrics.ssim",
     "ServerError": "errors",
     "TextRenderingMetric": "metrics.text_rendering",
     "UnifiedReward2Metric": "metrics.unified_reward_2",
@@ -101,9 +105,11 @@ __all__ = [
     "Metric",
     "MetricCard",
     "ModelConfig",
+    "PSNRMetric",
     "PickScoreMetric",
     "QwenImageBenchMetric",
     "RewardError",
+    "SSIMMetric",
     "ServerError",
     "TextRenderingMetric",
     "UnifiedReward2Metric",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -136,7 +137,12 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
     transform: Transform
     """How pictures become pixels, for metrics that use :meth:`pixel_batches`."""
     card: MetricCard
-    default_model: ModelConfig
+    default_model: ModelConfig | None
+    """Where the published weights are; None: the metric has no weights, and :meth:`build` is all."""
+    variant: ClassVar[str | None] = None
+    """Name of the option that chooses among several published networks, such as LPIPS's ``net``."""
+    variants: ClassVar[Mapping[str, ModelConfig]] = {}
+    """The values of that option, the default first, to where the published weights are."""
     default_processor: ModelConfig | None = None
     """Patterns end with ``*.[jt]*``: .json, .jinja and .txt files, and not the weights beside them."""
     processor_files: ClassVar[tuple[str, ...]] = ()
@@ -228,7 +234,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             CheckpointError: The files do not hold this metric's weights.
             DownloadError: The files could not be had.
             TypeError: An argument is of the wrong type, or there is no such argument.
-            ValueError: An argument is out of its range.
+            ValueError: An argument is out of its range, or the metric has no weights to choose.
             RuntimeError: torch does not know the device, or it is not there.
         """
         # Whatever is wrong with the arguments is said before gigabytes are fetched.
@@ -251,6 +257,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             check_batch_size(batch_size)
         _check_options(cls, options)
         cls.check_options(**options)
+        weights = cls._weights_config(model_config, options)
         if device is not None and device_map is not None:
             raise ValueError("pass either device or device_map")
         if device_map is not None and not cls.supports_device_map:
@@ -259,38 +266,27 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         first = choose_device(device)
         dtype = choose_dtype(torch_dtype, cls.official_dtype)
 
-        files = find_weights(cls, model_config)
+        files = [] if weights is None else find_weights(cls, weights)
         folder = None
-        if cls.processor_files:
-            folder = find_processor(cls, model_config, processor_config, files)
+        if cls.processor_files and weights is not None:
+            folder = find_processor(cls, weights, processor_config, files)
         # Buffers that are computed belong in memory and in no caller's inference mode.
         with torch.device("cpu"), torch.inference_mode(False):
-            config_path = files[0].parent / (cls.config_file or "config.json")
-            with blamed(config_path):
-                config = cls.read_config(model_config, files)
-            with blamed(config_path, config):
-                check_sizes(config, files, config_path)
-                model = cls.build(config)
-            load_weights(
-                model,
-                files,
-                metric=cls.__name__,
-                # Mapped from the files on the CPU, where they are not copied, before they are spread.
-                device=first if device_map is None else torch.device("cpu"),
-                dtype=dtype,
-                float32=cls.float32_parts,
-                unused=cls.unused_weights,
-                config=cls.config_file,
-                check_finite=check_finite,
-            )
-            model = cls.finish(model, dtype)
+            # Mapped from the files on the CPU, where they are not copied, before they are spread.
+            loaded_on = first if device_map is None else torch.device("cpu")
+            network = cls._load_network(weights, files, loaded_on, dtype, check_finite=check_finite)
+            model = cls.finish(network, dtype)
+            # Now that they are known to be this metric's: of other files a variant means nothing.
+            cls._check_variant(files, options)
             if gradient_checkpointing:
                 checkpoint_blocks(model)
             if device_map is not None:
                 model = dispatch(model, device_map, dtype)
-            # Wrong options of the caller are no damage of a file.
-            with blamed(folder or config_path, passed=(TypeError,) if processor_kwargs else ()):
-                processor = folder and cls.load_processor(folder, model, **processor_kwargs)
+            processor = None
+            if folder is not None:
+                # Wrong options of the caller are no damage of a file.
+                with blamed(folder, passed=(TypeError,) if processor_kwargs else ()):
+                    processor = cls.load_processor(folder, model, **processor_kwargs)
             metric = cls.assemble(model, processor, batch_size=batch_size, **options)
         metric.weight_files = tuple(files)
         metric.options = options
@@ -302,7 +298,9 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         """Build the network: parameters on the meta device, buffers that no file holds in memory.
 
         Args:
-            config: The parsed ``config.json`` next to the weights; None: the published architecture.
+            config: The parsed ``config.json`` next to the weights; None: the published architecture. Of
+                a metric with :attr:`variants` it also has the variant of the files, under the name of
+                the option.
 
         Raises:
             CheckpointError: The config describes another kind of network.
@@ -310,11 +308,91 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         raise NotImplementedError(f"{cls.__name__} does not say how its network is built")
 
     @classmethod
-    def read_config(
-        cls, model_config: ModelConfig | None, files: Sequence[Path]
-    ) -> dict[str, Any] | None:
+    def read_config(cls, model_config: ModelConfig, files: Sequence[Path]) -> dict[str, Any] | None:
         """Return the architecture that :meth:`build` gets."""
-        return find_config(cls, model_config, files)
+        config = find_config(cls, model_config, files)
+        if cls.variant is None:
+            return config
+        return {**(config or {}), cls.variant: cls.variant_of(files)}
+
+    @classmethod
+    def variant_of(cls, files: Sequence[Path]) -> str:
+        """Tell by the names of their tensors which of :attr:`variants` weight files hold."""
+        raise NotImplementedError(f"{cls.__name__} does not say which variant weights are of")
+
+    @classmethod
+    def _weights_config(
+        cls, model_config: ModelConfig | None, options: Mapping[str, Any]
+    ) -> ModelConfig | None:
+        """Return where the weights are, or None for a metric that has none.
+
+        Raises:
+            ValueError: It has none, and the caller says where they are.
+        """
+        if model_config is None and cls.variant is not None:
+            return cls.variants[cls._chosen_variant(options)]
+        if model_config is None:
+            return cls.default_model
+        # A class of a user's that has no default takes weights by path.
+        if getattr(cls, "default_model", model_config) is None:
+            raise ValueError(
+                f"leave model_config out: {cls.__name__} loads no weights, got {model_config!r}"
+            )
+        return model_config
+
+    @classmethod
+    def _load_network(
+        cls,
+        weights: ModelConfig | None,
+        files: Sequence[Path],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        check_finite: bool,
+    ) -> nn.Module:
+        """Build the network and load its weights, if it has any."""
+        if weights is None:
+            return cls.build(None).to(device).eval()
+        path = files[0].parent / (cls.config_file or "config.json")
+        with blamed(path):
+            config = cls.read_config(weights, files)
+        with blamed(path, config):
+            check_sizes(config, files, path)
+            model = cls.build(config)
+        load_weights(
+            model,
+            files,
+            metric=cls.__name__,
+            device=device,
+            dtype=dtype,
+            float32=cls.float32_parts,
+            unused=cls.unused_weights,
+            config=cls.config_file,
+            check_finite=check_finite,
+        )
+        return model
+
+    @classmethod
+    def _chosen_variant(cls, options: Mapping[str, Any]) -> str:
+        """Return the value of the option that chooses a variant.
+
+        Raises:
+            ValueError: There is no such variant.
+        """
+        chosen: str = options.get(cls.variant or "", next(iter(cls.variants)))
+        if chosen not in cls.variants:
+            raise ValueError(f"{cls.variant} must be one of {', '.join(cls.variants)}; got {chosen!r}")
+        return chosen
+
+    @classmethod
+    def _check_variant(cls, files: Sequence[Path], options: Mapping[str, Any]) -> None:
+        if cls.variant is None:
+            return
+        found, chosen = cls.variant_of(files), cls._chosen_variant(options)
+        if found != chosen:
+            raise CheckpointError(
+                f"Pass {cls.variant}={found!r}: the weights are not those of {cls.variant}={chosen!r}"
+            )
 
     @classmethod
     def finish(cls, model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -328,7 +406,9 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
-        """Check the metric's own options before files are fetched."""
+        """Check the metric's own options before files are fetched; here the one of a variant."""
+        if cls.variant is not None:
+            cls._chosen_variant(options)
 
     @classmethod
     def assemble(
@@ -339,7 +419,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
 
     def describe(self) -> None:
         """Say in ``self.card`` what only the loaded files tell; called once."""
-        if not is_published(self.weight_files):
+        if self.weight_files and not is_published(self.weight_files):
             self.card = replace(self.card, name=f"{self.card.name}, unpublished weights")
 
     @property
@@ -356,15 +436,16 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
 
     @property
     def device(self) -> torch.device:
-        """The device of the network."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        """The device of the network; the CPU for one that has no tensors."""
+        first = next(chain(self.model.parameters(), self.model.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the network's towers; heads and scores are float32 or wider."""
-        dtypes: set[torch.dtype] = {weight.dtype for weight in self.model.parameters()}
-        return min(dtypes, key=lambda dtype: dtype.itemsize)
+        weights = {weight.dtype for weight in self.model.parameters()}
+        dtypes: set[torch.dtype] = weights or {buffer.dtype for buffer in self.model.buffers()}
+        return min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
     def to(
         self,

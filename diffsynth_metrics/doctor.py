@@ -254,7 +254,9 @@ def _look_at_disk() -> Finding:
 def _look_at_metrics() -> Iterator[Finding]:
     for name in NAMES:
         found = on_disk(name)
-        if found.state == "whole":
+        if found.state == "whole" and not found.size:
+            yield Finding(name, "ok", "has no weights")
+        elif found.state == "whole":
             yield Finding(name, "ok", f"whole on disk, {size_text(found.size)}, in {found.folder}")
         elif found.state == "partly":
             fix = f"diffsynth-metrics download {name}"

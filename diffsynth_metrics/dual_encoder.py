@@ -16,8 +16,9 @@ from torch.nn.functional import normalize as l2_normalize
 from typing_extensions import Self
 
 from diffsynth_metrics.base import PromptMetric
-from diffsynth_metrics.inputs import CheckedImages, ImagesInput, as_images, as_prompts, pair
-from diffsynth_metrics.modes import plain_modes, wants_gradients
+from diffsynth_metrics.image_encoder import EncodesImages
+from diffsynth_metrics.inputs import ImagesInput, as_images, as_prompts, pair
+from diffsynth_metrics.modes import plain_modes
 from diffsynth_metrics.tokens import CutsPrompts, TokenizedPrompts
 
 __all__ = ["DualEncoderMetric", "cosine_matrix", "paired_cosine"]
@@ -53,7 +54,7 @@ def cosine_matrix(text_features: Tensor, image_features: Tensor) -> Tensor:
     return text_features @ image_features.T
 
 
-class DualEncoderMetric(CutsPrompts, PromptMetric):
+class DualEncoderMetric(CutsPrompts, EncodesImages, PromptMetric):
     """A metric whose score is a function of the cosine of a text and an image embedding.
 
     Option ``cache_text`` (default False): keep the features of the last prompts from call to call, which
@@ -75,10 +76,6 @@ class DualEncoderMetric(CutsPrompts, PromptMetric):
         """Map the token ids of B prompts to embeddings ``[B, D]``, float32 or wider."""
 
     @abstractmethod
-    def embed_image(self, pixel_values: Tensor) -> Tensor:
-        """Map normalised pixels ``[B, 3, S, S]`` to embeddings ``[B, D]``, float32 or wider."""
-
-    @abstractmethod
     def score_of_cosine(self, cosine: Tensor) -> Tensor:
         """Apply the metric's formula to cosines of any shape."""
 
@@ -90,23 +87,13 @@ class DualEncoderMetric(CutsPrompts, PromptMetric):
         prompts, checked, count = pair(prompt, images)
         tokens = self.tokens_of(prompts)
         # Images first: an accelerator computes them while the texts are prepared.
-        image_features = self._image_features(checked)
+        image_features = self.image_features(checked)
         cosine = paired_cosine(self._text_features(tokens), image_features)
         return {
             "score": self.score_of_cosine(cosine),
             "cosine": cosine,
             **tokens.components(count),
         }
-
-    def encode_image(self, images: ImagesInput) -> Tensor:
-        """Compute image features.
-
-        Returns:
-            float32 ``[N, D]`` on the metric's device, each row of L2 norm 1. Gradients flow as in
-            :meth:`reward`.
-        """
-        with plain_modes(self.device.type, gradients=wants_gradients(images)):
-            return self._image_features(as_images(images))
 
     def encode_text(self, prompt: str | Sequence[str]) -> Tensor:
         """Compute text features, without gradients.
@@ -145,7 +132,7 @@ class DualEncoderMetric(CutsPrompts, PromptMetric):
         """
         with plain_modes(self.device.type, gradients=False):
             text_features = self._text_features(self.tokens_of(as_prompts(prompt)))
-            cosine = cosine_matrix(text_features, self._image_features(as_images(images)))
+            cosine = cosine_matrix(text_features, self.image_features(as_images(images)))
             matrix: list[list[float]] = self.score_of_cosine(cosine).tolist()
         return matrix
 
@@ -161,10 +148,6 @@ class DualEncoderMetric(CutsPrompts, PromptMetric):
         super().to(device, dtype, non_blocking)
         self.clear_text_cache()
         return self
-
-    def _image_features(self, images: CheckedImages) -> Tensor:
-        batches = self.pixel_batches(images)
-        return torch.cat([l2_normalize(self.embed_image(batch), dim=-1) for batch in batches])
 
     @torch.no_grad()
     def _text_features(self, tokens: TokenizedPrompts) -> Tensor:

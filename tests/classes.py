@@ -6,7 +6,8 @@ from typing import Any
 
 from diffsynth_metrics.catalog import NAMES, find_class
 
-LOADED = tuple(name for name in NAMES if name not in ("shapes", "text_rendering"))
+WITHOUT_WEIGHTS = ("psnr", "ssim")
+LOADED = tuple(name for name in NAMES if name not in (*WITHOUT_WEIGHTS, "shapes", "text_rendering"))
 """The metrics that a tiny checkpoint stands for."""
 
 DIFFERENTIABLE = ("aesthetic", "bioclip", "clip", "hpsv2", "hpsv3", "image_reward", "pickscore")

@@ -15,6 +15,7 @@ from diffsynth_metrics import (
     HPSv2Metric,
     HPSv3Metric,
     ImageRewardMetric,
+    LPIPSMetric,
     ModelConfig,
     PickScoreMetric,
 )
@@ -149,3 +150,34 @@ def test_hpsv2_says_which_version_the_names_tell(folders: dict[str, Any], tmp_pa
         for text in (repr(metric), metric.card.name, metric.provenance["name"]):
             assert f"version {version}" in text
     assert HPSv2Metric.card.name == "HPSv2"
+
+
+def test_lpips_and_bioclip_are_called_as_upstreams_examples_do(
+    tiny: Any, tmp_path: Path, photographs: dict[str, Any]
+) -> None:
+    image_a, image_b = (photographs[name].resize((96, 96)) for name in ("chelsea", "coffee"))
+    for folder, pictures in (("a", (image_a, image_b)), ("b", (image_b, image_a))):
+        (tmp_path / folder).mkdir()
+        for index, picture in enumerate(pictures):
+            picture.save(tmp_path / folder / f"{index}.png")
+    # net, model_config, device, batch_size, target_size, vram_limit
+    config = ModelConfig(path=tiny("lpips"))
+    lpips = LPIPSMetric.from_pretrained("alex", config, "cpu", 16, 512, None)
+    (distance,) = lpips.compute(image_a, image_b)
+    assert distance > 0
+    assert lpips.compute(str(tmp_path / "a"), str(tmp_path / "b")) == pytest.approx([distance] * 2)
+    # model_config, tokenizer_config, torch_dtype, device, max_length
+    config = ModelConfig(path=tiny("bioclip"))
+    by_position = BioCLIPMetric.from_pretrained(config, None, torch.float32, "cpu", 20)
+    by_name = BioCLIPMetric.from_pretrained(
+        model_config=config,
+        tokenizer_config=None,
+        torch_dtype=torch.float32,
+        device="cpu",
+        max_length=20,
+    )
+    prompts, images = ["Felis catus", "Canis lupus"], [image_a, image_b]
+    assert by_position.max_length == by_name.max_length == 20
+    assert by_position.compute(prompts, images) == pytest.approx(by_name.score(prompts, images))
+    matrix = by_name.similarity_matrix(prompts, images)
+    assert [matrix[0][0], matrix[1][1]] == pytest.approx(by_name.compute(prompts, images), abs=1e-4)

@@ -107,6 +107,7 @@ def test_documentation_runs_as_it_stands(hub: LocalHub, tmp_path: Path) -> None:
         folder = tmp_path / document.stem
         folder.mkdir()
         blocks = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+        PIL.Image.new("RGB", (64, 48), "brown").save(folder / "cat.png")
         for number, block in enumerate(blocks):
             script = folder / f"{document.stem}_{number}.py"
             script.write_text(block, encoding="utf-8")

@@ -183,7 +183,7 @@ def test_a_score_is_a_plain_float_and_its_label_goes_to_the_log(
     metric: FIDMetric, pictures: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     corrupt(tmp_path, pictures)
-    caplog.set_level("INFO", logger="diffsynth_metrics.metrics.fid")
+    caplog.set_level("INFO", logger="diffsynth_metrics.fid")
     score = metric.compute(pictures, tmp_path, preprocessing="pytorch-fid", on_error="skip")
     assert type(score) is float and score > 0
     assert caplog.messages[-1] == (

@@ -217,13 +217,13 @@ class TestReferences:
     ) -> None:
         pictures[0].save(tmp_path / "a.png")
         seen = []
-        embed = ImageSimilarityMetric._embed
+        embed = ImageSimilarityMetric.image_embeddings
 
         def count(self: Any, images: Any) -> torch.Tensor:
             seen.append(len(images))
             return embed(self, images)
 
-        monkeypatch.setattr(ImageSimilarityMetric, "_embed", count)
+        monkeypatch.setattr(ImageSimilarityMetric, "image_embeddings", count)
         metric.compute([[str(tmp_path / "a.png"), pictures[1]]] * 3, pictures[:3])
         metric.compute(pictures[0], pictures[:3])
         assert seen == [2, 3, 1, 3]
@@ -346,16 +346,16 @@ class TestLoading:
         assert twin.compute(image[0], image) == pytest.approx(metric.compute(image[0], image), abs=1e-6)
 
     def test_the_published_networks(self) -> None:
-        for family, parameters in (
-            ("clip", 87_849_728),
+        for protocol, parameters in (
+            ("clip-i", 87_849_728),
             ("dino", 21_665_664),
             ("dinov2", 22_056_192),
         ):
-            network = ImageSimilarityMetric.build({"family": family, "config": None})
-            assert sum(weight.numel() for weight in network.parameters()) == parameters, family
+            network = ImageSimilarityMetric.build({"protocol": protocol})
+            assert sum(weight.numel() for weight in network.parameters()) == parameters, protocol
             assert all(weight.is_meta for weight in network.parameters())
             layout = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-            assert KNOWN_LAYOUTS[fingerprint(layout)] == ("ImageSimilarityMetric",), family
+            assert KNOWN_LAYOUTS[fingerprint(layout)] == ("ImageSimilarityMetric",), protocol
 
     def test_it_loads_by_name_with_its_protocol_in_the_card(self, tiny: Callable[[str], Path]) -> None:
         metric = load_metric(f"image-similarity={tiny(TINY['dino'])}", protocol="dino", device="cpu")

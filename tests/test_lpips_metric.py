@@ -138,7 +138,7 @@ def test_the_network_is_that_of_the_file(tiny: Callable[[str], Path], tmp_path: 
     assert LPIPSMetric.from_pretrained("squeeze", config, "cpu").model.name == "squeeze"
     with pytest.raises(CheckpointError, match="Pass net='squeeze': the weights are not those of net="):
         LPIPSMetric.from_pretrained(model_config=config, device="cpu")
-    with pytest.raises(ValueError, match="net must be one of alex, squeeze, vgg, got 'vgg19'"):
+    with pytest.raises(ValueError, match="net must be one of alex, squeeze, vgg; got 'vgg19'"):
         LPIPSMetric.from_pretrained("vgg19", config)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target_size must be a positive int"):
         LPIPSMetric.from_pretrained("alex", config, target_size=0)

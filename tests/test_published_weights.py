@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from classes import metric_class
+from classes import WITHOUT_WEIGHTS, metric_class
 from hub import LocalHub
 from modelscope_hub.config import set_default_config
 from PIL import Image
@@ -45,7 +45,7 @@ LAYOUT_OF = {
     "pickscore": "clip_h14",
 }
 IN_PACKAGES = ("shapes", "text_rendering")
-PUBLISHED = tuple(name for name in NAMES if name not in IN_PACKAGES)
+PUBLISHED = tuple(name for name in NAMES if name not in (*IN_PACKAGES, *WITHOUT_WEIGHTS))
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +145,12 @@ def test_without_the_package_its_command_is_named(monkeypatch: pytest.MonkeyPatc
     assert found.state == "absent" and "pip install 'diffsynth-metrics[ocr]'" in found.problem
     (check,) = verify("text_rendering")
     assert check.result == "failed" and "pip install" in check.detail
+
+
+def test_a_formula_needs_no_files() -> None:
+    for name in WITHOUT_WEIGHTS:
+        assert on_disk(name).state == "whole" and find_parts(name) == () and download(name) == []
+        assert results(verify(name)) == {"files": "ok"}
 
 
 def test_weights_of_one_hub_are_asked_of_it_whatever_is_said() -> None:

@@ -18,8 +18,15 @@ from diffsynth_metrics.fid.distances import (
     factor_of_features,
     frechet_terms,
 )
+from diffsynth_metrics.fid.features import FeatureSet
 
-__all__ = ["FIDStatistics", "compare_statistics", "differences_of_making", "fid_infinity"]
+__all__ = [
+    "FIDStatistics",
+    "compare_statistics",
+    "differences_of_making",
+    "differences_of_networks",
+    "fid_infinity",
+]
 
 FEWEST_FOR_INFINITY = 20
 """The fewest images for :func:`fid_infinity`: two in a tenth of them."""
@@ -398,6 +405,20 @@ def differences_of_making(
             f"the reference was prepared as {sides[0]!r} and the generated images as {sides[1]!r}: this "
             f"{name} compares resizing methods as well as images"
         )
+    return differences + differences_of_networks(reference, generated, name)
+
+
+def differences_of_networks(
+    reference: FIDStatistics | FeatureSet, generated: FIDStatistics | FeatureSet, name: str = "FID"
+) -> list[str]:
+    """Say in sentences in what the networks differed that made the features of the sides.
+
+    Args:
+        reference: One side.
+        generated: The other side.
+        name: How the sentences call the distance.
+    """
+    differences = []
     if reference.weights and generated.weights and reference.weights != generated.weights:
         differences.append(
             "the two sides' features were made with different weights "

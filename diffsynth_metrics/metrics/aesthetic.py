@@ -10,8 +10,8 @@ from torch.nn.functional import normalize as l2_normalize
 from transformers import CLIPVisionModelWithProjection
 
 from diffsynth_metrics.base import ImageMetric, MetricCard
+from diffsynth_metrics.image_encoder import EncodesImages
 from diffsynth_metrics.inputs import ImagesInput, as_images
-from diffsynth_metrics.modes import plain_modes, wants_gradients
 from diffsynth_metrics.networks.clip import build_vision_tower, vision_config
 from diffsynth_metrics.networks.score_head import score_head
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
@@ -26,7 +26,7 @@ def aesthetic_score(image_embeddings: Tensor, head: nn.Module) -> Tensor:
     return score
 
 
-class AestheticMetric(ImageMetric):
+class AestheticMetric(EncodesImages, ImageMetric):
     """LAION Aesthetic predictor v2 (sac+logos+ava1, linear): an affine map of CLIP L/14 features.
 
     It takes images only: ``metric.compute(images)``. See ``AestheticMetric.card``.
@@ -70,21 +70,13 @@ class AestheticMetric(ImageMetric):
             model.layers = score_head(model.config.projection_dim)
         return model
 
-    def encode_image(self, images: ImagesInput) -> Tensor:
-        """Compute the L2-normalised CLIP features that the head reads.
-
-        Returns:
-            float32 ``[N, D]`` on the metric's device. Gradients flow as in :meth:`reward`.
-        """
-        with plain_modes(self.device.type, gradients=wants_gradients(images)):
-            return l2_normalize(self._embeddings(images), dim=-1)
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """Embed images with the tower; L2-normalised, these are the features that the head reads."""
+        projection = self.model.visual_projection
+        pooled = self.model.vision_model(pixel_values).pooler_output
+        embeddings: Tensor = projection(pooled.to(projection.weight.dtype))
+        return embeddings
 
     def components(self, images: ImagesInput) -> dict[str, Tensor]:
         """Compute ``"score"``, see :meth:`ImageMetric.components`."""
-        return {"score": aesthetic_score(self._embeddings(images), self.model.layers)}
-
-    def _embeddings(self, images: ImagesInput) -> Tensor:
-        tower, projection = self.model.vision_model, self.model.visual_projection
-        dtype = projection.weight.dtype
-        batches = self.pixel_batches(as_images(images))
-        return torch.cat([projection(tower(batch).pooler_output.to(dtype)) for batch in batches])
+        return {"score": aesthetic_score(self.image_embeddings(as_images(images)), self.model.layers)}

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import PIL.Image
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 
-from diffsynth_metrics.base import MetricCard, SetMetric, check_batch_size
-from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.base import MetricCard
 from diffsynth_metrics.fid.distances import gaussian_mmd
 from diffsynth_metrics.fid.features import FeatureSet
-from diffsynth_metrics.fid.preprocessing import Normalized
-from diffsynth_metrics.fid.sources import ImageReader, ImageSource, OnError, choose_workers
-from diffsynth_metrics.modes import plain_modes
-from diffsynth_metrics.networks.vit import build_vit, family_of
+from diffsynth_metrics.fid.metric import FeatureMetric, check_count, counts_of
+from diffsynth_metrics.fid.preprocessing import Normalized, Prepare
+from diffsynth_metrics.fid.sources import ImageReader, ImageSource
+from diffsynth_metrics.fid.statistics import differences_of_networks
+from diffsynth_metrics.networks.vit import build_vit, timm_weights
 from diffsynth_metrics.pixels.transforms import CLIP_MEAN, CLIP_STD
-from diffsynth_metrics.weights.files import sha256_of
-from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["CMMDMetric", "CMMDSource"]
 
@@ -33,7 +27,6 @@ CMMDSource: TypeAlias = "ImageSource | FeatureSet"
 
 _SIZE = 336
 _SCALE = 1000
-_EXTRACTOR = "clip-vitl14-336"
 _PUBLISHED = {"architecture": "vit_large_patch14_clip_quickgelu_336", "num_classes": 768}
 
 
@@ -45,7 +38,7 @@ def _centre(image: PIL.Image.Image) -> PIL.Image.Image:
     return square.resize((_SIZE, _SIZE), PIL.Image.Resampling.BICUBIC)
 
 
-class CMMDMetric(SetMetric):
+class CMMDMetric(FeatureMetric):
     """CMMD, as its authors compute it: lower is better, 0 for equal sets.
 
     Example:
@@ -72,61 +65,22 @@ class CMMDMetric(SetMetric):
         download="1.2 GB",
         memory="1.2 GB",
     )
-    default_model = ModelConfig(
-        model_id="timm/vit_large_patch14_clip_336.openai",
-        origin_file_pattern="model.safetensors",
-        download_source="huggingface",
-    )
-    preprocessing = Normalized("cmmd", _centre, CLIP_MEAN, CLIP_STD)
-
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: None = None,
-        *,
-        num_workers: int | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        """Wrap a loaded network; users call :meth:`from_pretrained`.
-
-        Args:
-            model: The network.
-            processor: None.
-            num_workers: Threads that decode and resize, as :class:`FIDMetric` has them.
-            batch_size: The largest number of images in the network at once.
-        """
-        self.check_options(num_workers=num_workers)
-        super().__init__(model, processor, batch_size=batch_size)
-        self.num_workers = num_workers
-        self.weights: str | None = None  # sha256 of the weight file
-
-    @classmethod
-    def check_options(cls, *, num_workers: int | None = None) -> None:  # type: ignore[override]
-        """Check the metric's own options before files are fetched."""
-        choose_workers(num_workers)
-
-    @classmethod
-    def read_config(
-        cls, model_config: ModelConfig | None, files: Sequence[Path]
-    ) -> dict[str, Any] | None:
-        """Return timm's config next to the files.
-
-        Raises:
-            CheckpointError: The files hold another kind of network.
-        """
-        if family_of(files) != "clip":
-            raise CheckpointError(f"{files[0]} is no CLIP in timm's layout, which {cls.__name__} takes")
-        return super().read_config(model_config, files)
+    default_model = timm_weights("timm/vit_large_patch14_clip_336.openai")
+    label = "CMMD"
+    extractor = "clip-vitl14-336"
+    preprocessings: ClassVar[dict[str, Prepare]] = {
+        "cmmd": Normalized("cmmd", _centre, CLIP_MEAN, CLIP_STD)
+    }
+    statistics_type = FeatureSet
 
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> nn.Module:
         """Build timm's network, see :meth:`BaseMetric.build`."""
         return build_vit("clip", config, _PUBLISHED)
 
-    def describe(self) -> None:
-        """Note the sha256 of the weights, which features carry."""
-        super().describe()
-        self.weights = sha256_of(self.weight_files)
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """Map network inputs to embeddings of L2 norm 1, see :meth:`FeatureMetric.embed_image`."""
+        return l2_normalize(super().embed_image(pixel_values), dim=-1)
 
     def evaluate(
         self, reference_images: CMMDSource, generated_images: CMMDSource, **options: Any
@@ -137,8 +91,7 @@ class CMMDMetric(SetMetric):
             reference_images: Real images: a folder (read recursively), images as every metric takes
                 them, an iterable of images or batches, a :class:`FeatureSet`, or its ``.npz`` file.
             generated_images: The images to judge, in the same forms.
-            **options: ``batch_size``, ``num_workers``, ``on_error`` and ``progress`` as in
-                :meth:`statistics`.
+            **options: See :meth:`statistics`.
 
         Returns:
             A dict of ``"score"``, ``"reference_count"``, ``"generated_count"``, ``"reference_skipped"``,
@@ -153,30 +106,23 @@ class CMMDMetric(SetMetric):
         Warns:
             UserWarning: The sides' features were made with different weights or dtypes.
         """
-        opened = [
-            self._open(side, images, **options)
-            for side, images in (("reference", reference_images), ("generated", generated_images))
-        ]
-        reference, generated = (self._extract(source) for source in opened)
-        for side, features in (("reference", reference), ("generated", generated)):
-            if features.count < 2:
-                raise ValueError(f"CMMD needs at least 2 {side} images, got {features.count}")
-        for name in ("weights", "dtype"):
-            sides = getattr(reference, name), getattr(generated, name)
-            if None not in sides and sides[0] != sides[1]:
-                doubt = (
-                    f"the two sides' features were made with different {name}, {sides[0]} and {sides[1]}"
-                )
-                warnings.warn(doubt, UserWarning, stacklevel=2)
+        given = {"reference": reference_images, "generated": generated_images}
+        sources = {side: self.open_side(side, images, **options) for side, images in given.items()}
+        for side, source in sources.items():
+            check_count(side, source, {self.label: 2})
+        features = {side: self._extract(side, source) for side, source in sources.items()}
+        for (
+            side,
+            found,
+        ) in features.items():  # now that generators have ended, and without what was skipped
+            check_count(side, found, {self.label: 2})
+        reference, generated = features.values()
+        for doubt in differences_of_networks(reference, generated, self.label):
+            warnings.warn(doubt, UserWarning, stacklevel=2)
         return {
             "score": _SCALE * gaussian_mmd(reference.features, generated.features),
-            "reference_count": reference.count,
-            "generated_count": generated.count,
-            "reference_skipped": reference.skipped,
-            "generated_skipped": generated.skipped,
-            "preprocessing": generated.preprocessing,
+            **counts_of(reference, generated),
             "extractor": generated.extractor,
-            "weights": generated.weights,
         }
 
     def statistics(self, images: CMMDSource, **options: Any) -> FeatureSet:
@@ -188,64 +134,10 @@ class CMMDMetric(SetMetric):
                 ``on_error``, ``"raise"`` (default) or ``"skip"``; ``progress``, whether a terminal shows
                 a progress bar.
         """
-        return self._extract(self._open("given", images, **options))
+        return self._extract("", self.open_side("", images, **options))
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What made a number, see :attr:`BaseMetric.provenance`; with the name of the preprocessing."""
-        return {**super().provenance, "preprocessing": self.preprocessing.name}
-
-    def _open(
-        self,
-        side: str,
-        images: CMMDSource,
-        *,
-        batch_size: int | None = None,
-        num_workers: int | None = None,
-        on_error: OnError = "raise",
-        progress: bool = True,
-    ) -> FeatureSet | ImageReader:
-        """Check a side; nothing goes through the network yet."""
-        if isinstance(images, (str, os.PathLike)) and Path(images).suffix == ".npz":
-            images = FeatureSet.load(images)
-        if not isinstance(images, FeatureSet):
-            return ImageReader(
-                images,
-                self.preprocessing,
-                batch_size=check_batch_size(self.batch_size if batch_size is None else batch_size),
-                num_workers=choose_workers(self.num_workers if num_workers is None else num_workers),
-                on_error=on_error,
-                progress=f"CMMD, {side} images" if progress else None,
-            )
-        made_by = images.extractor, images.preprocessing or self.preprocessing.name
-        if made_by != (_EXTRACTOR, self.preprocessing.name):
-            raise ValueError(
-                f"the {side} features are of {made_by[0]!r} (preprocessing {made_by[1]!r}), and CMMD "
-                f"compares those of {_EXTRACTOR!r} (preprocessing {self.preprocessing.name!r})"
-            )
-        return images
-
-    def _extract(self, source: FeatureSet | ImageReader) -> FeatureSet:
+    def _extract(self, side: str, source: FeatureSet | ImageReader) -> FeatureSet:
         if isinstance(source, FeatureSet):
             return source
-        batches = [self._features(batch) for batch in source]
-        if not batches:
-            raise ValueError("there is no image that can be read")
-        return FeatureSet(
-            np.concatenate(batches),
-            _EXTRACTOR,
-            preprocessing=self.preprocessing.name,
-            weights=self.weights,
-            dtype=str(self.dtype).removeprefix("torch."),
-            skipped=source.skipped,
-        )
-
-    def _features(self, batch: np.ndarray) -> np.ndarray:
-        """Map network inputs ``[B, S, S, 3]`` to embeddings ``[B, D]`` of L2 norm 1, both float32."""
-        with plain_modes(self.device.type, gradients=False):
-            pixel_values = torch.from_numpy(batch).to(self.device, self.dtype).permute(0, 3, 1, 2)
-            embeddings = l2_normalize(self.model(pixel_values).float(), dim=-1)
-            features: np.ndarray = embeddings.cpu().numpy()
-        if not np.isfinite(features).all():
-            self.check_weights()
-        return features
+        features = np.concatenate(list(self.features_of(side, source)))
+        return FeatureSet(features, **self.made_by(source), skipped=source.skipped)

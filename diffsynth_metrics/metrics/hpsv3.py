@@ -137,9 +137,7 @@ class HPSv3Metric(PromptMetric):
         SmartResize(**pixels)
 
     @classmethod
-    def read_config(
-        cls, model_config: ModelConfig | None, files: Sequence[Path]
-    ) -> dict[str, Any] | None:
+    def read_config(cls, model_config: ModelConfig, files: Sequence[Path]) -> dict[str, Any] | None:
         """Return the architecture, with the number of tokens that the weights have.
 
         The authors resize Qwen2-VL's padded embedding to the tokenizer and leave its config as it was.

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, ReferenceMetric
-from diffsynth_metrics.errors import CheckpointError
-from diffsynth_metrics.inputs import (
-    CheckedImage,
-    CheckedImages,
-    ImagesInput,
-    image_size,
-    open_image,
-    pair_references,
-    pixel_count,
-)
-from diffsynth_metrics.networks.lpips import NETS, LPIPSNetwork
-from diffsynth_metrics.pixels.batches import prepare_ahead, tensor_pixels
-from diffsynth_metrics.pixels.resizing import cpu_count
-from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop, Transform, Unresized, normalize_
+from diffsynth_metrics.inputs import ImagesInput, pair_references
+from diffsynth_metrics.networks.lpips import LPIPSNetwork
+from diffsynth_metrics.pixels.pairs import pair_batches
+from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop, Unresized
 from diffsynth_metrics.weights.checkpoint import read_layout
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["LPIPSMetric"]
 
 _HALF = (0.5, 0.5, 0.5)  # brings pixels to -1..1
-_FILES = {"alex": "alexnet", "squeeze": "squeezenet", "vgg": "vgg"}
+
+
+def _published(file: str) -> ModelConfig:
+    return ModelConfig(
+        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern=f"LPIPS/{file}.safetensors"
+    )
 
 
 class LPIPSMetric(ReferenceMetric):
@@ -61,9 +56,13 @@ class LPIPSMetric(ReferenceMetric):
         download="10 MB",
         memory="10 MB",
     )
-    default_model = ModelConfig(
-        model_id="DiffSynth-Studio/ImageMetrics", origin_file_pattern="LPIPS/alexnet.safetensors"
-    )
+    variant = "net"
+    variants: ClassVar[dict[str, ModelConfig]] = {
+        "alex": _published("alexnet"),
+        "squeeze": _published("squeezenet"),
+        "vgg": _published("vgg"),
+    }
+    default_model = variants["alex"]
     config_file = None
     float32_parts = ("lin",)
     model: LPIPSNetwork
@@ -112,12 +111,6 @@ class LPIPSMetric(ReferenceMetric):
             CheckpointError: The files hold another network's weights, or another metric's.
             Exception: What :meth:`BaseMetric.from_pretrained` raises.
         """
-        cls.check_options(net=net, target_size=target_size)
-        if model_config is None:
-            model_config = ModelConfig(
-                model_id=cls.default_model.model_id,
-                origin_file_pattern=f"LPIPS/{_FILES[net]}.safetensors",
-            )
         return super().from_pretrained(
             model_config,
             device=device,
@@ -131,18 +124,18 @@ class LPIPSMetric(ReferenceMetric):
     @classmethod
     def check_options(cls, **options: Any) -> None:
         """Check ``net`` and ``target_size``."""
-        net, target_size = options.get("net", "alex"), options.get("target_size", 512)
-        if net not in NETS:
-            raise ValueError(f"net must be one of {', '.join(NETS)}, got {net!r}")
+        super().check_options(**options)
+        target_size = options.get("target_size", 512)
         if isinstance(target_size, bool) or not isinstance(target_size, int) or target_size < 1:
             raise ValueError(f"target_size must be a positive int, got {target_size!r}")
 
     @classmethod
-    def read_config(cls, model_config: ModelConfig | None, files: Sequence[Path]) -> dict[str, Any]:
-        """Return which network the files hold, by the names of their tensors."""
+    def variant_of(cls, files: Sequence[Path]) -> str:
+        """Tell whose features are in the files by the layers that only one network has."""
         layout = read_layout(files)
-        net = "squeeze" if "lin6.model.1.weight" in layout else "alex"
-        return {"net": "vgg" if "net.slice1.2.weight" in layout else net}
+        if "lin6.model.1.weight" in layout:
+            return "squeeze"
+        return "vgg" if "net.slice1.2.weight" in layout else "alex"
 
     @classmethod
     def build(cls, config: dict[str, Any] | None) -> LPIPSNetwork:
@@ -150,68 +143,13 @@ class LPIPSMetric(ReferenceMetric):
         with torch.device("meta"):
             return LPIPSNetwork("alex" if config is None else config["net"])
 
-    @classmethod
-    def assemble(cls, model: Any, processor: Any, *, batch_size: int | None, **options: Any) -> Self:
-        """Make the metric of its loaded parts."""
-        net = options.get("net", "alex")
-        if model.name != net:
-            raise CheckpointError(f"Pass net={model.name!r}: the weights are not those of net={net!r}")
-        return super().assemble(model, processor, batch_size=batch_size, **options)
-
     def components(self, reference: ImagesInput, images: ImagesInput) -> dict[str, Tensor]:
         """Compute ``"score"``, the distance; gradients flow to both sides."""
-        references, checked = pair_references(reference, images)
-        return {"score": torch.cat([self.model(*pair) for pair in self._batches(references, checked)])}
-
-    def _batches(
-        self, references: CheckedImages, images: CheckedImages
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pixels of both sides, ``[B, 3, H, W]`` in -1..1, whose pairs follow one another."""
-        pending: list[list[Tensor]] = []
-        for pair in self._pairs(references, images):
-            other_size = pending and pending[0][0].shape != pair[0].shape
-            if pending and (other_size or len(pending) == self.batch_size):
-                yield _stacked(pending)
-                pending = []
-            pending.append(pair)
-        yield _stacked(pending)
-
-    def _pairs(self, references: CheckedImages, images: CheckedImages) -> Iterator[list[Tensor]]:
-        """Yield the pixels of each pair, ``[3, H, W]`` each, decoded ahead by threads."""
-
-        def sides(index: int) -> list[tuple[CheckedImage, str]]:
-            return [(references[index], f"reference {index}"), (images[index], f"image {index}")]
-
-        def prepare(index: int) -> tuple[Transform, list[Tensor]]:
-            one, other = (image_size(*side) for side in sides(index))
-            transform = self.unresized if one == other else self.transform
-            return transform, [_bytes(*side, transform) for side in sides(index)]
-
-        def pixels(index: int) -> int:
-            return sum(pixel_count(image) for image, _ in sides(index) if not isinstance(image, Tensor))
-
-        pairs = prepare_ahead(
-            range(len(images)),
-            prepare,
-            pixels,
-            workers=min(cpu_count(), len(images)),
-            ahead=2 * self.batch_size,
+        pairs = pair_batches(
+            *pair_references(reference, images),
+            self.unresized,
+            of_other_sizes=self.transform,
+            batch_size=self.batch_size,
+            device=self.device,
         )
-        for index, (transform, prepared) in enumerate(pairs):
-            # Tensors are transformed here: the threads know nothing of the caller's gradients.
-            yield [
-                (tensor_pixels if isinstance(image, Tensor) else normalize_)(
-                    side[None].to(self.device), transform
-                )[0]
-                for (image, _), side in zip(sides(index), prepared, strict=True)
-            ]
-
-
-def _bytes(image: CheckedImage, name: str, transform: Transform) -> Tensor:
-    """Return what the transform makes of a picture, and a tensor as it is."""
-    return image if isinstance(image, Tensor) else transform.from_pil(open_image(image, name))
-
-
-def _stacked(pairs: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    first, second = (torch.stack(side) for side in zip(*pairs, strict=True))
-    return first, second
+        return {"score": torch.cat([self.model(*pair) for pair in pairs])}

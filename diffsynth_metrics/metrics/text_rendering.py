@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, RowMetric
 from diffsynth_metrics.errors import ImageError
@@ -23,7 +21,6 @@ from diffsynth_metrics.inputs import (
 from diffsynth_metrics.networks.ocr import Line, TextReader
 from diffsynth_metrics.text_matching import character_accuracy, flow_grpo_reward, match, quoted_texts
 from diffsynth_metrics.weights.files import sha256_of
-from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["TextRenderingMetric"]
 
@@ -42,7 +39,8 @@ class TextRenderingMetric(RowMetric):
 
     Option ``scale``: ``"character_accuracy"`` (default), or ``"flow_grpo"``, the reward of that
     framework. A prompt without text in quotation marks has no score: NaN, and the reason in
-    :meth:`evaluate`. There are no gradients. See ``TextRenderingMetric.card`` and docs/metrics.md.
+    :meth:`evaluate`. It loads no weights, so there is no ``model_config``. Pictures are read one by one,
+    without gradients. See ``TextRenderingMetric.card`` and docs/metrics.md.
     """
 
     card = MetricCard(
@@ -60,52 +58,37 @@ class TextRenderingMetric(RowMetric):
         download="none",
         memory="0.8 GB",
     )
+    default_model = None
+    config_file = None
     default_batch_size = 1
     numbers = ("score", *_SCALES)
-    model: Any
-    """The :class:`~diffsynth_metrics.networks.ocr.TextReader`."""
+    model: TextReader
 
-    def __init__(self, model: TextReader, *, scale: str = "character_accuracy") -> None:
+    def __init__(
+        self,
+        model: TextReader,
+        processor: None = None,
+        *,
+        scale: str = "character_accuracy",
+        **base: Any,
+    ) -> None:
         """Wrap a reader; users call :meth:`from_pretrained`."""
         self.check_options(scale=scale)
-        self.model = model
+        super().__init__(model, processor, **base)
         self.scale = scale
-        self.weight_files = model.files
-        self.options = {"scale": scale}
-        self._batch_size = None
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        model_config: ModelConfig | None = None,
-        processor_config: ModelConfig | None = None,
-        torch_dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        *,
-        batch_size: int | None = None,
-        scale: str = "character_accuracy",
-    ) -> Self:
-        """Load the reader.
-
-        Args:
-            model_config: None: the networks are those of the installed rapidocr.
-            processor_config: Accepted as in the other metrics, and not needed.
-            torch_dtype: Accepted as in the other metrics; the networks run as rapidocr has them.
-            device: Accepted as in the other metrics; pictures are read on the CPU.
-            batch_size: Accepted as in the other metrics; pictures are read one by one.
-            scale: See the class.
+    def build(cls, config: dict[str, Any] | None) -> TextReader:
+        """Load the networks of the installed rapidocr.
 
         Raises:
-            ImportError: rapidocr is not installed; the message has the command.
-            ValueError: There is no such scale, or `model_config` is given.
+            ImportError: It is not installed; the message has the command.
         """
-        if model_config is not None:
-            raise ValueError(
-                f"{cls.__name__} reads with the networks of rapidocr: leave model_config out, got "
-                f"{model_config!r}"
-            )
-        cls.check_options(scale=scale)
-        return cls(TextReader(), scale=scale)
+        return TextReader()
+
+    def describe(self) -> None:
+        """Note which networks read."""
+        self.weight_files = self.model.files
 
     @classmethod
     def check_options(cls, *, scale: str = "character_accuracy") -> None:  # type: ignore[override]
@@ -139,24 +122,6 @@ class TextRenderingMetric(RowMetric):
         return [self._row(text, lines) for text, lines in zip(prompts, read, strict=True)]
 
     @property
-    def device(self) -> torch.device:
-        """The CPU, where pictures are read and scores are."""
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the networks, float32."""
-        return torch.float32
-
-    def to(self, *device_and_dtype: Any, **options: Any) -> Self:
-        """Return the metric: there is nothing to move."""
-        return self
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Return nothing: the networks are not torch's."""
-        return iter(())
-
-    @property
     def provenance(self) -> dict[str, Any]:
         """See :attr:`BaseMetric.provenance`; with the packages that read and their networks' sha256."""
         networks = {file.name: sha256_of([file]) for file in self.weight_files}
@@ -165,6 +130,7 @@ class TextRenderingMetric(RowMetric):
         return {
             **super().provenance,
             "preprocessing": preprocessing,
+            "options": {"scale": self.scale},
             "ocr": made_with,
             "networks": networks,
         }

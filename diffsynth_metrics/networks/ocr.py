@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from torch import nn
 
 from diffsynth_metrics.errors import ImageError
 
@@ -55,10 +56,11 @@ def installed_networks() -> tuple[Path, ...]:
     return files
 
 
-class TextReader:
+class TextReader(nn.Module):
     """Reads the lines of a picture, from top to bottom and from left to right.
 
-    It may be called from several threads, copied, pickled and used after a fork.
+    It has no tensors of torch's: the networks are onnxruntime's, and run on the CPU. It may be called
+    from several threads, copied, pickled and used after a fork.
 
     Attributes:
         files: See :func:`installed_networks`.
@@ -71,11 +73,12 @@ class TextReader:
         Raises:
             ImportError: See :func:`installed_networks`.
         """
+        super().__init__()
         self.files = installed_networks()
         self.made_with = {name: version(name) for name in ("rapidocr", "onnxruntime")}
         self._load()
 
-    def __call__(self, picture: PIL.Image.Image) -> list[Line]:
+    def forward(self, picture: PIL.Image.Image) -> list[Line]:
         """Read a picture in RGB.
 
         Raises:

@@ -13,10 +13,20 @@ from torch.nn.functional import interpolate
 
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.weights.checkpoint import read_layout
+from diffsynth_metrics.weights.model_config import ModelConfig
 
-__all__ = ["build_vit", "family_of", "resample_positions"]
+__all__ = ["build_vit", "family_of", "resample_positions", "timm_weights"]
 
 _FAMILIES = {"clip": "CLIP", "dinov2": "DINOv2", "dino": "DINO"}
+
+
+def timm_weights(repository: str) -> ModelConfig:
+    """Return where the weights of one of timm's repositories are, which are on Hugging Face."""
+    return ModelConfig(
+        model_id=repository,
+        origin_file_pattern="model.safetensors",
+        download_source="huggingface",
+    )
 
 
 def family_of(files: Sequence[Path]) -> str:

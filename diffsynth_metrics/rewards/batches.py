@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.inputs import as_images, is_one_image, rounded
 
-__all__ = ["Batch", "Frames", "as_batch", "as_bytes", "check_frames"]
+__all__ = ["Batch", "Frames", "as_batch", "as_bytes", "check_frames", "has_videos"]
 
 Frames: TypeAlias = Literal["mean", "min", "first", "middle", "all"]
 """The score of a video: the mean or the lowest of its frames' scores, the score of one frame, or what a
@@ -72,7 +73,8 @@ def as_batch(
         frames: What becomes of a video.
 
     A single prompt or picture, whose letters or rows would be taken for many, is a TypeError or
-    ValueError, and so are numbers that differ or are 0, and a video where `frames` is None.
+    ValueError, and so are numbers that differ or are 0, and a video where `frames` is None. Of a video
+    without frames the image is an error that says so.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list, one per image, got the str {prompts!r}")
@@ -93,7 +95,7 @@ def as_batch(
         raise ValueError(f"pass source images as a list with {len(prompts)} entries, got {got}")
     of_samples = [] if sources is None else [_images_of(one) for one in sources]
     batch = Batch(prompts, images, of_samples if any(of_samples) else [])
-    return _with_frames(batch, frames) if _has_videos(images) else batch
+    return _with_frames(batch, frames) if has_videos(images) else batch
 
 
 def check_frames(frames: Frames | None) -> Frames | None:
@@ -133,7 +135,8 @@ def _images_of(sample: Any) -> list[Any]:
     return [] if sample is None else list(sample) if _is_several(sample) else [sample]
 
 
-def _has_videos(images: Any) -> bool:
+def has_videos(images: Any) -> bool:
+    """Tell whether there is a video among images."""
     ndim = getattr(images, "ndim", None)
     return ndim == 5 or (ndim is None and any(map(_is_several, images)))
 
@@ -142,11 +145,10 @@ def _with_frames(batch: Batch, frames: Frames | None) -> Batch:
     """Take the frames of the videos that are to be scored."""
     if frames is None:
         raise ValueError(f"there are videos: pass frames= as one of {', '.join(get_args(Frames))}")
-    videos = [_images_of(video) for video in batch.images]
-    if [] in videos:
-        raise ValueError(f"the video of sample {videos.index([])} has no frames")
+    nothing = RewardError("the video has no frames")
+    videos = [_images_of(video) or [nothing] for video in batch.images]
     if frames == "all":
-        return replace(batch, images=videos)
+        return replace(batch, images=[v[0] if isinstance(v[0], Exception) else v for v in videos])
     if frames in ("first", "middle"):
         return replace(batch, images=[v[0 if frames == "first" else len(v) // 2] for v in videos])
     flat = [image for video in videos for image in video]

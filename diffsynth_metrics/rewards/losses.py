@@ -16,7 +16,7 @@ from diffsynth_metrics.modes import plain_modes
 from diffsynth_metrics.rewards.adapters.common import Reward, RewardSource
 from diffsynth_metrics.rewards.batches import as_batch
 from diffsynth_metrics.rewards.scales import ScaleInput
-from diffsynth_metrics.rewards.scoring import Update, apply_failure_policy, learns
+from diffsynth_metrics.rewards.scoring import apply_failure_policy
 
 __all__ = ["as_loss", "in_float32"]
 
@@ -43,7 +43,6 @@ class Loss(Reward):
         grad_scale: float = 1.0,
         scale: ScaleInput = None,
         name: str | None = None,
-        update: Update = True,
     ) -> None:
         """Take a source.
 
@@ -58,7 +57,6 @@ class Loss(Reward):
             grad_scale: What the loss is multiplied with.
             scale: The scale of the reward.
             name: ``__name__``; by default that of the metric with ``_loss``.
-            update: Whether the running statistics of a set learn from a call.
         """
         if tuple(input_range) not in ((0, 1), (-1, 1)):
             raise ValueError(f"input_range must be (0, 1) or (-1, 1), got {input_range!r}")
@@ -69,7 +67,7 @@ class Loss(Reward):
         differentiable = (PromptMetric, ImageMetric, ReferenceMetric)
         if isinstance(source, BaseMetric) and not isinstance(source, differentiable):
             raise TypeError(f"a loss needs gradients, and {type(source).__name__} has none")
-        super().__init__(source, scale=scale, name=name, update=update)
+        super().__init__(source, scale=scale, name=name)
         self.input_range, self.kind, self.margin = input_range, loss, margin
         self.grad_scale = grad_scale
         self.__name__ = name or f"{self.scorer.name}_loss"
@@ -86,8 +84,7 @@ class Loss(Reward):
         texts = [prompts] * len(pixels) if isinstance(prompts, str) else prompts
         with in_float32(pixels.device):
             batch = as_batch(texts, _unit_range(pixels, self.input_range), sources)
-            scored = self.scorer.scored(batch, update=learns(self.update))
-            reward = apply_failure_policy(scored, "raise", self.scorer.name)
+            reward = apply_failure_policy(self.scorer.scored(batch), "raise", self.scorer.name)
             if self.kind == "one_minus":
                 loss = 1 - reward
             else:

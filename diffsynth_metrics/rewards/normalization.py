@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 from torch import Tensor
 
 from diffsynth_metrics.rewards.scoring import Scored
@@ -22,15 +20,9 @@ __all__ = [
     "Groups",
     "Normalization",
     "Rank",
-    "Raw",
-    "RunningZScore",
     "collapsed",
     "find_normalization",
 ]
-
-# One for all running statistics: it is held for microseconds, and without a lock of their own they can
-# be copied and pickled.
-_LOCK = threading.Lock()
 
 Groups: TypeAlias = "Sequence[Sequence[int]]"
 """The numbers of the samples of each group."""
@@ -39,7 +31,7 @@ Groups: TypeAlias = "Sequence[Sequence[int]]"
 class Normalization(ABC):
     """Maps the scores of a batch to what is weighted and added.
 
-    NaN stays NaN and influences no other sample. An object belongs to one component of one set.
+    NaN stays NaN and influences no other sample. A value depends on the scores of the call alone.
     """
 
     differentiable = True
@@ -49,25 +41,17 @@ class Normalization(ABC):
     """How many samples a group must have; None where nobody said it."""
 
     @abstractmethod
-    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups) -> Tensor:
         """Normalise N scores; gradients flow to the scores, and none through statistics of them.
 
         Statistics are of the plain numbers: a device is waited for once, and not after each operation.
-        Every sample is in one of `groups`; running statistics learn if `update` says so.
+        Every sample is in one of `groups`.
         """
-
-
-class Raw(Normalization):
-    """Leaves scores as they are."""
-
-    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
-        """Return the scores."""
-        return scored.values
 
 
 @dataclass
 class FixedScale(Normalization):
-    """(score - mean) / std with numbers that never change."""
+    """(score - mean) / std with numbers that never change; by default the score as it is."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -77,46 +61,9 @@ class FixedScale(Normalization):
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(f"mean must be finite and std positive, got {self.mean!r} and {self.std!r}")
 
-    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups) -> Tensor:
         """Return (scores - mean) / std."""
         return (scored.values - self.mean) / self.std
-
-
-class RunningZScore(Normalization):
-    """(score - mean) / std over all scores seen so far, those of this call included.
-
-    `shared` is the number, sum and sum of squares of what all processes know, and `local` the same of
-    what this one has learned since :meth:`RewardSet.synchronize` was called.
-    """
-
-    def __init__(self) -> None:
-        """Start without statistics."""
-        self.shared, self.local = np.zeros(3), np.zeros(3)
-
-    @property
-    def sums(self) -> list[float]:
-        """Number, sum and sum of squares of everything that this process knows."""
-        sums: list[float] = (self.shared + self.local).tolist()
-        return sums
-
-    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
-        """Learn if wanted, and return z-scores; 0 while all scores seen are equal, NaN before any."""
-        known = [number for number in scored.numbers if update and not math.isnan(number)]
-        new = (len(known), math.fsum(known), math.fsum(number**2 for number in known))
-        with _LOCK:
-            self.local = self.local + new
-            count, total, squares = self.sums
-        if not count:
-            return scored.values.new_full(scored.values.shape, math.nan)
-        mean = total / count
-        std = math.sqrt(max(0.0, squares / count - mean**2))
-        is_flat = std <= 1e-6 * max(1.0, abs(mean))
-        return (scored.values - mean) * 0 if is_flat else (scored.values - mean) / std
-
-    def share(self, own: Any, everybody: Any) -> None:
-        """Know what all processes told, of which `own` is the part of this one."""
-        with _LOCK:
-            self.local, self.shared = self.local - own, self.shared + everybody
 
 
 @dataclass
@@ -140,7 +87,7 @@ class GroupRelative(Normalization):
         if self.correction not in (0, 1):
             raise ValueError(f"correction must be 0 or 1, got {self.correction!r}")
 
-    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups) -> Tensor:
         """Return advantages; 0 in a group whose scores are all equal."""
         values, numbers = scored.values, scored.numbers
         means, divisors = [0.0] * len(numbers), [1.0] * len(numbers)
@@ -176,7 +123,7 @@ class Rank(Normalization):
         """Check the setting."""
         _check_group_size(self.group_size)
 
-    def __call__(self, scored: Scored, groups: Groups, *, update: bool) -> Tensor:
+    def __call__(self, scored: Scored, groups: Groups) -> Tensor:
         """Return ranks."""
         numbers = scored.numbers
         ranks = [0.0] * len(numbers)
@@ -203,8 +150,7 @@ def _rank(score: float, group: list[float]) -> float:
 
 
 _BY_NAME: dict[str, Callable[[], Normalization]] = {
-    "none": Raw,
-    "zscore": RunningZScore,
+    "none": FixedScale,
     "group": GroupRelative,
     "rank": Rank,
 }

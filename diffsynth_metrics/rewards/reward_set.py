@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, ReferenceMetric
@@ -19,14 +19,10 @@ from diffsynth_metrics.errors import RewardError
 from diffsynth_metrics.inputs import SharedImages, as_prompts, is_one_image
 from diffsynth_metrics.modes import wants_gradients
 from diffsynth_metrics.rewards.batches import Batch, Frames, as_batch, check_frames
-from diffsynth_metrics.rewards.normalization import (
-    Normalization,
-    RunningZScore,
-    collapsed,
-    find_normalization,
-)
+from diffsynth_metrics.rewards.normalization import Normalization, collapsed, find_normalization
 from diffsynth_metrics.rewards.scales import ScaleInput
 from diffsynth_metrics.rewards.scoring import (
+    ERRORS_OF_A_SAMPLE,
     FailurePolicy,
     MetricScorer,
     Scored,
@@ -38,10 +34,6 @@ __all__ = ["Component", "RewardResult", "RewardSet"]
 
 logger = logging.getLogger(__name__)
 
-_NOTHING_LEARNED = (
-    "its running statistics have seen no score yet; score with update=True first, or load a state"
-)
-
 
 @dataclass(frozen=True)
 class Component:
@@ -51,8 +43,8 @@ class Component:
         metric: A metric, or a callable of (prompts, images) that returns one number per sample; if it
             has a parameter ``sources``, it also gets the source images of each sample.
         weight: What the normalised score is multiplied with; negative where less is wanted.
-        normalize: ``"none"``, ``"zscore"`` (running), ``"group"``, ``"rank"``, or an object such as
-            ``FixedScale(mean, std)`` or ``GroupRelative(group_size=8)``.
+        normalize: ``"none"``, ``"group"``, ``"rank"``, or an object such as ``FixedScale(mean, std)`` or
+            ``GroupRelative(group_size=8)``.
         scale: The scale of the score before it is normalised, see ``rewards.SCALES``.
     """
 
@@ -95,7 +87,7 @@ class RewardSet:
     """A weighted sum of metrics that can be used wherever one metric can.
 
     Images are checked once, and prepared once for each distinct transform. It may be called from
-    several threads; running statistics then depend on which call comes first.
+    several threads, and no call changes what the next one returns.
 
     Example:
         >>> rewards = RewardSet({"pickscore": Component(pickscore, normalize="group")})
@@ -141,8 +133,6 @@ class RewardSet:
         self._normalizations = {
             name: find_normalization(component.normalize) for name, component in self.components.items()
         }
-        if len(set(map(id, self._normalizations.values()))) < len(self._normalizations):
-            raise ValueError("two components share one normalisation object; give each its own")
 
     def score(
         self,
@@ -152,7 +142,6 @@ class RewardSet:
         *,
         groups: Sequence[Hashable] | Tensor | None = None,
         frames: Frames | None = None,
-        update: bool = True,
         on_failure: FailurePolicy = "raise",
     ) -> RewardResult:
         """Score N samples with every metric.
@@ -162,12 +151,10 @@ class RewardSet:
             images: One image or several, see ``PromptMetric.compute``; or a list of videos.
             sources: For each sample the image that it was made from, several, or None.
             groups: What group each sample belongs to, anything hashable or a tensor ``[N]``; by default
-                samples of one prompt (and of the same source files or objects) are a group. All samples
+                samples of one prompt (and of the same source files or pictures) are a group. All samples
                 of a group must be in this call.
             frames: What becomes of the frames of a video: the ``"mean"`` or ``"min"`` of their scores,
                 the ``"first"`` or ``"middle"`` frame alone, or ``"all"`` as one list for a function.
-            update: Whether running statistics learn from the readable scores of this call; False for
-                evaluation.
             on_failure: What becomes of a sample's reward where a component has no score for it.
 
         Returns:
@@ -183,7 +170,7 @@ class RewardSet:
         images = [images] if is_one_image(images) else images
         prompts = as_prompts(prompt) * (len(images) if isinstance(prompt, str) else 1)
         batch = as_batch(prompts, images, sources, check_frames(frames))
-        result = self.result(batch, groups=groups, update=update)
+        result = self.result(batch, groups=groups)
         scored = Scored(result.reward, result.errors)
         return replace(result, reward=apply_failure_policy(scored, on_failure, self.name))
 
@@ -193,24 +180,22 @@ class RewardSet:
         """Score like :meth:`score`, which takes the same arguments, and return the reward alone."""
         return self.score(prompt, images, sources, **options).reward
 
-    def scored(self, batch: Batch, *, update: bool = True) -> Scored:
+    def scored(self, batch: Batch) -> Scored:
         """Score a batch for an adapter: a sample that fails is NaN with its reason, and not raised."""
-        result = self.result(batch, update=update)
+        result = self.result(batch)
         return Scored(result.reward, result.errors)
 
-    def result(
-        self, batch: Batch, *, groups: Sequence[Hashable] | Tensor | None = None, update: bool = True
-    ) -> RewardResult:
+    def result(self, batch: Batch, *, groups: Sequence[Hashable] | Tensor | None = None) -> RewardResult:
         """Score like :meth:`score`; a sample without a score is NaN, and `errors` says why."""
         as_prompts(batch.prompts)
-        members = _members(_groups_of(batch) if groups is None else groups, len(batch))
+        members = _members(self._groups_of(batch) if groups is None else groups, len(batch))
         self._check(batch, members)
-        scores = self._scores(batch, update=update)
+        scores = self._scores(batch)
         normalized: dict[str, Tensor] = {}
         total: Tensor | None = None
         for name, component in self.components.items():
             normalize = self._normalizations[name]
-            normalized[name] = normalize(scores[name], [*members.values()], update=update)
+            normalized[name] = normalize(scores[name], [*members.values()])
             part = component.weight * normalized[name]
             total = part if total is None else total + part.to(total.device)
         assert total is not None
@@ -223,6 +208,21 @@ class RewardSet:
             self._collapsed(scores, Scored(total, []), members),
             _errors(total, {name: scores[name] for name in self.components if name in reasons}),
         )
+
+    def _groups_of(self, batch: Batch) -> list[Hashable]:
+        """Return the prompts, and where there are sources their files or what tells their pictures."""
+        if not batch.sources:
+            return [*batch.prompts]
+        # Trainers repeat a source as other objects, which only matters where groups do.
+        of_picture: Callable[[Any], Hashable] = _digest if self.group_sizes else id
+
+        def name(source: Any) -> Hashable:
+            is_path = isinstance(source, (str, os.PathLike))
+            return os.fspath(source) if is_path else of_picture(source)
+
+        return [
+            (prompt, *map(name, of)) for prompt, of in zip(batch.prompts, batch.sources, strict=True)
+        ]
 
     def _check(self, batch: Batch, members: Mapping[Hashable, Sequence[int]]) -> None:
         """Check what normalisations need: whole groups, and no gradient through ranks."""
@@ -241,7 +241,7 @@ class RewardSet:
                     "normalisation, or call it under torch.no_grad()"
                 )
 
-    def _scores(self, batch: Batch, *, update: bool) -> dict[str, Scored]:
+    def _scores(self, batch: Batch) -> dict[str, Scored]:
         """Ask every metric, the held-out ones without gradients."""
         scorers = (*self._scorers.values(), *self._held_out.values())
         shared = _shared(batch, scorers) if len(scorers) > 1 else batch
@@ -251,11 +251,6 @@ class RewardSet:
             return scorer.scored(shared if takes_shared else batch)
 
         scores = {name: ask(scorer) for name, scorer in self._scorers.items()}
-        for name, running in self.running.items():
-            if not (update or running.sums[0]):
-                scored = scores[name]
-                errors = [error or RewardError(_NOTHING_LEARNED) for error in scored.errors]
-                scores[name] = Scored(scored.values, [*errors])
         with torch.no_grad():
             return scores | {name: ask(scorer) for name, scorer in self._held_out.items()}
 
@@ -280,12 +275,6 @@ class RewardSet:
         return {name: [keys[index] for index in flat] for name, flat in found.items() if flat}
 
     @property
-    def running(self) -> dict[str, RunningZScore]:
-        """The running statistics of the components that have them."""
-        running = self._normalizations.items()
-        return {name: one for name, one in running if isinstance(one, RunningZScore)}
-
-    @property
     def needs_prompts(self) -> bool:
         """Whether one of the metrics looks at the prompt."""
         scorers = (*self._scorers.values(), *self._held_out.values())
@@ -307,56 +296,6 @@ class RewardSet:
             scorer.to(device)
         return self
 
-    def synchronize(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Merge the running statistics of all processes; a collective call, the only one.
-
-        Every rank must call it; afterwards all of them normalise alike. Without
-        ``torch.distributed`` it does nothing. If it fails, nothing is lost.
-        """
-        running = self.running.values()
-        if not (running and torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        backend = str(torch.distributed.get_backend(group))
-        device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
-        own = np.array([one.local for one in running])
-        sums = torch.tensor(own, device=device)
-        torch.distributed.all_reduce(sums, group=group)
-        for one, mine, everybody in zip(running, own, sums.cpu().numpy(), strict=True):
-            one.share(mine, everybody)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the running statistics as plain numbers, for a checkpoint.
-
-        With several processes, call :meth:`synchronize` first and save the state of one rank.
-        """
-        return {
-            name: {"scale": asdict(self._scorers[name].scale), "sums": running.sums}
-            for name, running in self.running.items()
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned; all of it, or after a ValueError nothing.
-
-        Every rank loads the same state. It counts as shared: the next :meth:`synchronize` merges only
-        what is learned from here on. A state of other components, scales or normalisations is an error.
-        """
-        own = self.state_dict()
-        if state.keys() != own.keys():
-            raise ValueError(
-                f"the state has running statistics of {sorted(state)}, and this set has them of "
-                f"{sorted(own)}"
-            )
-        for name, theirs in state.items():
-            if theirs.get("scale") != own[name]["scale"]:
-                raise ValueError(
-                    f"{name!r} has scale = {own[name]['scale']}, and in the state {theirs.get('scale')}"
-                )
-            sums = theirs.get("sums", ())
-            if len(sums) != 3 or not all(map(math.isfinite, sums)) or min(sums[::2]) < 0:
-                raise ValueError(f"{name!r} must have a count, a sum and squares, got {sums!r}")
-        for name, one in self.running.items():
-            one.shared, one.local = np.array(state[name]["sums"], float), np.zeros(3)
-
 
 def _shared(batch: Batch, scorers: Sequence[MetricScorer]) -> Batch:
     """Check and share images; where one is wrong they stay as they are, and each metric says which."""
@@ -367,15 +306,15 @@ def _shared(batch: Batch, scorers: Sequence[MetricScorer]) -> Batch:
         return batch
 
 
-def _groups_of(batch: Batch) -> list[Hashable]:
-    """Return the prompts, and where there are sources their files or, for lack of these, objects."""
-    if not batch.sources:
-        return [*batch.prompts]
-    names = [
-        tuple(os.fspath(one) if isinstance(one, (str, os.PathLike)) else id(one) for one in images)
-        for images in batch.sources
-    ]
-    return [*zip(batch.prompts, names, strict=True)]
+def _digest(picture: Any) -> str:
+    """Return a short name of the pixels of a picture, or of the object if they cannot be read."""
+    try:
+        if isinstance(picture, Tensor):
+            picture = picture.float().numpy(force=True)
+        pixels = np.asarray(picture)
+    except ERRORS_OF_A_SAMPLE:
+        return f"object {id(picture)}"
+    return hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()[:16]
 
 
 def _members(groups: Any, count: int) -> dict[Hashable, list[int]]:

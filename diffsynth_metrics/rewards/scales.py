@@ -47,19 +47,15 @@ FRAMEWORKS = (
     "unirl",
     "verl_omni",
 )
-"""Scales that are named after a framework. Metrics that the table does not list under one are used
-there as their authors define them."""
+"""Scales that are named after a framework."""
 
-_OFFICIAL = {"official": Scale(), "paper": Scale()}
 _BY_26 = dict.fromkeys(
     ("cosmos_rl", "diffusion_nft", "flow_factory", "flow_grpo", "unirl", "verl_omni"), Scale(divide=26)
 )
 _COSINE = Scale(component="cosine")
 
 SCALES: dict[str, dict[str, Scale]] = {
-    "AestheticMetric": _OFFICIAL,
     "CLIPMetric": {
-        "official": Scale(),
         "diffsynth": Scale(),
         "diffusion_nft": Scale(divide=100),
         "flow_grpo": Scale(divide=100),
@@ -72,10 +68,7 @@ SCALES: dict[str, dict[str, Scale]] = {
         "paper": Scale(component="cosine", multiply=100),
         **dict.fromkeys(FRAMEWORKS, _COSINE),
     },
-    "HPSv3Metric": _OFFICIAL,
-    "ImageRewardMetric": _OFFICIAL,
     "PickScoreMetric": {
-        **_OFFICIAL,
         **_BY_26,
         "dance_grpo": _COSINE,
         "diffsynth": Scale(),
@@ -83,19 +76,17 @@ SCALES: dict[str, dict[str, Scale]] = {
         "pref_grpo": _COSINE,
         "srpo": Scale(divide=20),
     },
-    "QwenImageBenchMetric": _OFFICIAL,
     "TextRenderingMetric": {
         "official": Scale(component="character_accuracy"),
         "flow_grpo": Scale(component="flow_grpo"),
     },
     "UnifiedReward2Metric": {
-        **_OFFICIAL,
         "flow_grpo": Scale(divide=5),
         "verl_omni": Scale(subtract=1, divide=4),
     },
-    "UnifiedRewardEditMetric": _OFFICIAL,
 }
-"""Class of a metric to its scales by name."""
+"""Class of a metric to its scales by name. ``"official"``, ``"paper"`` and the frameworks are names for
+every metric, and mean the score as its authors define it where the table says nothing else."""
 
 
 def find_scale(metric: Any, scale: ScaleInput) -> Scale:
@@ -110,9 +101,9 @@ def find_scale(metric: Any, scale: ScaleInput) -> Scale:
     names = [*(base.__name__ for base in type(metric).__mro__), getattr(metric, "served", "")]
     named = (SCALES[name] for name in names if name in SCALES)
     own: dict[str, Scale] = next(named, {})
-    if scale in own or scale in FRAMEWORKS:
+    if scale in own or scale in ("official", "paper", *FRAMEWORKS):
         return own.get(scale, own.get("official", Scale()))
     raise ValueError(
         f"{type(metric).__name__} has no scale {scale!r}; it has "
-        f"{', '.join(sorted({*own, *FRAMEWORKS}))}, or pass a factor"
+        f"{', '.join(sorted({'official', 'paper', *own, *FRAMEWORKS}))}, or pass a factor"
     )

@@ -25,10 +25,8 @@ __all__ = [
     "FailurePolicy",
     "MetricScorer",
     "Scored",
-    "Update",
     "apply_failure_policy",
     "check_policy",
-    "learns",
     "stand_in",
     "without_frames",
 ]
@@ -41,9 +39,6 @@ FailurePolicy: TypeAlias = "Literal['raise', 'nan', 'mean'] | float"
 """What a sample gets that has no score, because the metric raised, its image cannot be read, or the
 score is not finite: ``"raise"`` is an error, ``"nan"`` is NaN, ``"mean"`` is the mean of the readable
 samples of the call (NaN where there is none), and a number is that number."""
-
-Update: TypeAlias = "bool | Callable[[], bool]"
-"""Whether the running statistics of a ``RewardSet`` learn from a call; a function is asked each time."""
 
 ERRORS_OF_A_SAMPLE = (OSError, TypeError, ValueError)
 """What a single bad sample causes; anything else, such as a lack of memory, concerns the whole call."""
@@ -111,11 +106,8 @@ class MetricScorer:
             self.metric.to(device)
         return self
 
-    def scored(self, batch: Batch, *, update: bool = True) -> Scored:
-        """Score samples; gradients flow as in the metric's ``reward``, and errors are in the result.
-
-        There is nothing to `update`: that is for sets, which are asked in the same way.
-        """
+    def scored(self, batch: Batch) -> Scored:
+        """Score samples; gradients flow as in the metric's ``reward``, and errors are in the result."""
         flat = batch.of_frames()
         images = flat.images if isinstance(flat.images, list) else []
         absent = [image if isinstance(image, Exception) else None for image in images]
@@ -232,11 +224,6 @@ class MetricScorer:
         # In float32, whatever the default dtype of the caller: it decides how the others are rounded.
         values = torch.full((len(errors),), math.nan, dtype=torch.float32, device=self.device)
         return Scored(values, list(errors))
-
-
-def learns(update: Update) -> bool:
-    """Decide whether running statistics learn from this call."""
-    return update() if callable(update) else update
 
 
 def check_policy(policy: FailurePolicy) -> FailurePolicy:

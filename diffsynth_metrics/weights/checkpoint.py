@@ -69,9 +69,11 @@ _JUDGES = ("UnifiedReward2Metric", "UnifiedRewardEditMetric", "QwenImageBenchMet
 _MARKS = {
     "Mixed_5b.": ("FIDMetric",),
     "blip.": ("ImageRewardMetric",),
+    "blocks.0.ls1.": ("FDDINOv2Metric", "ImageSimilarityMetric"),
     "layers.0.": ("AestheticMetric",),
     "lin0.": ("LPIPSMetric",),
     "model.visual.": _JUDGES,
+    "norm_pre.": ("CMMDMetric", "ImageSimilarityMetric"),
     "rm_head.": ("HPSv3Metric",),
     "text_projection.weight": ("PickScoreMetric", "CLIPMetric"),
     "visual.transformer.": ("BioCLIPMetric", "HPSv2Metric"),

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["find_config", "find_processor", "find_weights", "sha256_of"]
 
 
-def find_weights(metric: type[BaseMetric], model_config: ModelConfig | None) -> list[Path]:
+def find_weights(metric: type[BaseMetric], model_config: ModelConfig) -> list[Path]:
     """Return the local weight files, which are not another metric's."""
-    files = weight_files((model_config or metric.default_model).resolve())
+    files = weight_files(model_config.resolve())
     check_owner(files, metric)
     return files
 
 
 def find_config(
-    metric: type[BaseMetric], model_config: ModelConfig | None, files: Sequence[Path]
+    metric: type[BaseMetric], model_config: ModelConfig, files: Sequence[Path]
 ) -> dict[str, Any] | None:
     """Return the config next to the weights, or None where the published architecture holds.
 
@@ -36,12 +36,11 @@ def find_config(
     if name is None:
         return None
     config = read_config(files, name)
-    repository = model_config or metric.default_model
-    if config is None and repository.model_id and not is_published(files):
-        first = repository.origin_file_pattern or ""
+    if config is None and model_config.model_id and not is_published(files):
+        first = model_config.origin_file_pattern or ""
         folder = (first if isinstance(first, str) else first[0]).rpartition("/")[0]
         try:
-            replace(repository, origin_file_pattern=f"{folder}/{name}".lstrip("/")).resolve()
+            replace(model_config, origin_file_pattern=f"{folder}/{name}".lstrip("/")).resolve()
         except DownloadError:
             return None  # the comparison with the published layout will say what is wrong
         config = read_config(files, name)
@@ -50,7 +49,7 @@ def find_config(
 
 def find_processor(
     metric: type[BaseMetric],
-    model_config: ModelConfig | None,
+    model_config: ModelConfig,
     processor_config: ModelConfig | None,
     files: Sequence[Path],
 ) -> Path:
@@ -63,7 +62,6 @@ def find_processor(
         CheckpointError: The files hold no tokenizer.
         DownloadError: They could not be had.
     """
-    model_config = model_config or metric.default_model
     if processor_config is None and model_config.path is not None:
         folder = files[0].parent
         if any((folder / name).is_file() for name in metric.processor_files):

@@ -87,7 +87,7 @@ class OnDisk:
     """What of a metric's published files is on disk.
 
     Attributes:
-        state: ``"whole"``, ``"partly"`` or ``"absent"``.
+        state: ``"whole"``, ``"partly"`` or ``"absent"``; ``"whole"`` for a metric without weights.
         folder: Where they are, or would be.
         size: Bytes of the files that are there.
         problem: What is missing or damaged, in words; empty for ``"whole"``.
@@ -189,7 +189,7 @@ def downloads_are_off() -> bool:
 
 
 def find_parts(name: str, source: str | None = None) -> tuple[Part, ...]:
-    """Return the published files of a metric; none where a package ships them, as for ``"shapes"``.
+    """Return the published files of a metric; none where a package ships them, or it has no weights.
 
     Args:
         name: One of :data:`diffsynth_metrics.catalog.NAMES`.
@@ -198,12 +198,13 @@ def find_parts(name: str, source: str | None = None) -> tuple[Part, ...]:
     Raises:
         ValueError: There is no such metric or source.
     """
-    if find_name(name) in _IN_PACKAGES:
-        return ()
     metric = find_class(name)
+    weights = metric.default_model
+    if find_name(name) in _IN_PACKAGES or weights is None:
+        return ()
     # Some weights are on one hub only.
-    hub = metric.default_model.download_source or source
-    parts = [Part("weights", replace(metric.default_model, download_source=hub))]
+    hub = weights.download_source or source
+    parts = [Part("weights", replace(weights, download_source=hub))]
     if metric.default_processor is not None:
         processor = replace(metric.default_processor, download_source=source)
         parts.append(Part("processor", processor, metric.processor_files))
@@ -217,6 +218,8 @@ def on_disk(name: str) -> OnDisk:
         ValueError: There is no such metric.
     """
     parts = find_parts(name)
+    if not parts and find_name(name) not in _IN_PACKAGES:
+        return OnDisk("whole", Path(), 0)
     if not parts:
         try:
             files = _IN_PACKAGES[find_name(name)]()
@@ -362,6 +365,8 @@ def verify(
         raise ValueError(f"Verify the files on the machine that serves them: {path} is a server")
     if name == "text_rendering":
         return _check_ocr(path)
+    if find_class(name).default_model is None:
+        return [Check("files", "ok", "it is a formula, and has no weights")]
     parts = () if path else find_parts(name, source)
     checks: list[Check] = []
     for check in _checks(name, _local_config(name, path), parts, pictures):
@@ -389,9 +394,9 @@ def _check_ocr(path: str) -> list[Check]:
 def _local_config(name: str, path: str) -> ModelConfig:
     if path:
         return ModelConfig(path=os.path.expanduser(path), skip_download=True)
-    if name == "shapes":
-        return ModelConfig.embedded(name)
-    return replace(find_class(name).default_model, skip_download=True)
+    published = ModelConfig.embedded(name) if name == "shapes" else find_class(name).default_model
+    assert published is not None  # verify() knows those that have no weights
+    return replace(published, skip_download=True)
 
 
 def _checks(

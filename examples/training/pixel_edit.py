@@ -1,8 +1,8 @@
-"""Edit a picture: change its pixels until the metric sees the prompt, and keep it like it was.
+"""Edit a picture: change its pixels until the metric sees the prompt, and keep it like its source.
 
-The reward is a sum of two metrics: how well the picture fits the prompt, and how alike the features of
-the picture and of its source are, which is a function of the picture and its source. The small model
-that ships inside the package is the metric.
+The reward is a sum of two metrics: how well the picture fits the prompt, by the small model that ships
+inside the package, and LPIPS between the picture and its source, which counts negatively. LPIPS
+downloads 10 MB at first use.
 
     python examples/training/pixel_edit.py
     python examples/training/pixel_edit.py --prompt "a blue square" --hold 0
@@ -14,25 +14,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from torchvision.transforms.functional import gaussian_blur, to_tensor
 
-from diffsynth_metrics import CLIPMetric, ModelConfig
+from diffsynth_metrics import CLIPMetric, LPIPSMetric, ModelConfig
 from diffsynth_metrics.embedded.drawing import draw_shape
 from diffsynth_metrics.rewards import Component, RewardSet, as_loss
-
-
-class Likeness:
-    """The cosine of the image features of each picture and its source, from -1 to 1."""
-
-    def __init__(self, metric: CLIPMetric) -> None:
-        """Take the metric whose features are compared."""
-        self.metric = metric
-
-    def __call__(self, prompts: list[str], images: Tensor, sources: list[list[Tensor]]) -> Tensor:
-        """Return N cosines, with a graph to the images."""
-        before = self.metric.encode_image([source for (source,) in sources])
-        return cosine_similarity(self.metric.encode_image(images), before)
 
 
 def main() -> None:
@@ -41,14 +27,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompt", default="a red square")
-    parser.add_argument("--hold", type=float, default=30.0, help="the weight of the likeness")
+    parser.add_argument("--hold", type=float, default=30.0, help="the weight of LPIPS to the source")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lpips", type=Path, help="a file or folder with LPIPS weights")
     parser.add_argument("--output", type=Path, default=Path("results/pixel_edit"))
     arguments = parser.parse_args()
 
-    metric = CLIPMetric.from_pretrained(ModelConfig.embedded("shapes"))
-    source = to_tensor(draw_shape("circle", "red", image_size=96)).to(metric.device)
-    edited, history = edit(metric, arguments.prompt, source, arguments.steps, arguments.hold)
+    clip = CLIPMetric.from_pretrained(ModelConfig.embedded("shapes"))
+    weights = None if arguments.lpips is None else ModelConfig(path=arguments.lpips)
+    lpips = LPIPSMetric.from_pretrained(model_config=weights)
+    source = to_tensor(draw_shape("circle", "red", image_size=96)).to(clip.device)
+    edited, history = edit(clip, lpips, arguments.prompt, source, arguments.steps, arguments.hold)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, pixels in (("source", source), ("edited", edited)):
@@ -57,26 +46,28 @@ def main() -> None:
         picture.save(arguments.output / f"{name}.png")
     first, last = history[0], history[-1]
     print(f'Score of "{arguments.prompt}": {first["fits"]:.2f} before, {last["fits"]:.2f} after')
-    print(f"Likeness to the source: {first['alike']:.2f} before, {last['alike']:.2f} after")
+    print(f"LPIPS to the source: {abs(first['alike']):.3f} before, {abs(last['alike']):.3f} after")
     print(f"Saved {arguments.output}/source.png and edited.png")
 
 
 def edit(
-    metric: CLIPMetric, prompt: str, source: Tensor, steps: int, hold: float
+    clip: CLIPMetric, lpips: LPIPSMetric, prompt: str, source: Tensor, steps: int, hold: float
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """Optimise what is added to a picture ``[3, H, W]`` in 0..1.
 
     Args:
-        metric: What sees the prompt, and whose features are held.
+        clip: What sees the prompt.
+        lpips: What compares the picture with its source.
         prompt: What the picture shall show.
         source: What is edited.
         steps: How often it is changed.
-        hold: The weight of the likeness beside the score, which is about 20 where prompts fit.
+        hold: The weight of LPIPS beside the score, which is about 20 where prompts fit.
 
     Returns:
-        The edited picture, and the scores before every step and at the end.
+        The edited picture; and the rewards before every step and at the end: ``"fits"``, the score of
+        the prompt, and ``"alike"``, minus the LPIPS to the source.
     """
-    rewards = RewardSet({"fits": metric, "alike": Component(Likeness(metric), hold)})
+    rewards = RewardSet({"fits": clip, "alike": Component(lpips, hold)})
     loss_fn = as_loss(rewards)
     change = torch.zeros_like(source)[None].requires_grad_()
     optimizer = torch.optim.Adam([change], lr=0.03)

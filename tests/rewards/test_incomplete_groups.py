@@ -13,6 +13,7 @@ from stand_ins import Brightness
 
 from diffsynth_metrics.rewards import (
     Component,
+    FixedScale,
     GroupRelative,
     Rank,
     RewardSet,
@@ -92,6 +93,29 @@ def test_what_flow_grpo_gathers_and_normalises_is_right() -> None:
     advantages = tracked(prompts, np.concatenate(gathered))
     whole = grouped(group_size=K).score(prompts, (images.flatten(0, 1) * 255).round().byte())
     assert whole.normalized["b"].tolist() == pytest.approx(advantages.tolist(), abs=1e-3)
+
+
+def test_a_set_gives_every_rank_and_every_call_the_same_reward() -> None:
+    """Ranks that learn a mean of their own shift their rewards, and advantages over ranks are wrong."""
+
+    def make() -> Any:
+        scaled = Component(Brightness(), 0.5, FixedScale(mean=0.4, std=0.2))
+        return to_flow_grpo(RewardSet({"b": scaled, "c": Component(Brightness(), -0.1)}))("cpu")
+
+    levels = torch.rand(RANKS, BATCH, generator=torch.Generator().manual_seed(3))
+    images = levels[..., None, None, None].expand(-1, -1, 3, 32, 32)
+    ranks, by_rank = [make() for _ in range(RANKS)], calls()
+    prompts = [prompt for of_rank in by_rank for prompt in of_rank]
+    expected = make()(images.flatten(0, 1), prompts, [{}] * len(prompts))[0]["avg"]
+    for _ in range(2):
+        gathered = [
+            score
+            for reward_fn, pixels, of_rank in zip(ranks, images, by_rank, strict=True)
+            for score in reward_fn(pixels, of_rank, [{}] * BATCH)[0]["avg"]
+        ]
+        assert gathered == pytest.approx(expected, abs=1e-4)
+        advantages = tracked(prompts, np.array(gathered))
+        assert advantages == pytest.approx(tracked(prompts, np.array(expected)), abs=1e-2)
 
 
 class Base:

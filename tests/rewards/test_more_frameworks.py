@@ -446,8 +446,12 @@ class TestDanceGRPO:
         """train_grpo_wan_2_1.py:346-366 exports a video and scores its first frame."""
         video = [gray(level) for level in LEVELS]
         for frames, level in (("first", 0.2), ("middle", 0.5)):
-            reward = to_dance_grpo(Brightness(), frames=frames)([video], ["a cat"])
-            assert reward.tolist() == approx(Brightness().compute(gray(level)))
+            reward = to_dance_grpo(Brightness(), frames=frames)
+            pixels = torch.stack([torch.from_numpy(np.array(frame)).movedim(-1, 0) for frame in video])
+            for given in (video, pixels):
+                for images, prompt in (([given], ["a cat"]), ([given], "a cat"), (given, "a cat")):
+                    expected = approx(Brightness().compute(gray(level)))
+                    assert reward(images, prompt).tolist() == expected
 
 
 class TestEdits:

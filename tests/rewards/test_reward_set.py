@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -17,9 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import torch.multiprocessing
 from stand_ins import Brightness, Judge, Likeness
-from two_ranks import learn_as_a_rank
 
 from diffsynth_metrics import AestheticMetric, RewardError, UnifiedRewardEditMetric
 from diffsynth_metrics.pixels import transforms
@@ -29,7 +25,6 @@ from diffsynth_metrics.rewards import (
     GroupRelative,
     Rank,
     RewardSet,
-    RunningZScore,
     to_flow_grpo,
 )
 from diffsynth_metrics.rewards.batches import as_batch
@@ -117,7 +112,7 @@ class TestSum:
     def test_gradients_flow_to_the_pixels(self, five: dict[str, Any], images: torch.Tensor) -> None:
         rewards = RewardSet(
             {
-                "clip": Component(five["clip"], 0.1, "zscore"),
+                "clip": Component(five["clip"], 0.1, "group"),
                 "aesthetic": Component(five["aesthetic"], 1.0, "group"),
                 "hpsv2": five["hpsv2"],
             },
@@ -152,9 +147,6 @@ class TestSum:
                 RewardSet(unnamed)  # type: ignore[arg-type]
             with pytest.raises(TypeError, match=r"takes a dict of names and metrics"):
                 RewardSet({"a": bright}, held_out=unnamed)  # type: ignore[arg-type]
-        shared = RunningZScore()
-        with pytest.raises(ValueError, match="share one normalisation object"):
-            RewardSet({n: Component(bright, normalize=shared) for n in "ab"})
         with pytest.raises(ValueError, match="got 3 prompts and 1 images"):
             RewardSet({"a": bright}).reward(["a", "b", "c"], torch.rand(1, 3, 8, 8))
         with pytest.raises(ValueError, match="got 1 groups for 2 samples"):
@@ -241,15 +233,13 @@ class TestFailures:
             assert [*result.failures] == ["quality"] and [*result.failures["quality"]] == [1]
             assert [error is None for error in result.errors] == [True, False, True, True]
 
-    def test_a_failed_sample_leaves_the_others_and_the_statistics_alone(self, broken: Any) -> None:
+    def test_a_failed_sample_leaves_the_others_alone(self, broken: Any) -> None:
         metric, prompts, images, _ = broken
         for policy in ("mean", "nan", -1000.0):
-            rewards = RewardSet({"q": Component(metric, normalize="zscore")})
-            result = rewards.score(prompts, images, on_failure=policy)
-            clean = RewardSet({"q": Component(metric, normalize="zscore")})
-            kept = clean.score([prompts[i] for i in (0, 2, 3)], [images[i] for i in (0, 2, 3)])
-            assert_close(result.reward[[0, 2, 3]], kept.reward)
-            assert_close(rewards.state_dict()["q"]["sums"], clean.state_dict()["q"]["sums"])
+            rewards = RewardSet({"q": Component(metric, normalize="group")})
+            result = rewards.score(prompts, images, groups=[0] * 4, on_failure=policy)
+            others = [prompts[i] for i in (0, 2, 3)], [images[i] for i in (0, 2, 3)]
+            assert_close(result.reward[[0, 2, 3]], rewards.reward(*others, groups=[0] * 3))
 
     def test_a_failure_takes_no_part_in_its_group(self) -> None:
         """Whatever it gets, it must not make the spread of the others smaller."""
@@ -261,7 +251,7 @@ class TestFailures:
 
     def test_for_an_adapter_a_failure_is_a_reason_and_not_an_error(self, broken: Any) -> None:
         metric, prompts, images, reason = broken
-        for normalize in ("none", "group", "zscore"):
+        for normalize in ("none", "group", "rank"):
             quality = Component(metric, normalize=normalize)
             rewards = RewardSet({"quality": quality, "other": lambda p, i: [1.0] * len(p)})
             scored = rewards.scored(as_batch(prompts, images))
@@ -298,29 +288,6 @@ class TestFailures:
         result = RewardSet({"bright": bright}, held_out={"other": broken}).score(PROMPTS, images)
         assert result.reward.isfinite().all()
         assert result.failures == {"other": dict.fromkeys(range(4), "RuntimeError: broken")}
-
-
-class TestBeforeAnythingWasLearned:
-    """A running z-score without statistics has nothing to compare with."""
-
-    @pytest.mark.parametrize("policy", ["raise", "nan", "mean", 0.0])
-    def test_an_evaluation_says_so_whatever_stands_in_for_failures(
-        self, policy: Any, images: torch.Tensor
-    ) -> None:
-        rewards = RewardSet({"bright": Component(Brightness(), normalize="zscore")})
-        reason = "its running statistics have seen no score yet"
-        if policy == "raise":
-            with pytest.raises(RewardError, match=f"bright: .* has no reward: bright: {reason}"):
-                rewards.score(PROMPTS, images, update=False)
-        else:
-            result = rewards.score(PROMPTS, images, update=False, on_failure=policy)
-            assert result.reward.eq(policy).all() if policy == 0 else result.reward.isnan().all()
-            assert result.raw["bright"].isfinite().all()
-            assert [*result.failures["bright"]] == [0, 1, 2, 3]
-        scored = rewards.scored(as_batch(PROMPTS, images), update=False)
-        assert scored.values.isnan().all() and all(reason in str(error) for error in scored.errors)
-        assert rewards.score(PROMPTS, images).reward.isfinite().all()
-        assert rewards.score(PROMPTS, images, update=False).reward.isfinite().all()
 
 
 class TestGroups:
@@ -383,7 +350,16 @@ class TestGroups:
 
         rewards = RewardSet({"p": Component(mine, normalize="rank")})
         images = torch.rand(4, 3, 8, 8)
-        for sources in (["a.png", "a.png", "b.png", "b.png"], [*[images[0]] * 2, *[images[1]] * 2]):
+        of_two: list[Any] = [
+            ["a.png", "a.png", "b.png", "b.png"],
+            # Trainers repeat a source as the rows of a tensor, or open its file again.
+            images[[0, 0, 1, 1]],
+            images[[0, 0, 1, 1]].bfloat16(),
+            [PIL.Image.new("RGB", (8, 8), color) for color in ("red", "red", "blue", "blue")],
+            [np.full((8, 8, 3), level, np.uint8) for level in (1, 1, 2, 2)],
+            [b"a", b"a", b"b", b"b"],
+        ]
+        for sources in of_two:
             result = rewards.score("make it blue", images, sources)
             assert result.reward.tolist() == [0, 1, 0, 1]
         result = rewards.score("make it blue", images, ["a.png", "b.png", "b.png", "a.png"])
@@ -480,14 +456,11 @@ class TestFrames:
         assert result.raw["mine"].tolist() == [1, 1]
         assert bright.calls == 1
 
-    def test_groups_and_statistics_are_of_videos_and_not_of_frames(
+    def test_groups_are_of_videos_and_not_of_frames(
         self, videos: torch.Tensor, bright: Brightness
     ) -> None:
-        normalize = GroupRelative(group_size=2)
-        components = {"g": Component(bright, normalize=normalize), "z": Component(bright, 0.0, "zscore")}
-        rewards = RewardSet(components)
+        rewards = RewardSet({"g": Component(bright, normalize=GroupRelative(group_size=2))})
         assert rewards.reward("a", videos, frames="mean").tolist() == pytest.approx([-1, 1], abs=0.01)
-        assert rewards.state_dict()["z"]["sums"][0] == 2
 
     def test_prompts_and_sources_go_with_every_frame(self, videos: torch.Tensor) -> None:
         result = RewardSet({"like": Likeness()}).score("a", videos, videos[:, 0], frames="min")
@@ -499,6 +472,20 @@ class TestFrames:
         videos[1, 2, 0, 0, 0] = math.nan
         result = RewardSet({"b": Brightness()}).score("a", videos, frames="mean", on_failure="nan")
         assert result.reward.isnan().tolist() == [False, True] and [*result.failures["b"]] == [1]
+
+    @pytest.mark.parametrize("frames", ["mean", "min", "first", "middle", "all"])
+    @pytest.mark.parametrize("nothing", [[], None])
+    def test_a_video_without_frames_fails_alone(self, frames: Any, nothing: Any) -> None:
+        def count(prompts: list[str], images: Any) -> list[float]:
+            return [float(len(one)) if isinstance(one, list) else 1.0 for one in images]
+
+        source: Any = count if frames == "all" else Brightness()
+        video = [PIL.Image.new("RGB", (32, 32))] * 2
+        result = RewardSet({"b": source}).score(
+            "a", [video, nothing, video], frames=frames, on_failure="nan"
+        )
+        assert result.reward.isnan().tolist() == [False, True, False]
+        assert result.failures == {"b": {1: "the video has no frames"}}
 
     def test_a_function_may_score_all_frames_together(self, videos: torch.Tensor) -> None:
         def steady(prompts: list[str], images: list[list[torch.Tensor]]) -> list[float]:
@@ -528,132 +515,16 @@ class TestFrames:
                 rewards.score("a", pictures)
         with pytest.raises(ValueError, match="frames must be one of mean, min, first, middle, all, got"):
             rewards.score("a", videos, frames="median")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="the video of sample 1 has no frames"):
-            rewards.score("a", [[PIL.Image.new("RGB", (8, 8))], []], frames="mean")
         assert rewards.score("a", videos[:, 0], frames="mean").reward.shape == (2,)
 
 
-class TestState:
-    def test_a_restored_set_goes_on_as_if_nothing_had_happened(
-        self, bright: Brightness, images: torch.Tensor
-    ) -> None:
-        def make() -> RewardSet:
-            component = Component(bright, normalize="zscore")
-            return RewardSet({"bright": component}, held_out={"dark": bright})
-
-        first, second = make(), make()
-        first.score(PROMPTS, images)
-        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        for _ in range(3):
-            images = images * 0.9
-            one, other = first.score(PROMPTS, images), second.score(PROMPTS, images)
-            assert_close(one.reward, other.reward)
-
-    def test_a_state_that_every_rank_loads_is_told_to_no_other_rank_again(self) -> None:
-        component = Component(lambda prompts, images: [1.0, 3.0], normalize="zscore")
-        first, second = RewardSet({"mine": component}), RewardSet({"mine": component})
-        first.score("a", torch.rand(2, 3, 8, 8))
-        second.load_state_dict(first.state_dict())
-        (running,) = second.running.values()
-        assert running.shared.tolist() == [2, 4, 10] and not running.local.any()
-
-    def test_a_state_of_another_scale_is_refused(self, bright: Brightness) -> None:
-        state = RewardSet({"b": Component(bright, normalize="zscore")}).state_dict()
-        with pytest.raises(ValueError, match=r"'b' has scale = .*'multiply': 2.0"):
-            RewardSet({"b": Component(bright, normalize="zscore", scale=2.0)}).load_state_dict(state)
-
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            lambda state: state["two"].pop("sums"),
-            lambda state: state["two"].update(sums=[1.0, math.nan, 0.0]),
-            lambda state: state["two"].update(sums=[1.0, 2.0]),
-            lambda state: state["two"].update(sums=[-1.0, 2.0, 0.0]),
-            lambda state: state["two"].pop("scale"),
-            lambda state: state.pop("two"),
-            lambda state: state.update(three=state["two"]),
-        ],
-    )
-    def test_a_state_that_is_refused_changes_nothing(self, damage: Any) -> None:
-        def make() -> RewardSet:
-            return RewardSet(
-                {name: Component(lambda p, i: [1.0, 3.0], normalize="zscore") for name in ("one", "two")}
-            )
-
-        rewards, other = make(), make()
-        other.score("a", torch.rand(2, 3, 8, 8))
-        state = other.state_dict()
-        damage(state)
-        before = rewards.state_dict()
-        with pytest.raises(ValueError):
-            rewards.load_state_dict(state)
-        assert rewards.state_dict() == before
-
-    def test_a_state_of_another_set_is_refused(self, bright: Brightness) -> None:
-        state = RewardSet({"a": Component(bright, normalize="zscore")}).state_dict()
-        for theirs in (RewardSet({"b": bright}), RewardSet({"a": Component(bright, normalize="rank")})):
-            with pytest.raises(ValueError, match=r"has running statistics of \['a'\], and this set has"):
-                theirs.load_state_dict(state)
-
-    def test_a_set_can_be_copied_and_sent(self, images: torch.Tensor) -> None:
-        rewards = RewardSet({"b": Component(Brightness(), normalize="zscore")}, held_out={"h": Judge()})
-        rewards.score(["1", "2", "3", "4"], images)
-        for other in (copy.deepcopy(rewards), pickle.loads(pickle.dumps(rewards))):
-            assert other.state_dict() == rewards.state_dict()
-            other.score(["1", "2", "3", "4"], images)
-            assert other.state_dict() != rewards.state_dict()
-
-    def test_threads_lose_no_statistics(self, bright: Brightness, images: torch.Tensor) -> None:
-        rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: rewards.score(PROMPTS, images), range(80)))
-        count, total, _ = rewards.state_dict()["bright"]["sums"]
-        assert count == 320
-        assert total == pytest.approx(320 * float(bright.reward(images).mean()))
-
-    def test_synchronize_without_other_processes_does_nothing(self, bright: Brightness) -> None:
-        rewards = RewardSet({"bright": Component(bright, normalize="zscore")})
-        rewards.score("a", torch.rand(2, 3, 32, 32))
-        before = rewards.state_dict()
-        rewards.synchronize()
-        assert rewards.state_dict() == before
-
-    def test_a_synchronization_that_fails_loses_nothing(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        rewards = RewardSet({"m": Component(lambda p, i: [1.0, 3.0], normalize="zscore")})
-
-        def score() -> None:
-            rewards.score("a", torch.rand(2, 3, 8, 8))
-
-        def fail(rows: torch.Tensor, group: Any = None) -> None:
-            score()  # another thread goes on meanwhile
-            raise RuntimeError("a rank is gone")
-
-        score()
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
-        monkeypatch.setattr(torch.distributed, "all_reduce", fail)
-        with pytest.raises(RuntimeError, match="a rank is gone"):
-            rewards.synchronize()
-        (running,) = rewards.running.values()
-        assert not running.shared.any() and running.local.tolist() == [4, 8, 20]
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda rows, group=None: score())
-        rewards.synchronize()
-        assert running.shared.tolist() == [4, 8, 20] and running.local.tolist() == [2, 4, 10]
-
-    def test_two_processes_agree_after_synchronize_and_share_nothing_before(
-        self, tmp_path: Path
-    ) -> None:
-        torch.multiprocessing.spawn(learn_as_a_rank, (str(tmp_path),), nprocs=2)
-        states = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-        seen = torch.tensor([1.0, 2, 3, 11, 12, 13, 4, 5, 6, 14, 15, 16]).double()
-        assert states[0]["before"] != states[1]["before"]
-        for state in states:
-            assert state["after"] == pytest.approx(states[0]["after"])
-            assert state["after"] == pytest.approx([12, float(seen.sum()), float(seen.square().sum())])
-            expected = ((torch.tensor([7.0, 8.0]) - seen.mean()) / seen.std(correction=0)).tolist()
-            assert state["reward"] == pytest.approx(expected)
+def test_a_set_can_be_copied_and_sent(images: torch.Tensor) -> None:
+    rewards = RewardSet({"b": Component(Brightness(), normalize="group")}, held_out={"h": Judge()})
+    expected = rewards.score(["1", "2", "3", "4"], images, groups=[1, 1, 2, 2])
+    for other in (copy.deepcopy(rewards), pickle.loads(pickle.dumps(rewards))):
+        result = other.score(["1", "2", "3", "4"], images, groups=[1, 1, 2, 2])
+        assert_close(result.reward, expected.reward)
+        assert_close(result.raw, expected.raw)
 
 
 def _reward(metric: Any, images: Any) -> torch.Tensor:

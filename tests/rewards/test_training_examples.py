@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -43,17 +45,21 @@ def test_the_score_rises_when_pixels_follow_its_gradient(shapes: CLIPMetric) -> 
     assert rewards[-1] > max(others), "it has become the one thing and not everything"
 
 
-def test_an_edit_fits_its_prompt_better_and_stays_like_its_source(shapes: CLIPMetric) -> None:
+def test_an_edit_fits_its_prompt_better_while_lpips_to_its_source_is_held(
+    shapes: CLIPMetric, metrics: Callable[[str], Any]
+) -> None:
     example = load("pixel_edit")
+    lpips = metrics("lpips")
     source = example.to_tensor(example.draw_shape("circle", "red", image_size=96))
-    ends = {}
+    distances = {}
     for hold in (0.0, 30.0):
-        edited, history = example.edit(shapes, "a red square", source, steps=40, hold=hold)
-        assert len(history) == 41 and edited.shape == source.shape
-        assert history[0]["alike"] == pytest.approx(1, abs=1e-5)
-        ends[hold] = history[-1]
+        edited, history = example.edit(shapes, lpips, "a red square", source, steps=20, hold=hold)
+        assert len(history) == 21 and edited.shape == source.shape
+        assert history[0]["alike"] == pytest.approx(0, abs=1e-5)
         assert history[-1]["fits"] > history[0]["fits"] + 4
-    assert ends[30.0]["alike"] > 0.85 > ends[0.0]["alike"]
+        (distances[hold],) = lpips.compute(source, edited)
+        assert distances[hold] == pytest.approx(-history[-1]["alike"], rel=1e-3)
+    assert 0 < distances[30.0] < distances[0.0] / 3
 
 
 def test_a_policy_learns_to_draw_what_the_prompt_says(shapes: CLIPMetric) -> None:
@@ -62,17 +68,21 @@ def test_a_policy_learns_to_draw_what_the_prompt_says(shapes: CLIPMetric) -> Non
     assert images.shape == (48, 96, 96, 3)
 
 
-def test_an_example_prints_and_saves_what_it_says(tmp_path: Path) -> None:
+def test_an_example_prints_and_saves_what_it_says(tmp_path: Path, tiny: Callable[[str], Path]) -> None:
     pictures = {
         "pixel_ascent.py": ["before.png", "after.png"],
         "pixel_edit.py": ["source.png", "edited.png"],
         "policy_gradient.py": ["curve.png", "samples.png"],
     }
-    arguments = ("--steps", "3", "--output")
+    steps = ("--steps", "3", "--output")
+    more = {"pixel_edit.py": ("--lpips", str(tiny("lpips")))}
     result = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "run_scripts.py")],
         input=json.dumps(
-            [(str(tmp_path), False, str(FOLDER / file), *arguments, file[:-3]) for file in pictures]
+            [
+                (str(tmp_path), False, str(FOLDER / file), *steps, file[:-3], *more.get(file, ()))
+                for file in pictures
+            ]
         ),
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

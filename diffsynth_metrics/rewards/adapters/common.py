@@ -18,10 +18,8 @@ from diffsynth_metrics.rewards.scoring import (
     FailurePolicy,
     MetricScorer,
     Scored,
-    Update,
     apply_failure_policy,
     check_policy,
-    learns,
 )
 
 RewardSource: TypeAlias = "BaseMetric | RewardSet | Callable[..., Any]"
@@ -66,7 +64,6 @@ class Reward(Function):
         on_failure: FailurePolicy | None = None,
         frames: Frames | None = None,
         name: str | None = None,
-        update: Update = True,
     ) -> None:
         """Take a metric, a :class:`RewardSet`, or a callable, with the settings that all adapters have.
 
@@ -79,8 +76,6 @@ class Reward(Function):
                 ``"raise"``, or ``"nan"`` where the framework leaves such samples out.
             frames: What becomes of the frames of a video, see :meth:`RewardSet.score`.
             name: ``__name__``; by default the metric's, as flow_grpo spells it.
-            update: Whether the running statistics of a set learn from a call, or a function that tells;
-                ``update=False`` makes a reward for evaluation.
         """
         scale = self.framework if scale == "framework" else scale
         self.scorer = source if isinstance(source, RewardSet) else MetricScorer(source, scale, name)
@@ -93,17 +88,16 @@ class Reward(Function):
             )
         self.on_failure = check_policy(self.failures_get if on_failure is None else on_failure)
         self.frames = check_frames(frames)
-        self.update = update
         super().__init__(name or self.scorer.name)
 
     def batch(self, prompts: Sequence[str], images: Any, sources: Any = None) -> Batch:
         """Return the samples of a call, floats rounded to bytes."""
         return as_batch(prompts, images, sources, self.frames).as_bytes()
 
-    def score(self, batch: Batch, *, learn: bool = True) -> tuple[Tensor, Scored]:
+    def score(self, batch: Batch) -> tuple[Tensor, Scored]:
         """Return rewards ``[N]``, of failures what they get, and what the metric said."""
         with torch.no_grad():
-            scored = self.scorer.scored(batch, update=learn and learns(self.update))
+            scored = self.scorer.scored(batch)
             return apply_failure_policy(scored, self.on_failure, self.scorer.name), scored
 
 

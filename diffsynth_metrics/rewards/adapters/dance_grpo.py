@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from diffsynth_metrics.rewards.adapters.common import Reward
+from diffsynth_metrics.rewards.batches import has_videos
 
 
 class _DanceGRPOReward(Reward):
     """A function ``(image_paths, prompts) -> rewards`` for DanceGRPO's inline reward code.
 
-    It takes one path (or image) and one prompt, or lists, and returns float32 ``[N]`` on the metric's
-    device. Its method ``reward`` does the same, so that it can be the trainer's HPSv3 ``reward_model``.
+    It takes one path (or image, or with `frames` a video) and one prompt, or lists, and returns float32
+    ``[N]`` on the metric's device. Its method ``reward`` does the same, so that it can be the trainer's
+    HPSv3 ``reward_model``.
     """
 
     framework = "dance_grpo"
@@ -23,8 +25,10 @@ class _DanceGRPOReward(Reward):
 
     def __call__(self, images: Any, prompts: str | Sequence[str], sources: Any = None) -> Tensor:
         one = isinstance(images, (str, os.PathLike)) or not hasattr(images, "__len__")
-        if one or getattr(images, "ndim", 4) == 3:
-            images = [images]
+        one = one or getattr(images, "ndim", 4) == 3
+        # With one prompt as a text, pictures are the frames of one video.
+        if one or (self.frames and isinstance(prompts, str) and not has_videos(images)):
+            images, sources = [images], None if sources is None else [sources]
         texts = [prompts] * len(images) if isinstance(prompts, str) else prompts
         return self.score(self.batch(texts, images, sources))[0].float()
 

@@ -13,10 +13,9 @@ import torch
 
 from diffsynth_metrics.base import BaseMetric
 from diffsynth_metrics.rewards.adapters.common import Function, Reward, RewardSource
-from diffsynth_metrics.rewards.normalization import find_normalization
 from diffsynth_metrics.rewards.reward_set import Component, RewardSet
 from diffsynth_metrics.rewards.scales import ScaleInput
-from diffsynth_metrics.rewards.scoring import Scored, apply_failure_policy, learns, stand_in
+from diffsynth_metrics.rewards.scoring import Scored, apply_failure_policy, stand_in
 
 
 class FlowGRPOReward(Reward):
@@ -41,16 +40,14 @@ class FlowGRPOReward(Reward):
         prompts: Sequence[str],
         metadata: Any = None,
         ref_images: Any = None,
-        only_strict: bool = True,
         **ignored: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Return rewards, see the class."""
         batch = self.batch(prompts, images, ref_images)
-        # Its evaluation passes only_strict=False, and teaches no statistics.
         if not isinstance(self.scorer, RewardSet):
-            return self.score(batch, learn=only_strict)[0].tolist(), {}
+            return self.score(batch)[0].tolist(), {}
         with torch.no_grad():
-            result = self.scorer.result(batch, update=only_strict and learns(self.update))
+            result = self.scorer.result(batch)
             scored = Scored(result.reward, result.errors)
             total = apply_failure_policy(scored, self.on_failure, self.scorer.name)
         columns = {name: stand_in(one, self.on_failure).tolist() for name, one in result.raw.items()}
@@ -77,11 +74,7 @@ class FlowGRPOFactory(Function):
 
 
 class _MultiScore(Function):
-    """A replacement for flow_grpo's ``multi_score``: ``multi_score(device, {name: weight})``.
-
-    Running statistics of a name are one for all reward functions that are made, as flow_grpo makes one
-    for training and one for evaluation; to save them, pass a :class:`RewardSet` to :func:`to_flow_grpo`.
-    """
+    """A replacement for flow_grpo's ``multi_score``: ``multi_score(device, {name: weight})``."""
 
     def __init__(
         self,
@@ -101,9 +94,7 @@ class _MultiScore(Function):
         self.components = {}
         for name, metric in metrics.items():
             one = metric if isinstance(metric, Component) else Component(metric)
-            shared = find_normalization(one.normalize)
-            own_scale = scale if one.scale is None else one.scale
-            self.components[name] = replace(one, scale=own_scale, normalize=shared)
+            self.components[name] = replace(one, scale=scale if one.scale is None else one.scale)
         super().__init__("multi_score")
 
     def __call__(self, device: str | torch.device, score_dict: Mapping[str, float]) -> FlowGRPOReward:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
 from diffsynth_metrics.modes import plain_modes, wants_gradients
 from diffsynth_metrics.rewards.adapters.common import Function
+
+if TYPE_CHECKING:  # it imports transformers, which most rewards do without
+    from diffsynth_metrics.metrics.image_reward import ImageRewardMetric
 
 
 class _ReFLReward(Function):
@@ -19,9 +23,11 @@ class _ReFLReward(Function):
 
     def __init__(self, metric: ImageRewardMetric) -> None:
         """Take ImageReward; anything else is a TypeError."""
+        from diffsynth_metrics.metrics.image_reward import ImageRewardMetric, standardize
+
         if not isinstance(metric, ImageRewardMetric):
             raise TypeError(f"score_gard is ImageReward's, got {type(metric).__name__}")
-        self.metric = metric
+        self.metric, self.standardize = metric, standardize
         super().__init__("score_gard")
 
     def __call__(self, prompt_ids: Tensor, prompt_attention_mask: Tensor, image: Tensor) -> Tensor:
@@ -29,7 +35,7 @@ class _ReFLReward(Function):
         with plain_modes(metric.device.type, gradients=wants_gradients(image)):
             tokens = metric.model.encode_image(image.to(metric.device, metric.dtype))
             ids, mask = prompt_ids.to(metric.device), prompt_attention_mask.to(metric.device)
-            return standardize(metric.model.read(ids, mask, tokens))[:, None]
+            return self.standardize(metric.model.read(ids, mask, tokens))[:, None]
 
 
 to_refl = _ReFLReward

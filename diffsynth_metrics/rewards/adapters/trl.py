@@ -79,8 +79,7 @@ class ColumnReward(Reward):
 class _TRLReward(ColumnReward):
     """A reward function for ``GRPOTrainer(reward_funcs=...)``, and no Module: TRL takes it for a model.
 
-    It tells why a completion failed in the column ``<name>_error`` of TRL's table of completions. TRL
-    calls it for evaluation too: pass ``update=lambda: model.training``.
+    It tells why a completion failed in the column ``<name>_error`` of TRL's table of completions.
     """
 
     def __call__(

@@ -7,12 +7,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
+
+from diffsynth_metrics.batcher import Batcher
 from diffsynth_metrics.rewards.adapters.common import Reward, RewardSource
-from diffsynth_metrics.rewards.batcher import DynamicBatcher
-from diffsynth_metrics.rewards.batches import as_bytes
+from diffsynth_metrics.rewards.batches import as_batch, as_bytes
+from diffsynth_metrics.rewards.scoring import ERRORS_OF_A_SAMPLE
 
 ExtraImage: TypeAlias = "str | Callable[[Mapping[str, Any]], Any] | None"
 """Where a sample's source image comes from: a key of ``extra_info``, or a function of it."""
+
+_Sample: TypeAlias = tuple[str, Any, Any]
+"""Its prompt, its image, its source images."""
 
 
 class SingleReward(Reward):
@@ -46,8 +52,9 @@ class SingleReward(Reward):
         if self.on_failure == "mean":
             raise ValueError("on_failure='mean' needs a batch, and verl asks for one sample per call")
         self.source_image = source_image
-        settings: Any = {"frames": self.frames, "update": self.update, "max_wait_ms": max_wait_ms}
-        self.batcher = DynamicBatcher(self.scorer, max_batch=max_batch, **settings)
+        self.batcher: Batcher[_Sample, float] = Batcher(
+            self._scores, max_batch=max_batch, max_wait_ms=max_wait_ms
+        )
 
     async def one(self, prompt: str, image: Any, extra_info: Mapping[str, Any] | None) -> dict[str, Any]:
         """Score a sample; whatever fails in making or scoring its image fails the sample."""
@@ -57,13 +64,26 @@ class SingleReward(Reward):
             if sources is not None:
                 known = extra_info or {}
                 sources = as_bytes(sources(known) if callable(sources) else known[sources])
-            value = await asyncio.wrap_future(self.batcher.submit(prompt, made, sources))
+            value = await asyncio.wrap_future(self.batcher.submit((prompt, made, sources)))
         except Exception as error:
             if self.on_failure == "raise":
                 raise
             substitute = math.nan if self.on_failure == "nan" else float(self.on_failure)
             return {"score": substitute, "error": f"{type(error).__name__}: {error}"}
         return {"score": value} if self.on_failure == "raise" else {"score": value, "error": ""}
+
+    def _scores(self, samples: list[_Sample]) -> list[float | BaseException]:
+        prompts, images, sources = zip(*samples, strict=True)
+        try:
+            with torch.no_grad():
+                batch = as_batch(prompts, list(images), list(sources), self.frames)
+                scored = self.scorer.scored(batch)
+            outcomes = zip(scored.values.tolist(), scored.errors, strict=True)
+            return [value if error is None else error for value, error in outcomes]
+        except ERRORS_OF_A_SAMPLE as error:  # the fault of one, such as a prompt that is no text
+            if len(samples) == 1:
+                return [error]
+            return [self._scores([sample])[0] for sample in samples]
 
 
 class _VerlReward(SingleReward):
