@@ -422,7 +422,7 @@ def _checks(
         detail = f"no hub lists these files; it is {sha256_of(files)}"
         yield Check("sha256", "not checked", detail)
     try:
-        metric = find_class(name).from_pretrained(config, device="cpu", check_finite=False)
+        metric = find_class(name).from_pretrained(model_config=config, device="cpu", check_finite=False)
     except (DownloadError, CheckpointError, FileNotFoundError) as error:
         yield Check("loading", "failed", str(error))
         return
