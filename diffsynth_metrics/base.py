@@ -29,7 +29,13 @@ from diffsynth_metrics.modes import in_its_own_modes
 from diffsynth_metrics.networks.gradient_checkpointing import checkpoint_blocks
 from diffsynth_metrics.pixels.batches import pixel_batches
 from diffsynth_metrics.pixels.transforms import Transform
-from diffsynth_metrics.weights.checkpoint import find_non_finite, is_published, load_weights
+from diffsynth_metrics.weights.checkpoint import (
+    blamed,
+    check_sizes,
+    find_non_finite,
+    is_published,
+    load_weights,
+)
 from diffsynth_metrics.weights.files import find_config, find_processor, find_weights, sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import (
@@ -198,6 +204,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         batch_size: int | None = None,
         device_map: DeviceMap | None = None,
         gradient_checkpointing: bool = False,
+        check_finite: bool = True,
         processor_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Self:
@@ -218,6 +225,8 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
                 names of modules to devices. For HPSv3 and the judges.
             gradient_checkpointing: Whether :meth:`reward` computes the towers' blocks again on the way
                 back, which takes less memory and more time. Scores and gradients are the same.
+            check_finite: Whether NaN and infinity are looked for in the weights, which reads all of
+                them. Without it, a first score that is no number is looked into.
             processor_kwargs: Passed on to the ``from_pretrained`` of the tokenizer or processor.
             **options: The metric's own options, see its class.
 
@@ -265,14 +274,19 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
         with torch.device("cpu"), torch.inference_mode(False):
             # Mapped from the files on the CPU, where they are not copied, before they are spread.
             loaded_on = first if device_map is None else torch.device("cpu")
-            model = cls.finish(cls._load_network(weights, files, loaded_on, dtype), dtype)
+            network = cls._load_network(weights, files, loaded_on, dtype, check_finite=check_finite)
+            model = cls.finish(network, dtype)
             # Now that they are known to be this metric's: of other files a variant means nothing.
             cls._check_variant(files, options)
             if gradient_checkpointing:
                 checkpoint_blocks(model)
             if device_map is not None:
                 model = dispatch(model, device_map, dtype)
-            processor = folder and cls.load_processor(folder, model, **processor_kwargs)
+            processor = None
+            if folder is not None:
+                # Wrong options of the caller are no damage of a file.
+                with blamed(folder, passed=(TypeError,) if processor_kwargs else ()):
+                    processor = cls.load_processor(folder, model, **processor_kwargs)
             metric = cls.assemble(model, processor, batch_size=batch_size, **options)
         metric.weight_files = tuple(files)
         metric.options = options
@@ -328,12 +342,23 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
 
     @classmethod
     def _load_network(
-        cls, weights: ModelConfig | None, files: Sequence[Path], device: torch.device, dtype: torch.dtype
+        cls,
+        weights: ModelConfig | None,
+        files: Sequence[Path],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        check_finite: bool,
     ) -> nn.Module:
         """Build the network and load its weights, if it has any."""
         if weights is None:
             return cls.build(None).to(device).eval()
-        model = cls.build(cls.read_config(weights, files))
+        path = files[0].parent / (cls.config_file or "config.json")
+        with blamed(path):
+            config = cls.read_config(weights, files)
+        with blamed(path, config):
+            check_sizes(config, files, path)
+            model = cls.build(config)
         load_weights(
             model,
             files,
@@ -343,6 +368,7 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
             float32=cls.float32_parts,
             unused=cls.unused_weights,
             config=cls.config_file,
+            check_finite=check_finite,
         )
         return model
 
@@ -836,7 +862,7 @@ def _check_options(metric: type[BaseMetric], options: Mapping[str, Any]) -> None
             if not any(one.kind is one.VAR_KEYWORD for one in parameters):
                 break
     if unknown := sorted(options.keys() - set(known)):
-        known = sorted({*known, "batch_size", "device", "device_map", "torch_dtype"})
+        known = sorted({*known, "batch_size", "check_finite", "device", "device_map", "torch_dtype"})
         raise TypeError(
             f"{metric.__name__}.from_pretrained has no argument {unknown[0]!r}; it has model_config, "
             f"processor_config, processor_kwargs, gradient_checkpointing, {', '.join(known)}"

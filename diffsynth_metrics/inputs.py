@@ -64,6 +64,7 @@ CheckedImage: TypeAlias = "PIL.Image.Image | Path | bytes | torch.Tensor"
 CheckedImages: TypeAlias = "list[CheckedImage] | torch.Tensor | SharedImages"
 """Several images after checking: a list, one tensor ``[N, 3, H, W]``, or either of them shared."""
 
+_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXPECTED = (
     "a PIL image, a path, bytes or a binary file object of an encoded picture, an array [H, W, 3] "
     "(uint8 in 0..255 or float in 0..1), or a tensor [3, H, W] (uint8 in 0..255 or float in 0..1)"
@@ -446,6 +447,7 @@ def _as_image(image: object, name: str) -> CheckedImage:
     if isinstance(image, np.ndarray):
         return _as_array(image, name)
     if isinstance(image, torch.Tensor):
+        _check_kind(image, name)
         if image.ndim != 3:
             raise ImageError(f"{name}: a tensor must be [3, H, W], got shape {list(image.shape)}")
         _check_tensor(image[None], name)
@@ -508,6 +510,7 @@ def _as_array(array: np.ndarray, name: str) -> PIL.Image.Image | torch.Tensor:
 
 def _check_tensor(images: torch.Tensor, name: str) -> None:
     """Check a tensor ``[N, 3, H, W]``; an error names the first image that is wrong."""
+    _check_kind(images, name)
     if len(images) == 0:
         raise ValueError(f"{name} is empty (shape {list(images.shape)}); pass at least one image")
     if images.shape[1] != 3 or 0 in images.shape:
@@ -519,13 +522,19 @@ def _check_tensor(images: torch.Tensor, name: str) -> None:
         raise ImageError(f"{name}: a tensor must be [3, H, W] or [N, 3, H, W], got shape {shape}{hint}")
     if images.dtype == torch.uint8:
         return
-    if not images.is_floating_point():
-        raise TypeError(f"{name}: a tensor must be uint8 in 0..255 or float in 0..1, got {images.dtype}")
     if _in_range(images):  # all at once, which torch does much faster than one by one
         return
     index = next(index for index, image in enumerate(images) if not _in_range(image))
     which = f"image {index}" if name == "images" else name
     raise ImageError(f"{which}: a float image must lie in 0..1, {_out_of_range(images[index])}")
+
+
+def _check_kind(images: torch.Tensor, name: str) -> None:
+    if images.dtype not in _DTYPES:
+        raise TypeError(f"{name}: a tensor must be uint8 in 0..255 or float in 0..1, got {images.dtype}")
+    if images.is_nested or images.is_meta or images.layout != torch.strided:
+        kind = "nested" if images.is_nested else "on the meta device" if images.is_meta else "sparse"
+        raise TypeError(f"{name}: a tensor must be dense and hold values, and this one is {kind}")
 
 
 def _out_of_range(image: torch.Tensor) -> str:

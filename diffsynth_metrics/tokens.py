@@ -1,17 +1,130 @@
-"""Prompts to token ids, cut where the network stops reading; a cut prompt is said."""
+"""Prompts to token ids, cut where the network stops reading; a cut prompt is said.
+
+A tokenizer whose ids mean something else to the network gives wrong scores without a word, so a few
+texts with known ids, canaries, are tokenized when it is loaded.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CutsPrompts", "TokenizedPrompts", "cut_prompts", "padded"]
+from diffsynth_metrics.errors import CheckpointError
+
+__all__ = [
+    "CANARIES_FILE",
+    "Canaries",
+    "CutsPrompts",
+    "TokenizedPrompts",
+    "check_canaries",
+    "cut_prompts",
+    "digest_of_vocabulary",
+    "padded",
+    "write_canaries",
+]
+
+CANARIES_FILE = "canaries.json"
+"""The file beside a tokenizer with texts and the ids that it gives them."""
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """What a tokenizer must give.
+
+    Attributes:
+        texts: Texts to their ids, with begin and end.
+        vocabulary: What :func:`digest_of_vocabulary` returns; empty where nobody has derived it.
+    """
+
+    texts: Mapping[str, Sequence[int]]
+    vocabulary: str = ""
+
+
+# The ids of open_clip's own copy of CLIP's vocabulary, which transformers' tokenizer of OpenAI's files
+# gives as well; the digest is of both.
+_CLIP = Canaries(
+    {
+        "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
+        "A teddy bear on a skateboard, in Times Square; 4k": [
+            *(49406, 320, 11798, 4298, 525, 320, 31777, 267, 530, 1661, 3999, 282, 275, 330, 49407)
+        ],
+        "naïve café 🙂": [49406, 1097, 35689, 563, 15304, 14860, 49407],
+        "don't stop — it's 1999": [*(49406, 847, 713, 1691, 2005, 585, 568, 272, 280, 280, 280, 49407)],
+    },
+    "05f6f898f4f9c824c37b7dcacccc3d2e3ebab7b5a76de05da606127062a08e0e",
+)
+# As several tests of other tokenizers have them from bert-base-uncased.
+_BERT = Canaries(
+    {
+        "Hello, my dog is cute": [101, 7592, 1010, 2026, 3899, 2003, 10140, 102],
+        "The quick brown fox jumps over the lazy dog.": [
+            *(101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 1012, 102)
+        ],
+        "café naïve résumé": [101, 7668, 15743, 13746, 102],
+        "embeddings": [101, 7861, 8270, 4667, 2015, 102],
+    }
+)
+# From transformers' test of the published tokenizer, which Qwen2-VL and Qwen3-VL share, and from the
+# latter's config.
+_QWEN2 = Canaries(
+    {
+        "Hello world": [9707, 1879],
+        " provides general-purpose architectures": [5707, 4586, 58238, 77235],
+        " models in 100+ languages": [4119, 304, 220, 16, 15, 15, 10, 15459],
+        "世界，你好！": [99489, 3837, 108386, 6313],
+        "<|im_end|><|vision_start|><|image_pad|><|vision_end|>": [151645, 151652, 151655, 151653],
+    }
+)
+_PUBLISHED = {49408: _CLIP, 30524: _BERT, 151658: _QWEN2, 151936: _QWEN2}
+"""Tokens of a published network to what its tokenizer gives; that of Qwen3.5 is not known here."""
+
+
+def check_canaries(tokenizer: Any, folder: Path, tokens: int) -> None:
+    """Check that a tokenizer gives the ids that its network was trained with.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        folder: Where it was loaded from; a :data:`CANARIES_FILE` there is checked too.
+        tokens: How many tokens the network has, which tells which tokenizer it is.
+
+    Raises:
+        CheckpointError: It gives other ids, or has another vocabulary or other merges.
+    """
+    known = [_PUBLISHED[tokens]] if tokens in _PUBLISHED else []
+    if (folder / CANARIES_FILE).is_file():
+        known.append(Canaries(**json.loads((folder / CANARIES_FILE).read_text(encoding="utf-8"))))
+    hint = f"Download the tokenizer in {folder} again: it is not that of the weights."
+    for canaries in known:
+        for text, expected in canaries.texts.items():
+            if (found := tokenizer(text, verbose=False)["input_ids"]) != list(expected):
+                raise CheckpointError(f"{hint} It reads {text!r} as {found}, expected {expected}")
+        if canaries.vocabulary and digest_of_vocabulary(tokenizer) != canaries.vocabulary:
+            raise CheckpointError(f"{hint} Some of its tokens or merges are others")
+
+
+def write_canaries(tokenizer: Any, folder: Path, texts: Sequence[str]) -> None:
+    """Write beside a tokenizer what it gives texts and its added tokens, for :func:`check_canaries`."""
+    texts = [*texts, "".join(tokenizer.get_added_vocab())]
+    ids = {text: tokenizer(text, verbose=False)["input_ids"] for text in texts}
+    canaries = Canaries(ids, digest_of_vocabulary(tokenizer))
+    (folder / CANARIES_FILE).write_text(json.dumps(asdict(canaries), indent=1), encoding="utf-8")
+
+
+def digest_of_vocabulary(tokenizer: Any) -> str:
+    """Return the sha256 of a tokenizer's tokens in the order of their ids, and of its merges."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model.get("merges", [])]
+    return hashlib.sha256("\n".join([*tokens, "", *merges]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

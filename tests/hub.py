@@ -19,9 +19,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _DEFAULT_REVISIONS = {"master", "main"}
+_EVIL = b"evil"
 
 
 class LocalHub:
@@ -30,11 +32,14 @@ class LocalHub:
     Attributes:
         requests: Every request as ``"GET /path?query"``, followed by its ``Range`` if it has one.
         delay: Seconds to wait before the bytes of a file, to make downloads overlap.
+        stalls: How many times more the second half of a file is held back until the client gives up.
     """
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.delay = 0.0
+        self.stalls = 0
+        self._extra: dict[str, dict[str, object]] = {}
         self._repositories: dict[tuple[str, str], dict[str, Path]] = {}
         self._cuts: dict[str, int] = {}
         self._corrupt: set[str] = set()
@@ -91,6 +96,21 @@ class LocalHub:
         """Send wrong bytes for this file, while the listing keeps the right hash."""
         self._corrupt.add(path)
 
+    def send_correctly(self, path: str) -> None:
+        """Send the right bytes again of a file that was corrupted."""
+        self._corrupt.discard(path)
+
+    def list_also(self, path: object, **fields: object) -> None:
+        """List one more file, of any name, whose bytes are ``b"evil"``.
+
+        `fields` may have a wrong ``size``, ``sha256`` or ``type``, which are right by default.
+        """
+        self._extra[str(path)] = {"path": path, **fields}
+
+    def list_no_more(self) -> None:
+        """Take back what :meth:`list_also` added."""
+        self._extra.clear()
+
     def refuse(self, path: str, status: int) -> None:
         """Answer requests for the bytes of this file with that HTTP status."""
         self._refused[path] = status
@@ -143,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "v1"]:
             self._modelscope(parts[2:], query)
         elif parts[0] == "api":
-            self._huggingface(parts[1:])
+            self._huggingface(parts[1:], query)
         else:
             self._huggingface_file(parts)
 
@@ -163,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif not rest:
             self._send_json({"Code": 200, "Data": {"Name": name}, "Success": True})
         elif rest == ["repo"]:
-            if query["FilePath"] in _files(folder):
+            if query["FilePath"] in [*_files(folder), *self.hub._extra]:
                 self._send_file(folder, query["FilePath"], {})
             else:
                 self._modelscope_missing(f"no file {query['FilePath']}")
@@ -191,6 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for name in names
         ]
+        for extra in self.hub._extra.values():
+            fields = {"size": len(_EVIL), "sha256": hashlib.sha256(_EVIL).hexdigest(), **extra}
+            entry = {name.capitalize(): value for name, value in fields.items()}
+            entries.append({"Type": "blob", **entry})
         self._send_json({"Code": 200, "Data": {"Files": entries}, "Success": True})
 
     def _modelscope_missing(self, message: str) -> None:
@@ -200,22 +224,27 @@ class _Handler(BaseHTTPRequestHandler):
     # Hugging Face: /api/{models,datasets}/{owner}/{name}[/revision/{r}|/tree/{r}], and the files
     # under [/datasets]/{owner}/{name}/resolve/{r}/{path}
 
-    def _huggingface(self, parts: list[str]) -> None:
+    def _huggingface(self, parts: list[str], query: dict[str, str]) -> None:
         kind, name, rest = parts[0], "/".join(parts[1:3]), parts[3:]
         folder = self._huggingface_folder(kind, name, rest[1] if len(rest) > 1 else "main")
         if folder is None:
             return
         files = _files(folder)
+        entries = [{"path": path, **_lfs_or_blob(folder / path)} for path in files]
+        for extra in self.hub._extra.values():
+            digest = extra.get("sha256", hashlib.sha256(_EVIL).hexdigest())
+            size = extra.get("size", len(_EVIL))
+            lfs = {"sha256": digest, "oid": digest, "size": size, "pointerSize": 134}
+            entries.append({"path": extra["path"], "size": size, "oid": "0" * 40, "lfs": lfs})
         if rest[:1] == ["tree"]:
-            entries = []
-            for path in files:
-                size, sha256 = (folder / path).stat().st_size, _sha256(folder / path)
-                lfs = {"oid": sha256, "size": size, "pointerSize": 134}
-                oid = hashlib.sha1(sha256.encode()).hexdigest()
-                entries.append({"type": "file", "path": path, "size": size, "oid": oid, "lfs": lfs})
-            self._send_json(entries)
+            self._send_json([{"type": "file", **entry} for entry in entries])
             return
-        siblings = [{"rfilename": path} for path in files]
+        siblings = [
+            {**entry, "rfilename": entry["path"], "blobId": entry["oid"]}
+            if "blobs" in query
+            else {"rfilename": entry["path"]}
+            for entry in entries
+        ]
         self._send_json({"id": name, "sha": _commit(folder), "siblings": siblings, "tags": []})
 
     def _huggingface_file(self, parts: list[str]) -> None:
@@ -228,10 +257,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = "/".join(parts[4:])
         if folder is None:
             return
-        if path not in _files(folder):
+        if path not in [*_files(folder), *self.hub._extra]:
             self._huggingface_missing("EntryNotFound")
             return
-        etag = f'"{_sha256(folder / path)}"'
+        known = _lfs_or_blob(folder / path) if path not in self.hub._extra else {}
+        etag = f'"{known["lfs"]["oid"] if "lfs" in known else known.get("oid", "0" * 40)}"'
         headers = {"ETag": etag, "X-Linked-ETag": etag, "X-Repo-Commit": _commit(folder)}
         self._send_file(folder, path, headers)
 
@@ -265,9 +295,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, folder: Path, path: str, headers: dict[str, str]) -> None:
         if path in self.hub._refused:
-            self._send_json({"Message": "refused"}, self.hub._refused[path])
+            words = "the hub is being repaired"
+            self._send_json(
+                {"Message": words, "error": words},
+                self.hub._refused[path],
+                {"X-Error-Message": words},
+            )
             return
-        content = (folder / path).read_bytes()
+        content = _EVIL if path in self.hub._extra else (folder / path).read_bytes()
         if path in self.hub._corrupt:
             content = bytes(255 - byte for byte in content)
         total, start, status = len(content), 0, 200
@@ -284,6 +319,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         time.sleep(self.hub.delay)
+        if self.hub.stalls > 0:
+            self.hub.stalls -= 1
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            self.connection.settimeout(30)
+            self.connection.recv(1)  # returns when the client has closed the connection
+            return
         cut = self.hub._cuts.pop(path, None)
         self.wfile.write(content[:cut])
 
@@ -298,6 +340,17 @@ def _files(folder: Path) -> list[str]:
     """Return the names of all files below a folder, with forward slashes."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return sorted(file.relative_to(folder).as_posix() for file in files)
+
+
+def _lfs_or_blob(file: Path) -> dict[str, Any]:
+    """Return what Hugging Face lists of a file: large ones by sha256, others by git's digest."""
+    content = file.read_bytes()
+    blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    if file.suffix != ".safetensors":
+        return {"size": len(content), "oid": blob}
+    digest = hashlib.sha256(content).hexdigest()
+    lfs = {"sha256": digest, "oid": digest, "size": len(content), "pointerSize": 134}
+    return {"size": len(content), "oid": hashlib.sha1(digest.encode()).hexdigest(), "lfs": lfs}
 
 
 def _sha256(file: Path) -> str:

@@ -32,6 +32,7 @@ from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.engine import Answer, Engine, Question, checked_count
 from diffsynth_metrics.judges.local import LocalEngine, check_max_new_tokens
 from diffsynth_metrics.modes import plain_modes
+from diffsynth_metrics.tokens import check_canaries
 
 __all__ = ["JudgeMetric", "mean", "pairs"]
 
@@ -91,9 +92,11 @@ class JudgeMetric(RowMetric):
         return build_judge(config, cls.architecture)
 
     @classmethod
-    def load_processor(cls, folder: Path, model: nn.Module, **processor_kwargs: Any) -> Any:
+    def load_processor(cls, folder: Path, model: Any, **processor_kwargs: Any) -> Any:
         """Load the processor of images and chat template."""
-        return AutoProcessor.from_pretrained(folder, local_files_only=True, **processor_kwargs)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, **processor_kwargs)
+        check_canaries(processor.tokenizer, folder, model.config.text_config.vocab_size)
+        return processor
 
     @classmethod
     def check_options(cls, **options: Any) -> None:

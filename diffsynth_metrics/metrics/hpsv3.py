@@ -24,7 +24,7 @@ from diffsynth_metrics.networks.hpsv3 import (
 )
 from diffsynth_metrics.pixels.batches import pixel_lists
 from diffsynth_metrics.pixels.transforms import SmartResize
-from diffsynth_metrics.tokens import padded
+from diffsynth_metrics.tokens import check_canaries, padded
 from diffsynth_metrics.weights.checkpoint import read_layout
 from diffsynth_metrics.weights.model_config import ModelConfig
 from diffsynth_metrics.weights.placement import execution_device
@@ -168,7 +168,9 @@ class HPSv3Metric(PromptMetric):
         cls, folder: Path, model: Any, **processor_kwargs: Any
     ) -> PreTrainedTokenizerFast:
         """Load Qwen2-VL's tokenizer."""
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **processor_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **processor_kwargs)
+        check_canaries(tokenizer, folder, model.config.text_config.vocab_size)
+        return tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -262,11 +264,15 @@ class _Frame:
         self.reward_id: int = vocabulary.get(texts["reward_token"], len(tokenizer))
         needed = {"<|im_start|>", "<|im_end|>", "<|vision_start|>", texts["image_token"]}
         if missing := sorted((needed | {texts["after_image"]}) - vocabulary.keys()):
-            raise CheckpointError(f"the tokenizer is not Qwen2-VL's: it has no {', '.join(missing)}")
+            raise CheckpointError(
+                f"the tokenizer is not Qwen2-VL's: it has no {', '.join(missing)} "
+                f"(in {tokenizer.name_or_path})"
+            )
         if max(self.reward_id + 1, len(tokenizer)) != vocab_size:
             raise CheckpointError(
                 f"the tokenizer does not belong to these weights: with {texts['reward_token']} it has "
-                f"{max(self.reward_id + 1, len(tokenizer))} tokens, and the network has {vocab_size}"
+                f"{max(self.reward_id + 1, len(tokenizer))} tokens, and the network has {vocab_size} "
+                f"(in {tokenizer.name_or_path})"
             )
         self.image_id: int = vocabulary[texts["image_token"]]
         self.before: list[int] = tokenizer.encode(texts["before_image"], add_special_tokens=False)

@@ -15,7 +15,7 @@ from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
 from diffsynth_metrics.networks.image_reward import ImageRewardNetwork, build_image_reward
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
-from diffsynth_metrics.tokens import CutsPrompts, TokenizedPrompts, cut_prompts, padded
+from diffsynth_metrics.tokens import CutsPrompts, TokenizedPrompts, check_canaries, cut_prompts, padded
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 __all__ = ["ImageRewardMetric", "standardize"]
@@ -91,6 +91,7 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
                 f"the tokenizer in {folder} belongs to another model: it has {len(tokenizer)} tokens, "
                 f"and the network {vocabulary}"
             )
+        check_canaries(tokenizer, folder, vocabulary)
         return tokenizer
 
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:

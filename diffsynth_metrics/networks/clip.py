@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.tokens import check_canaries
 
 __all__ = [
     "build_clip",
@@ -121,3 +122,4 @@ def check_clip_tokenizer(tokenizer: CLIPTokenizer, config: CLIPTextConfig, folde
             f"the tokenizer in {folder} belongs to another model: it has {len(tokenizer)} tokens and "
             f"ends texts with {tokenizer.eos_token_id}, the network has {size} and reads texts at {end}"
         )
+    check_canaries(tokenizer, folder, size)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth_metrics.testing.random_weights import randomize
+from diffsynth_metrics.tokens import write_canaries
 
 __all__ = [
     "clip_vocabulary",
@@ -113,6 +114,7 @@ def write_image_reward(folder: Path, seed: int) -> None:
     )
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     tokenizer.save_pretrained(folder)
+    write_canaries(tokenizer, folder, ["a red circle", "The cat's photo, in 4k!", "naïve café"])
     config = BlipConfig(
         vision_config={
             "hidden_size": 32,

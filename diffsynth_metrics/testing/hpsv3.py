@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffsynth_metrics.testing.random_weights import randomize
+from diffsynth_metrics.tokens import write_canaries
 
 __all__ = ["write_hpsv3"]
 
@@ -103,6 +104,7 @@ def _write_qwen2_vl_tokenizer(folder: Path) -> dict[str, int]:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
+    write_canaries(tokenizer, folder, ["a red circle", "The cat's photo, in 4k!", "naïve café 世界"])
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2VLProcessor",

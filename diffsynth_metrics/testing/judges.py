@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from diffsynth_metrics.testing.random_weights import randomize
+from diffsynth_metrics.tokens import write_canaries
 
 __all__ = ["write_qwen3_5", "write_qwen3_vl"]
 
@@ -185,6 +186,7 @@ def _write_qwen_processor(
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
+    write_canaries(tokenizer, folder, ["a red circle", "The cat's photo, in 4k!", "naïve café 世界"])
     images = {
         "processor_class": "Qwen3VLProcessor",
         "size": {"shortest_edge": 4096, "longest_edge": 65536},

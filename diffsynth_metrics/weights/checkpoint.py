@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from diffsynth_metrics.errors import CheckpointError
+from diffsynth_metrics.errors import CheckpointError, DiffSynthMetricsError
 
 __all__ = [
     "KNOWN_LAYOUTS",
     "Layout",
+    "blamed",
     "check_owner",
+    "check_sizes",
     "find_non_finite",
     "fingerprint",
     "is_published",
@@ -31,6 +36,8 @@ __all__ = [
     "read_layout",
     "weight_files",
 ]
+
+logger = logging.getLogger(__name__)
 
 Layout = Mapping[str, Sequence[int]]
 """Tensor name to shape."""
@@ -75,6 +82,16 @@ _MARKS = {
 
 _NETWORK_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMES_IN_MESSAGE = 3
+
+# What bounds a number of a config: each layer has a tensor, and memory is spent on masks and position
+# ids of the longest text and the largest picture. Others cost nothing until they are compared.
+_LAYERS = re.compile("layer|depth|block")
+_SQUARED = re.compile("image_size|img_size|input_size|context_length")
+_NO_SIZE = re.compile("theta|pixels")
+_LARGEST_SIDE = 2**12
+_LARGEST_NUMBER = 2**20
+_COUNT = re.compile("(heads|layers|depth|width)$")
+_LIKE_A_SIZE = re.compile("size|dim|layers|heads|depth|width|length|patch|position|num_|config$|cfg$")
 
 
 def weight_files(paths: Sequence[str]) -> list[Path]:
@@ -166,12 +183,121 @@ def read_config(files: Sequence[Path], name: str = "config.json") -> dict[str, A
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
     return config
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def check_sizes(config: Any, files: Sequence[Path], path: Path) -> None:
+    """Check that every number of a config is one that the weights can have, before anything is built.
+
+    Args:
+        config: The parsed file.
+        files: The weights.
+        path: The config's file, for messages.
+
+    Raises:
+        CheckpointError: One is not; the message has its name.
+    """
+    layout = read_layout(files)
+    largest = max((side for shape in layout.values() for side in shape), default=0)
+    for name, value in _numbers(config):
+        key = name.rpartition(".")[2]
+        if _COUNT.search(key) and (isinstance(value, bool) or value <= 0):
+            raise CheckpointError(f"Download {path} again: it says {name} = {value!r}")
+        if _NO_SIZE.search(key):
+            continue
+        limit = max(largest, _LARGEST_NUMBER)
+        if _LAYERS.search(key):
+            limit = len(layout)
+        elif _SQUARED.search(key):
+            limit = _LARGEST_SIDE
+        if value > limit:
+            raise CheckpointError(
+                f"Download {path} again: it says {name} = {value}, and {_some(files)} with "
+                f"{len(layout)} tensors of at most {largest} rows cannot have more than {limit}"
+            )
+
+
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a parsed JSON file with names such as ``"text_config.hidden_size"``."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _numbers(value, f"{name}.{key}".lstrip("."))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _numbers(value, name)
+    elif isinstance(config, int | float):  # bools are ints
+        yield name, config
+
+
+@contextmanager
+def blamed(
+    path: Path, config: Any = None, *, passed: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Turn what a library raises about a damaged file into an error that names the file.
+
+    Args:
+        path: The file, or the folder of several.
+        config: What was read from it, in which the fields are looked for that may be wrong.
+        passed: Exceptions that say something else, and are passed on.
+
+    Raises:
+        CheckpointError: Something else was raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # What panics in the tokenizers' Rust is no Exception.
+        is_damage = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_damage or isinstance(error, (DiffSynthMetricsError, ImportError, *passed)):
+            raise
+        if not path.exists():  # nothing was read, so that it is a mistake of the code
+            raise
+        logger.debug("the library's error", exc_info=True)
+        odd = [] if isinstance(error, RecursionError) else _odd_fields(config)
+        fields = f"; look at {', '.join(odd)}" if odd else ""
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"Download {_damaged_file(path)} again: it cannot be used ({type(error).__name__}: "
+            f"{said}){fields}"
+        ) from None
+
+
+def _odd_fields(config: Any, name: str = "") -> list[str]:
+    """Return the fields that should be sizes, as far as names tell, and are none."""
+    if not isinstance(config, dict):
+        return []
+    odd = []
+    for key, value in config.items():
+        full = f"{name}.{key}".lstrip(".")
+        if isinstance(value, dict):
+            odd += _odd_fields(value, full)
+        elif _LIKE_A_SIZE.search(key):
+            is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if not is_size and not isinstance(value, list):
+                odd.append(f"{full} = {value!r}")
+    return odd
+
+
+def _damaged_file(path: Path) -> Path:
+    """Return the file of a folder that is no JSON, otherwise the first that makes a tokenizer."""
+    if not path.is_dir():
+        return path
+    for file in sorted(path.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            return file
+    candidates = [path / name for name in ("tokenizer.json", "vocab.json", "vocab.txt")]
+    return next((file for file in candidates if file.is_file()), path)
 
 
 @torch.inference_mode(False)  # tensors that are made in it give no gradients afterwards
@@ -185,6 +311,7 @@ def load_weights(
     float32: Collection[str] = (),
     unused: Collection[str] = (),
     config: str | None = "config.json",
+    check_finite: bool = True,
 ) -> None:
     """Fill a model that was built on the meta device.
 
@@ -192,8 +319,6 @@ def load_weights(
     other: on the CPU, in the file's own dtype, no second copy exists. Afterwards the model is in
     evaluation mode and none of its parameters requires a gradient. This also holds under
     ``torch.device("meta")`` and inside accelerate's ``init_empty_weights()``.
-
-    Values are not looked at, because that reads the whole file: see :func:`find_non_finite`.
 
     Args:
         model: Its parameters lie on the meta device, its non-persistent buffers do not.
@@ -206,10 +331,12 @@ def load_weights(
         unused: Names of tensors that the files may hold and the model does without.
         config: Name of the file beside the weights that gives the architecture, for messages; None for
             a network of one size only.
+        check_finite: Whether NaN and infinity are looked for, which reads all of the files.
 
     Raises:
         CheckpointError: A file is truncated, or its names, shapes or kinds of dtype are not those of the
-            model. Float8 weights are refused, because their scales are not applied.
+            model, or it holds NaN or infinity. Float8 weights are refused, because their scales are not
+            applied.
     """
     _check_layout(model, files, metric, unused, config)
     wide = torch.promote_types(dtype, torch.float32)
@@ -232,6 +359,11 @@ def load_weights(
                     )
                 target = wide if name.startswith(tuple(float32)) else dtype
                 tensors[name] = tensor.to(device, target if is_float else None)
+                if check_finite and is_float and not _is_finite(tensors[name]):
+                    raise CheckpointError(
+                        f"Download the weights again: {file} holds NaN or infinity in {name}, which is "
+                        f"looked at as {target}"
+                    )
     # Not load_state_dict(assign=True): accelerate's init_empty_weights() catches the parameters that it
     # registers and makes them empty again.
     for name, tensor in tensors.items():
@@ -244,15 +376,21 @@ def load_weights(
 def find_non_finite(model: nn.Module) -> list[str]:
     """Return the names of the weights and saved buffers that hold NaN or infinity.
 
-    For the message about a score that is not finite: a pass over all weights would take as long as
-    loading them. Weights that accelerate keeps elsewhere (on the meta device here) are left out.
+    For the message about a score that is not finite. Weights that accelerate keeps elsewhere (on the
+    meta device here) are left out.
     """
-    tensors = ((name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta)
     return [
         name
-        for name, tensor in tensors
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor)
     ]
+
+
+@torch.no_grad()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # A sum is one pass and takes no memory, and NaN and infinity show in it; so does an overflow.
+    total = tensor.sum(dtype=torch.float32)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def _check_layout(
@@ -281,7 +419,9 @@ def _check_layout(
     if not problems:
         return
     hint = ""
-    if config and not (files[0].parent / config).is_file():
+    if config and (files[0].parent / config).is_file():
+        problems.append(f"the sizes are those of {files[0].parent / config}")
+    elif config:
         hint = (
             f"Put the {config} of these weights into {files[0].parent}: there is none, so the network "
             "has its published size, and these are not the published weights. "

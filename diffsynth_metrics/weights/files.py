@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_metrics.errors import CheckpointError, DownloadError
 from diffsynth_metrics.weights.checkpoint import check_owner, is_published, read_config, weight_files
+from diffsynth_metrics.weights.listing import sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -97,22 +96,3 @@ def find_processor(
         f"there is no tokenizer ({' or '.join(metric.processor_files)}) among the processor's files "
         f"{', '.join(sorted(path.name for path in paths))}"
     )
-
-
-def sha256_of(files: Sequence[Path]) -> str:
-    """Return the sha256 of the contents of files, one behind the other.
-
-    Files of tens of gigabytes take minutes, so it is kept as long as no size or time of change differs.
-    """
-    states = [(file, file.stat()) for file in files]
-    return _sha256(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
-
-
-@lru_cache(maxsize=256)
-def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for file, _, _ in files:
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -104,19 +104,25 @@ class ModelConfig:
             raise ValueError(f"no embedded model is called {name!r}; there are {names}")
         return cls(path=_EMBEDDED / name)
 
-    def resolve(self, *, sufficient: Sequence[str] = ()) -> list[str]:
+    def resolve(self, *, sufficient: Sequence[str] = (), verify: bool = False) -> list[str]:
         """Return the sorted absolute paths of the files, after downloading what is missing.
 
         Args:
             sufficient: File names any of which makes a folder that was copied by hand count as
                 complete, so that nothing is asked of the hub.
+            verify: Compare the digest of every file with the one that the hub gave, and not only the
+                size. It reads all files. What differs is downloaded again; files that nobody noted a
+                digest of, such as copies made by hand, are compared with the hub's listing.
 
         Raises:
+            ValueError: `verify` is for files of a repository, and a path was given.
             FileNotFoundError: A path does not exist, or a folder is empty.
             DownloadError: Files of a repository could not be had, or not all of them.
             CheckpointError: Shards are missing from a set that was given by path.
         """
         if self.path:
+            if verify:
+                raise ValueError("verify needs model_id: no hub says what a file given by path holds")
             return _given_files(self.path)
         base = os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or self.local_model_path or "./models"
         repository = Repository(self._source(), self.model_id or "", self.revision, _absolute(base))
@@ -124,7 +130,9 @@ class ModelConfig:
         names: set[str] = set()
         for pattern in _as_tuple(self.origin_file_pattern) or ("",):
             pattern = re.sub(r"^(\./+)+|^\.$", "", pattern)
-            names.update(repository.fetch(pattern, download=not skip, sufficient=sufficient))
+            names.update(
+                repository.fetch(pattern, download=not skip, sufficient=sufficient, verify=verify)
+            )
         if missing := missing_shards(names):
             raise repository.error(
                 "Allow downloads (skip_download, DIFFSYNTH_SKIP_DOWNLOAD)."

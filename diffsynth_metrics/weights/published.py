@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,8 +18,8 @@ from diffsynth_metrics.catalog import find_class, find_name
 from diffsynth_metrics.errors import CheckpointError, DownloadError
 from diffsynth_metrics.networks.ocr import installed_networks
 from diffsynth_metrics.weights.checkpoint import KNOWN_LAYOUTS, fingerprint, read_layout, weight_files
-from diffsynth_metrics.weights.files import sha256_of
 from diffsynth_metrics.weights.hub import LocalFiles, Repository
+from diffsynth_metrics.weights.listing import HubFile, sha256_of
 from diffsynth_metrics.weights.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_TO_ANSWER = 10
 PICTURES_VARIABLE = "DIFFSYNTH_METRICS_PUBLISHED_IMAGES"
 """Environment variable with the folder in which :func:`verify` looks for the authors' pictures."""
 
@@ -82,15 +80,6 @@ class Part:
         pattern = self.config.origin_file_pattern
         assert isinstance(pattern, str)
         return LocalFiles(self.repository.folder, pattern)
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file as a hub lists it; ``sha256`` is None where the hub does not say it."""
-
-    name: str
-    size: int
-    sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -285,45 +274,19 @@ def list_on_hub(part: Part) -> list[HubFile]:
     if downloads_are_off():
         hint = "Allow downloads, which are off (DIFFSYNTH_SKIP_DOWNLOAD)."
         raise repository.error(hint, f"the hub was not asked about {part.files}")
-    take, leave = part.files.client_patterns()
     try:
-        listed = _HUBS[repository.source](repository)
+        _, files = repository.list_files(part.files)
+    except DownloadError:
+        raise
     except Exception as error:
         logger.debug("the client's error", exc_info=True)
         problem = f"could not list the files: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise repository.error("Check the network, or choose the other hub.", problem) from None
-    files = [file for file in listed if fnmatch(file.name, take) and not fnmatch(file.name, leave)]
     if not files:
         raise repository.error(
             "Choose the other hub.", f"no file of the repository matches {part.files}"
         )
     return files
-
-
-def _list_modelscope(repository: Repository) -> list[HubFile]:
-    from modelscope_hub import HubApi
-
-    api = HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT") or None)
-    files = api.list_repo_files(repository.model_id, "model", revision=repository.revision)
-    return [HubFile(file.path, file.size, file.sha256) for file in files if not file.is_dir]
-
-
-def _list_huggingface(repository: Repository) -> list[HubFile]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    # Where the hub cannot be reached, this one raises at once, and the listing after half a minute.
-    info = api.model_info(repository.model_id, revision=repository.revision, timeout=_SECONDS_TO_ANSWER)
-    tree = api.list_repo_tree(repository.model_id, revision=info.sha, recursive=True)
-    return [
-        HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else None)
-        for file in tree
-        if isinstance(file, RepoFile)
-    ]
-
-
-_HUBS = {"modelscope": _list_modelscope, "huggingface": _list_huggingface}
 
 
 def download(name: str, source: str | None = None) -> list[Check]:
@@ -370,19 +333,13 @@ def _compare_with_listing(what: str, part: Part, listed: Mapping[str, HubFile]) 
     if absent := sorted(listed.keys() - set(local)):
         return Check(what, "failed", f"missing here: {', '.join(absent)}")
     known = [name for name in local if name in listed]
-    if wrong := [name for name in known if not _is_as_listed(folder / name, listed[name])]:
+    if wrong := [name for name in known if not listed[name].equals(folder / name)]:
         hint = f"Delete {folder / wrong[0]} and download again"
         return Check(what, "failed", f"{hint}: other content than on {source}")
-    hashed = [name for name in known if listed[name].sha256]
+    hashed = [name for name in known if listed[name].sha256 or listed[name].git_sha1]
     detail = f"{len(hashed)} of {len(local)} files equal to those on {source}"
     rest = f"; of {len(known) - len(hashed)} more the size is" if len(hashed) < len(known) else ""
     return Check(what, "ok", detail + rest)
-
-
-def _is_as_listed(file: Path, listed: HubFile) -> bool:
-    if file.stat().st_size != listed.size:
-        return False
-    return listed.sha256 is None or sha256_of([file]) == listed.sha256
 
 
 def verify(
@@ -465,7 +422,7 @@ def _checks(
         detail = f"no hub lists these files; it is {sha256_of(files)}"
         yield Check("sha256", "not checked", detail)
     try:
-        metric = find_class(name).from_pretrained(model_config=config, device="cpu")
+        metric = find_class(name).from_pretrained(model_config=config, device="cpu", check_finite=False)
     except (DownloadError, CheckpointError, FileNotFoundError) as error:
         yield Check("loading", "failed", str(error))
         return
