@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.Image
 import pyarrow as pa
@@ -21,6 +21,7 @@ from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, open_i
 
 __all__ = [
     "OF_SAMPLES",
+    "Content",
     "Item",
     "SampleReader",
     "image_name",
@@ -59,6 +60,18 @@ class Item:
         return sum(len(image) for image in self.images if isinstance(image, bytes))
 
 
+class Content(NamedTuple):
+    """What the files of a sample were when they were read.
+
+    Attributes:
+        image: sha256 of its picture; None before it is read, empty where that failed.
+        sources: sha256 of each of its sources, likewise.
+    """
+
+    image: str | None
+    sources: tuple[str, ...] | None
+
+
 class SampleReader:
     """Reads samples and remembers what their contents were.
 
@@ -94,6 +107,16 @@ class SampleReader:
         if sources:
             self.sources_sha256[index] = tuple(digests[1:])
         return Item(sample, () if problem else tuple(images), problem, digests[0], tuple(digests[1:]))
+
+    def content(self, index: int) -> Content:
+        """Return what is known of the content of a sample."""
+        return Content(self.images_sha256[index], self.sources_sha256[index])
+
+    def learn(self, index: int, content: Content) -> None:
+        """Take what another process knows of the content of a sample."""
+        self.images_sha256[index] = content.image
+        if content.sources is not None:
+            self.sources_sha256[index] = content.sources
 
     def table(self) -> pa.Table:
         """Return the samples, with what is known of their contents."""
