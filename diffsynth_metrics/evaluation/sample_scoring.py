@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -260,14 +260,14 @@ def _retries(on_error: OnError, facts: Facts) -> bool:
     return facts.is_judge or on_error == "raise"
 
 
-def _in_this_process(run: Run, crew: Any, rows: _KnownRows) -> Iterator[Scored]:
+def _in_this_process(run: Run, crew: Any, rows: _KnownRows) -> Generator[Scored, None, None]:
     scorer: SampleScorer = crew.scorer
     return scorer.chunks(run.reader, run.indices, rows)
 
 
-def _by_workers(run: Run, crew: Crew, rows: _KnownRows) -> Iterator[Scored]:
+def _by_workers(run: Run, crew: Crew, rows: _KnownRows) -> Generator[Scored, None, None]:
     """Hand out batches of samples, of which a worker reads, hashes and scores each."""
-    assert crew.count is not None
+    count = crew.count or 1
     smallest = size = crew.facts.batch_size
     pending = run.indices
     position = 0
@@ -275,8 +275,8 @@ def _by_workers(run: Run, crew: Crew, rows: _KnownRows) -> Iterator[Scored]:
     def tasks() -> Iterator[Task]:
         nonlocal position
         while position < len(pending):
-            left = math.ceil((len(pending) - position) / (2 * crew.count))  # all end at the same time
-            batch = []
+            left = math.ceil((len(pending) - position) / (2 * count))  # all end at the same time
+            batch: list[int] = []
             for index in islice(pending, position, None):
                 if len(batch) >= max(smallest, min(size, left)):
                     break
@@ -410,7 +410,9 @@ class SampleScorer:
         )
         return whole, time.monotonic() - begun
 
-    def chunks(self, reader: SampleReader, indices: Sequence[int], rows: _KnownRows) -> Iterator[Scored]:
+    def chunks(
+        self, reader: SampleReader, indices: Sequence[int], rows: _KnownRows
+    ) -> Generator[Scored, None, None]:
         """Read samples ahead, score those that have no row, and yield what was made, chunk by chunk."""
         chunks = _Chunks(self._metric, reader, indices, rows)
         with (

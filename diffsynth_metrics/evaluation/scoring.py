@@ -32,7 +32,14 @@ from diffsynth_metrics.evaluation.sample_scoring import (
 )
 from diffsynth_metrics.evaluation.samples import Sample
 from diffsynth_metrics.evaluation.set_scoring import Reference, check_reference, score_set
-from diffsynth_metrics.evaluation.workers import Alone, Job, ProcessWorker, Workers, local_device
+from diffsynth_metrics.evaluation.workers import (
+    Alone,
+    Job,
+    ProcessWorker,
+    Worker,
+    Workers,
+    local_device,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -370,7 +377,7 @@ class _Staff:
             yield Alone(job, local_device(_local_rank()) if run.folder.share else None)
             return
         count = self.workers
-        start: Callable[[int], Any]
+        start: Callable[[int], Worker]
         if self.engine == "ray":
             from diffsynth_metrics.evaluation.ray import actor_starter, pack
 
@@ -438,8 +445,8 @@ def _share() -> Share:
             logger.info("process %d of %d scores its share of the samples", share.rank, share.world)
             return share
     raise ValueError(
-        "start the processes with torchrun or srun, or say how many workers= there are: neither RANK and "
-        "WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are in the environment"
+        "start the processes with torchrun or srun, or say how many workers= there are: neither RANK "
+        "and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are in the environment"
     )
 
 

@@ -117,8 +117,9 @@ class Alone:
 class Worker(Protocol):
     """A process with a metric."""
 
-    died: tuple[type[BaseException], ...]
-    """What a future raises whose worker is no more."""
+    @property
+    def died(self) -> tuple[type[BaseException], ...]:
+        """What a future raises whose worker is no more."""
 
     def submit(self, task: bytes) -> Future[bytes]:
         """Let the worker call :func:`work`."""
