@@ -51,7 +51,9 @@ def joined(address: str | None) -> Iterator[None]:
     if own and before is None:
         os.environ[_NO_STATISTICS] = "0"  # read when a cluster begins
     try:
-        options = {"include_dashboard": False} if own else {"address": address or "auto"}
+        options: dict[str, Any] = (
+            {"address": "local", "include_dashboard": False} if own else {"address": address or "auto"}
+        )
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
     finally:
         if own and before is None:

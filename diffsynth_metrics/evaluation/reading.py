@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,18 +121,22 @@ class SampleReader:
 
     def table(self) -> pa.Table:
         """Return the samples, with what is known of their contents."""
-        parts = [
-            table_of([self._row(index) for index in indices], SAMPLES)
-            for indices in _blocks(len(self.samples))
-        ]
-        return pa.concat_tables(parts)
+        contents = {"image_sha256": self.images_sha256, "sources_sha256": self.sources_sha256}
+        table = self.described
+        for name, values in contents.items():
+            column = table.schema.get_field_index(name)
+            table = table.set_column(
+                column, SAMPLES.field(name), pa.array(values, SAMPLES.field(name).type)
+            )
+        return table
 
-    def _row(self, index: int) -> dict[str, Any]:
-        return {
-            **sample_row(self.samples[index]),
-            "image_sha256": self.images_sha256[index],
-            "sources_sha256": self.sources_sha256[index],
-        }
+    @cached_property
+    def described(self) -> pa.Table:
+        """The samples, without what is known of their contents; samples do not change."""
+        return pa.concat_tables(
+            table_of([sample_row(self.samples[index]) for index in indices], SAMPLES)
+            for indices in _blocks(len(self.samples))
+        )
 
 
 def _blocks(count: int) -> list[range]:
@@ -155,6 +160,8 @@ def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage
         OSError: The file cannot be read.
         TypeError: It is no image.
     """
+    if contents := _contents_of_file(image):
+        return contents, _digest_of_image(contents, name)
     if isinstance(image, PackedImage):
         try:
             image = image.read()
@@ -171,6 +178,17 @@ def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage
     if isinstance(checked, Path):
         checked = checked.read_bytes()
     return checked, _digest_of_image(checked, name)
+
+
+def _contents_of_file(image: Any) -> bytes:
+    """Return what is in a file, quickly; nothing where anything about it needs a closer look."""
+    if not isinstance(image, (str, Path)) or str(image).startswith("~"):
+        return b""
+    try:
+        with open(image, "rb") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return b""
 
 
 def image_name(sample: Sample) -> str:

@@ -461,7 +461,7 @@ def _tell_of_other_samples(run: Run) -> None:
         before = run.folder.read_samples()
     except (OSError, ValueError):
         return  # there are none, or they are damaged and are written anew
-    new = run.reader.table()
+    new = run.reader.described
     now = set(zip(new["id"].to_pylist(), new["image"].to_pylist(), strict=True))
     others = [
         id

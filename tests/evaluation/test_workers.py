@@ -361,7 +361,7 @@ class TestRanks:
     ) -> None:
         metric, out = Brightness(), tmp_path / "run"
         assert len(as_rank(1, 8, samples, metric, out=out)) == 5
-        assert len(as_rank(2, 3, samples, metric, out=out)) == 5 + 13 - 2
+        assert len(as_rank(2, 3, samples, metric, out=out)) == 5 + 13 - 1
         done = score(samples, [metric, Wordiness()], out=out)
         assert metric.asked == len(samples)  # nothing twice
         assert scores(done) == scores(score(samples, [Brightness, Wordiness]))
