@@ -302,7 +302,7 @@ def work(contents: bytes) -> bytes:
     root.addHandler(handler)
     try:
         if _scorer is None:
-            _scorer = pickle.loads(_job).open(*_place)
+            _scorer = _opened(_job).open(*_place)
         asked = getattr(_scorer, task.method)
         result, error = (asked(*task.arguments) if callable(asked) else asked), None
     except Exception as raised:
@@ -318,6 +318,22 @@ def work(contents: bytes) -> bytes:
         return packed
     except Exception:
         return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), told, records))
+
+
+def _opened(job: bytes) -> Job:
+    """Return the job of this worker.
+
+    Raises:
+        TypeError: The metric's class cannot be imported here.
+    """
+    try:
+        opened: Job = pickle.loads(job)
+    except (ImportError, AttributeError) as error:
+        raise TypeError(
+            "pass a metric by its name, or put its class into a module that every worker can import: "
+            f"{error}"
+        ) from error
+    return opened
 
 
 class _Keeping(logging.Handler):

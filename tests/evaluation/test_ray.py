@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.WARNING,
         object_store_memory=100_000_000,
+        # pytest has put the folder of these tests on the path; a script's own is sent by Ray itself.
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
     )
     yield
     ray.shutdown()
@@ -76,7 +79,7 @@ def test_statistics_and_errors_come_back_from_actors(
     (several,) = score(samples, fid, reference=real, engine="ray", workers=2).sets
     (alone,) = score(samples, fid, reference=real).sets
     assert several["score"] == pytest.approx(alone["score"], rel=1e-6)
-    metric = Brightness()
+    metric: Any = Brightness()
     metric.stop = (0, MemoryError("no memory left"))
     with pytest.raises(MemoryError, match="no memory left"):
         score(samples, metric, engine="ray", workers=1)

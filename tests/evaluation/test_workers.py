@@ -204,7 +204,7 @@ class TestWorkers:
                 os.rename(tmp_path / "unmounted", seen)
 
         monkeypatch.setattr(workers, "work", elsewhere)
-        with pytest.raises(RuntimeError, match=r"mount the pictures.*pictures/0000\.png is there"):
+        with pytest.raises(RuntimeError, match=r"mount the pictures.*pictures/00\d\d\.png is there"):
             score(samples, Brightness, out=tmp_path / "run", workers=2)
         assert keys(tmp_path / "run") == []
 
