@@ -214,10 +214,11 @@ def _score(arguments: argparse.Namespace) -> _Output:
         "failures": failures.records(),
         "sets": results.sets,
     }
+    failed = bool(failures.rows) or skipped
+    if arguments.workers == "ranks":
+        failed = False  # torchrun would end the other processes
     return _Output(
-        "\n\n".join(table.text() for table in tables),
-        data,
-        FAILURES_RECORDED if failures.rows or skipped else DONE,
+        "\n\n".join(table.text() for table in tables), data, FAILURES_RECORDED if failed else DONE
     )
 
 

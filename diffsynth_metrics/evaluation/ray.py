@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffsynth_metrics.evaluation.samples import Sample, SampleSet
 from diffsynth_metrics.evaluation.workers import begin, work
 
 try:
@@ -19,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError('pip install "diffsynth-metrics[ray]": ray is not installed') from error
 
-__all__ = ["RayWorker", "actor_starter", "joined", "pack"]
+__all__ = ["RayWorker", "actor_starter", "joined", "pack", "read_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,40 @@ def joined(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def read_dataset(dataset: ray.data.Dataset) -> SampleSet:
+    """Return the rows of a dataset as samples.
+
+    Args:
+        dataset: Its columns are those of a manifest: image (a path, the bytes of a file, a dict with
+            ``"bytes"`` as Hugging Face writes them, or an array ``[H, W, 3]``) and, as far as there are,
+            prompt, id, prompt_id, seed and category. Without id it is the number of the row.
+
+    Raises:
+        ValueError: There is no column of images.
+    """
+    columns = dataset.columns() or []
+    if "image" not in columns:
+        raise ValueError(
+            "name the column of pictures 'image', such as by dataset.rename_columns: there are "
+            f"{', '.join(columns)}"
+        )
+    samples = [
+        Sample(
+            id=str(row.get("id", number)),
+            prompt=row.get("prompt"),
+            image=_picture_of(row["image"]),
+            **{name: row.get(name) for name in ("prompt_id", "seed", "category")},
+        )
+        for number, row in enumerate(dataset.iter_rows())
+    ]
+    return SampleSet(samples, layout="ray", reason="a dataset of Ray")
+
+
+def _picture_of(cell: Any) -> Any:
+    """Return the picture of a cell; a dict is that of Hugging Face."""
+    return (cell.get("bytes") or cell["path"]) if isinstance(cell, dict) else cell
 
 
 def actor_starter(job: bytes, count: int, gpus: float | None) -> Callable[[int], RayWorker]:

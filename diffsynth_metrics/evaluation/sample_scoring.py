@@ -15,7 +15,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -277,7 +276,7 @@ def _by_workers(run: Run, crew: Crew, rows: _KnownRows) -> Generator[Scored, Non
         while position < len(pending):
             left = math.ceil((len(pending) - position) / (2 * count))  # all end at the same time
             batch: list[int] = []
-            for index in islice(pending, position, None):
+            for index in pending[position:]:
                 if len(batch) >= max(smallest, min(size, left)):
                     break
                 position += 1

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -41,6 +41,9 @@ from diffsynth_metrics.evaluation.workers import (
     local_device,
 )
 
+if TYPE_CHECKING:
+    import ray
+
 logger = logging.getLogger(__name__)
 
 __all__ = ["EngineName", "MetricInput", "OnError", "score"]
@@ -52,7 +55,7 @@ EngineName = Literal["processes", "ray"]
 
 
 def score(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | ray.data.Dataset,
     metrics: MetricInput | Sequence[MetricInput] | Mapping[str, MetricInput],
     *,
     out: str | os.PathLike[str] | None = None,
@@ -80,7 +83,8 @@ def score(
         >>> print(results.summary())
 
     Args:
-        samples: What ``read_samples`` returned, or a list of samples of different ids.
+        samples: What ``read_samples`` returned, or a list of samples of different ids; or a
+            ``ray.data.Dataset``, see docs/scale.md.
         metrics: Names, classes or loaded metrics; or label to one of these, for two of one kind. What
             is loaded here is freed before the next is loaded; a loaded metric is left as it is.
         out: The run folder; None keeps the rows in memory.
@@ -120,7 +124,7 @@ def score(
             scores.
         Exception: What loading a metric raises.
     """
-    samples = _checked_samples(samples, limit)
+    samples = _checked_samples(_read_if_dataset(samples, limit), limit)
     wanted = _wanted(metrics)
     if out is not None:
         RunFolder(out)  # checks the name
@@ -141,7 +145,7 @@ def score(
                 samples,
                 on_error=on_error,
                 resume=resume,
-                progress=progress,
+                progress=progress and (share is None or share.rank == 0),
                 keeps=out is not None,
             )
             options = {"batch_size": batch_size, "device": device, "torch_dtype": dtype}
@@ -158,6 +162,15 @@ def score(
     results.path = None
     results.name = Path(getattr(samples, "source", "")).stem or "run"
     return results
+
+
+def _read_if_dataset(samples: Any, limit: int | None) -> Any:
+    """Return the samples of a dataset of Ray, and others as they are."""
+    if not type(samples).__module__.startswith("ray.data."):
+        return samples
+    from diffsynth_metrics.evaluation.ray import read_dataset
+
+    return read_dataset(samples if limit is None else samples.limit(limit))
 
 
 def _checked_samples(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:

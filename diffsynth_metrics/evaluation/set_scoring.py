@@ -297,13 +297,16 @@ class _Side:
                 samples = [self._reader.samples[index] for index in readable]
                 yield Task("statistics", (samples,), f"{len(samples)} pictures of {label}", about=file)
 
-        for task, made in self._crew.each(tasks()):
-            if made is None:
-                self.undecodable += len(task.arguments[0])
-                continue
-            if self._run.keeps:
-                self._keep(task.about, made)
-            yield made
+        total = sum(len(readable) for readable, _ in missing)
+        with self._run.bar(label, total, hidden=self._crew.count is None) as bar:
+            for task, made in self._crew.each(tasks()):
+                bar.update(len(task.arguments[0]))
+                if made is None:
+                    self.undecodable += len(task.arguments[0])
+                    continue
+                if self._run.keeps:
+                    self._keep(task.about, made)
+                yield made
 
     def _name_of(self, fingerprint: str, readable: Sequence[int]) -> Path:
         """Return the file of the statistics of pictures, by their content."""

@@ -83,3 +83,18 @@ def test_statistics_and_errors_come_back_from_actors(
     metric.stop = (0, MemoryError("no memory left"))
     with pytest.raises(MemoryError, match="no memory left"):
         score(samples, metric, engine="ray", workers=1)
+
+
+def test_a_dataset_of_ray_is_samples(tmp_path: Path) -> None:
+    files = [one.image for one in gray_files(tmp_path / "pictures", 6)]
+    rows = [{"image": str(file), "prompt": "a", "id": f"x{n}"} for n, file in enumerate(files)]
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    results = score(ray.data.from_items(rows), Brightness, engine="ray", workers=1, limit=4)
+    frame = results.to_pandas()
+    assert sorted(zip(frame["id"], frame["score"].round(4), strict=True)) == [
+        (f"x{n}", float(n)) for n in range(4)
+    ]
+    packed = ray.data.from_items([{"image": file.read_bytes()} for file in files])
+    assert sorted(score(packed, Brightness).to_pandas()["score"].round(4)) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match=r"name the column of pictures 'image'.*there are picture"):
+        score(packed.rename_columns({"image": "picture"}), Brightness)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from counting import Brightness, Counting, Deadly, Difference, Wordiness, gray, gray_files
 
+from diffsynth_metrics.cli import DONE, FAILURES_RECORDED, USAGE, main
 from diffsynth_metrics.evaluation import Results, Sample, score, scoring, set_scoring, workers
 from diffsynth_metrics.evaluation.run_folder import RunFolder, Share
 
@@ -453,3 +454,25 @@ def test_processes_score_and_one_that_is_killed_costs_its_batch_only(
     assert len(keys(tmp_path / "run")) == len(set(keys(tmp_path / "run"))) == 200
     assert set(results.to_pandas()["threads"]) == {max(1, workers.cpu_count() // 2)}
     assert metric.asked == 0  # the caller's own is left alone
+
+
+def test_the_command_takes_workers_and_ranks(
+    tmp_path: Path,
+    fake: type[FakeWorker],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gray_files(tmp_path / "pictures", 6)
+    (tmp_path / "pictures" / "0003.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "prompts.txt").write_text("a\nb\nc\nd\ne\nf\n")
+    data = [str(tmp_path / "pictures"), "--prompts", str(tmp_path / "pictures" / "prompts.txt")]
+    command = ["score", *data, "--metrics", "shapes", "--device", "cpu", "--json", "--out"]
+    assert main([*command, str(tmp_path / "a"), "--workers", "2"]) == FAILURES_RECORDED
+    assert fake.started == 2
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    # torchrun would end the others if one of its processes told of failures by its exit code.
+    assert main([*command, str(tmp_path / "b"), "--workers", "ranks"]) == DONE
+    assert '"scored": 2' in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "b"), "--workers", "0"]) == USAGE
+    assert main([*command, str(tmp_path / "b"), "--gpus-per-worker", "-1"]) == USAGE
