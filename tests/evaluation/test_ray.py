@@ -47,10 +47,10 @@ def test_an_actor_dies_and_the_driver_stops_and_more_actors_go_on(
     append, written = RunFolder.append, [0]
 
     def stopping(folder: RunFolder, rows: Any) -> None:
+        if written[0] > 60:
+            raise KeyboardInterrupt  # these rows are lost
         append(folder, rows)
         written[0] += rows.num_rows
-        if written[0] > 60:
-            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr("diffsynth_metrics.evaluation.run_folder._ROWS_OF_PART", 8)

@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 from counting import Brightness, Counting, Deadly, Difference, Wordiness, gray, gray_files
 
+from diffsynth_metrics import UnifiedReward2Metric
 from diffsynth_metrics.cli import DONE, FAILURES_RECORDED, USAGE, main
 from diffsynth_metrics.evaluation import Results, Sample, score, scoring, set_scoring, workers
 from diffsynth_metrics.evaluation.run_folder import RunFolder, Share
+from diffsynth_metrics.judges.server import ServerEngine
+from diffsynth_metrics.testing import ScriptedEngine
 
 
 class Died(Exception):
@@ -289,6 +292,18 @@ class TestWorkers:
         ids = [part.column("run_id")[0].as_py() for part in RunFolder(out).parts()]
         assert len(set(ids)) == 4
         assert set(Results.open(out).to_pandas()["run_id"]) == {ids[-1]}
+
+
+def test_judges_score_in_workers_and_keep_their_answers(
+    tmp_path: Path, samples: list[Sample], fake: type[FakeWorker]
+) -> None:
+    answer = "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2"
+    judge, out = UnifiedReward2Metric(ScriptedEngine(answer)), tmp_path / "run"
+    results = score(samples[:9], judge, out=out, workers=2)
+    assert set(scores(results).values()) == {3.0}
+    assert len(list((out / "answers").rglob("*.json"))) == 9
+    asking = UnifiedReward2Metric(ServerEngine("http://127.0.0.1:9/v1", "judge", concurrency=8))
+    assert pickle.loads(pickle.dumps(asking)).engine.concurrency == 8
 
 
 class TestSets:
