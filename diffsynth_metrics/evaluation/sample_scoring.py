@@ -56,6 +56,7 @@ __all__ = [
     "facts_of",
     "plain",
     "score_samples",
+    "with_absolute_paths",
 ]
 
 logger = logging.getLogger(__name__)
@@ -299,10 +300,29 @@ def _by_workers(run: Run, crew: Crew, rows: _KnownRows) -> Generator[Scored, Non
 
 
 def _batch(samples: Sequence[Sample], indices: list[int], rows: _KnownRows) -> Task:
-    batch = [samples[index] for index in indices]
+    batch = [with_absolute_paths(samples[index]) for index in indices]
     known = {id: pairs for sample in batch if (pairs := rows.of(id := storable(sample.id)))}
     name = f"samples {batch[0].id!r} to {batch[-1].id!r}"
     return Task("score", (batch, known), name, about=indices)
+
+
+def with_absolute_paths(sample: Sample) -> Sample:
+    """Return a sample for another process, which may be in another folder."""
+    images = (sample.image, *sample.sources)
+    absolute = tuple(map(_with_absolute_path, images))
+    if all(one is other for one, other in zip(absolute, images, strict=True)):
+        return sample
+    return replace(sample, image=absolute[0], sources=absolute[1:])
+
+
+def _with_absolute_path(image: Any) -> Any:
+    if isinstance(image, PackedImage):
+        file = _with_absolute_path(image.file)
+        return image if file is image.file else replace(image, file=file)
+    if not isinstance(image, (str, os.PathLike)) or os.path.isabs(image):
+        return image
+    absolute = os.path.abspath(os.path.expanduser(image))
+    return Path(absolute) if isinstance(image, Path) else absolute
 
 
 def _is_in_memory(sample: Sample) -> bool:

@@ -249,6 +249,15 @@ class _Wanted:
             return "shapes" if name == "shapes" else name_of(kind)
         return name_of(kind)
 
+    def with_absolute_path(self) -> _Wanted:
+        """Return it for another process, which may be in another folder."""
+        if isinstance(self.metric, str):
+            name, _, path = self.metric.partition("=")
+            path = os.path.expanduser(path)
+            if path and os.path.exists(path):
+                return _Wanted(f"{name}={os.path.abspath(path)}")
+        return self
+
     def load(self, options: Mapping[str, Any]) -> BaseMetric:
         """Load the metric, or return the caller's."""
         if isinstance(self.metric, BaseMetric):
@@ -379,7 +388,7 @@ class _Staff:
         """Load a metric where it is to score, and free it afterwards."""
         job = Job(
             label,
-            one,
+            one if self.workers is None else one.with_absolute_path(),
             options,
             run_id=run.id,
             on_error=run.on_error,

@@ -21,7 +21,15 @@ from diffsynth_metrics.base import SetMetric
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.evaluation.reading import OF_SAMPLES, Content, SampleReader
 from diffsynth_metrics.evaluation.results import digest_of_images
-from diffsynth_metrics.evaluation.sample_scoring import Crew, OnError, Run, Task, facts_of, plain
+from diffsynth_metrics.evaluation.sample_scoring import (
+    Crew,
+    OnError,
+    Run,
+    Task,
+    facts_of,
+    plain,
+    with_absolute_paths,
+)
 from diffsynth_metrics.evaluation.samples import Sample
 from diffsynth_metrics.fid.features import FeatureSet
 from diffsynth_metrics.fid.statistics import FIDStatistics
@@ -227,7 +235,7 @@ class _Side:
         if self._file is not None:
             return _load(self._file)
         if not self._crew.facts.has_statistics:
-            return [self._reader.samples[index] for index in self._readable_of(self._reader_range())]
+            return self._samples(self._readable_of(self._reader_range()))
         whole = self._name_of(fingerprint, self._readable_of(self._reader_range()))
         if (kept := self._kept(whole)) is not None:
             return kept
@@ -254,6 +262,10 @@ class _Side:
         for _ in self._made(label, fingerprint, blocks):
             pass
 
+    def _samples(self, indices: Sequence[int]) -> list[Sample]:
+        samples = [self._reader.samples[index] for index in indices]
+        return samples if self._crew.count is None else [with_absolute_paths(one) for one in samples]
+
     def _reader_range(self) -> range:
         return range(len(self._reader.samples))
 
@@ -272,8 +284,7 @@ class _Side:
         def tasks() -> Iterator[Task]:
             for start in range(0, len(unknown), _READ_AT_ONCE):
                 part = unknown[start : start + _READ_AT_ONCE]
-                samples = [self._reader.samples[index] for index in part]
-                yield Task("read", (samples,), f"the files of {label}", about=part)
+                yield Task("read", (self._samples(part),), f"the files of {label}", about=part)
 
         for task, (contents, problems) in self._crew.each(tasks()):
             for index, content in zip(task.about, contents, strict=True):
@@ -294,7 +305,7 @@ class _Side:
 
         def tasks() -> Iterator[Task]:
             for readable, file in missing:
-                samples = [self._reader.samples[index] for index in readable]
+                samples = self._samples(readable)
                 yield Task("statistics", (samples,), f"{len(samples)} pictures of {label}", about=file)
 
         total = sum(len(readable) for readable, _ in missing)

@@ -260,6 +260,34 @@ class TestWorkers:
             with pytest.raises(TypeError, match=r"pass pictures as paths.*samples 's0'"):
                 score([replace(samples[0], image=opened)], Brightness, workers=2)
 
+    def test_workers_may_be_in_another_folder(
+        self,
+        tmp_path: Path,
+        samples: list[Sample],
+        fake: type[FakeWorker],
+        tiny: Callable[[str], Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        (tmp_path / "weights").symlink_to(tiny("clip"))
+        monkeypatch.chdir(tmp_path)
+        given = [
+            replace(samples[0], image=Path("pictures/0000.png")),
+            replace(samples[1], image="pictures/0001.png", sources=("pictures/0000.png",)),
+        ]
+        work = workers.work
+
+        def elsewhere(task: bytes) -> bytes:
+            os.chdir("/")
+            try:
+                return work(task)
+            finally:
+                os.chdir(tmp_path)
+
+        monkeypatch.setattr(workers, "work", elsewhere)
+        results = score(given, {"clip": "clip=weights", "b": Brightness}, workers=1, device="cpu")
+        assert len(results) == 4 and not results.failures().rows
+        assert results.to_pandas()["sources"].tolist()[2] == [str(samples[0].image)]
+
     def test_options_of_workers_are_checked_first(self, samples: list[Sample]) -> None:
         for options, message in (
             ({"workers": 0}, "a positive int"),
