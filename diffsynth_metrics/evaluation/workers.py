@@ -30,7 +30,7 @@ from diffsynth_metrics.evaluation.sample_scoring import Facts, OnError, SampleSc
 from diffsynth_metrics.evaluation.set_scoring import SetScorer
 from diffsynth_metrics.pixels.resizing import cpu_count
 
-__all__ = ["Alone", "Job", "ProcessWorker", "Worker", "Workers", "local_device", "work"]
+__all__ = ["Alone", "Job", "ProcessWorker", "Worker", "Workers", "begin", "local_device", "work"]
 
 logger = logging.getLogger(__name__)
 
