@@ -199,6 +199,10 @@ def _score(arguments: argparse.Namespace) -> _Output:
         reference=arguments.reference,
         device=arguments.device,
         dtype=_dtype(arguments.dtype),
+        workers=arguments.workers,
+        engine=arguments.engine,
+        gpus_per_worker=arguments.gpus_per_worker,
+        address=arguments.address,
     )
     summary, failures = results.summary(), results.failures()
     _say(f"kept in {arguments.out}")
@@ -210,10 +214,11 @@ def _score(arguments: argparse.Namespace) -> _Output:
         "failures": failures.records(),
         "sets": results.sets,
     }
+    failed = bool(failures.rows) or skipped
+    if arguments.workers == "ranks":
+        failed = False  # torchrun would end the other processes
     return _Output(
-        "\n\n".join(table.text() for table in tables),
-        data,
-        FAILURES_RECORDED if failures.rows or skipped else DONE,
+        "\n\n".join(table.text() for table in tables), data, FAILURES_RECORDED if failed else DONE
     )
 
 
@@ -594,6 +599,22 @@ def _add_score(commands: Any) -> None:
         help="record a picture that fails with its reason (default), or stop",
     )
     parser.add_argument("--no-resume", action="store_true", help="score everything again")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_workers,
+        help="processes or actors that score; ranks: this is one of the processes of torchrun or srun",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="what workers are: processes of this machine (default), or actors of a Ray cluster",
+    )
+    parser.add_argument(
+        "--gpus-per-worker", metavar="G", type=_share_of_gpus, help="GPUs that an actor reserves"
+    )
+    parser.add_argument("--address", metavar="A", help="the Ray cluster, such as auto")
 
 
 def _add_check(commands: Any) -> None:
@@ -853,6 +874,20 @@ def _column(text: str) -> tuple[str, str]:
     if not (name and equals and column):
         raise argparse.ArgumentTypeError(f"write NAME=COLUMN, such as image=path, got {text!r}")
     return name, column
+
+
+def _workers(text: str) -> int | str:
+    return text if text == "ranks" else _positive(text)
+
+
+def _share_of_gpus(text: str) -> float:
+    try:
+        gpus = float(text)
+    except ValueError:
+        gpus = math.nan
+    if not 0 <= gpus < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of GPUs such as 1 or 0.5, got {text!r}")
+    return gpus
 
 
 def _positive(text: str) -> int:

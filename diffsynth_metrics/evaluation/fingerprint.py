@@ -81,6 +81,8 @@ def storable(text: str) -> str:
     Half a character is written as an escape such as ``\ud800``. Where a text has such an escape itself,
     its backslashes are doubled, so that the two are not taken for one another.
     """
+    if text.isascii() and "\\" not in text:  # nearly all, in a tenth of the time
+        return text
     return readable(_LIKE_AN_ESCAPE.sub(lambda found: 2 * found[0], text))
 
 

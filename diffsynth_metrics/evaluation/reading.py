@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL.Image
 import pyarrow as pa
@@ -21,6 +22,7 @@ from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, open_i
 
 __all__ = [
     "OF_SAMPLES",
+    "Content",
     "Item",
     "SampleReader",
     "image_name",
@@ -59,6 +61,18 @@ class Item:
         return sum(len(image) for image in self.images if isinstance(image, bytes))
 
 
+class Content(NamedTuple):
+    """What the files of a sample were when they were read.
+
+    Attributes:
+        image: sha256 of its picture; None before it is read, empty where that failed.
+        sources: sha256 of each of its sources, likewise.
+    """
+
+    image: str | None
+    sources: tuple[str, ...] | None
+
+
 class SampleReader:
     """Reads samples and remembers what their contents were.
 
@@ -95,20 +109,34 @@ class SampleReader:
             self.sources_sha256[index] = tuple(digests[1:])
         return Item(sample, () if problem else tuple(images), problem, digests[0], tuple(digests[1:]))
 
+    def content(self, index: int) -> Content:
+        """Return what is known of the content of a sample."""
+        return Content(self.images_sha256[index], self.sources_sha256[index])
+
+    def learn(self, index: int, content: Content) -> None:
+        """Take what another process knows of the content of a sample."""
+        self.images_sha256[index] = content.image
+        if content.sources is not None:
+            self.sources_sha256[index] = content.sources
+
     def table(self) -> pa.Table:
         """Return the samples, with what is known of their contents."""
-        parts = [
-            table_of([self._row(index) for index in indices], SAMPLES)
-            for indices in _blocks(len(self.samples))
-        ]
-        return pa.concat_tables(parts)
+        contents = {"image_sha256": self.images_sha256, "sources_sha256": self.sources_sha256}
+        table = self.described
+        for name, values in contents.items():
+            column = table.schema.get_field_index(name)
+            table = table.set_column(
+                column, SAMPLES.field(name), pa.array(values, SAMPLES.field(name).type)
+            )
+        return table
 
-    def _row(self, index: int) -> dict[str, Any]:
-        return {
-            **sample_row(self.samples[index]),
-            "image_sha256": self.images_sha256[index],
-            "sources_sha256": self.sources_sha256[index],
-        }
+    @cached_property
+    def described(self) -> pa.Table:
+        """The samples, without what is known of their contents; samples do not change."""
+        return pa.concat_tables(
+            table_of([sample_row(self.samples[index]) for index in indices], SAMPLES)
+            for indices in _blocks(len(self.samples))
+        )
 
 
 def _blocks(count: int) -> list[range]:
@@ -132,6 +160,8 @@ def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage
         OSError: The file cannot be read.
         TypeError: It is no image.
     """
+    if contents := _contents_of_file(image):
+        return contents, _digest_of_image(contents, name)
     if isinstance(image, PackedImage):
         try:
             image = image.read()
@@ -148,6 +178,17 @@ def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage
     if isinstance(checked, Path):
         checked = checked.read_bytes()
     return checked, _digest_of_image(checked, name)
+
+
+def _contents_of_file(image: Any) -> bytes:
+    """Return what is in a file, quickly; nothing where anything about it needs a closer look."""
+    if not isinstance(image, (str, Path)) or str(image).startswith("~"):
+        return b""
+    try:
+        with open(image, "rb") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return b""
 
 
 def image_name(sample: Sample) -> str:

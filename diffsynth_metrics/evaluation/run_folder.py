@@ -6,9 +6,10 @@
     OUT/statistics/*.npz   FID's statistics, by content
     OUT/answers/LABEL/     judges' answers, by content
     OUT/lock               held by the process that writes
+    OUT/lock.RANK          held by one of several processes that share a run, see :class:`Share`
 
 Every file is written under a temporary name, brought to the disk and renamed, so a reader finds all of
-it or nothing, whenever the writer is killed.
+it or nothing, whenever the writer is killed. No name depends on the time of day.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import errno
 import json
 import logging
 import os
+import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,14 @@ try:
 except ImportError as error:
     raise ImportError('pip install "diffsynth-metrics[eval]": pyarrow is not installed') from error
 
-__all__ = ["ROWS", "SAMPLES", "RowWriter", "RunFolder", "table_of"]
+__all__ = ["ROWS", "SAMPLES", "RowWriter", "RunFolder", "Share", "table_of"]
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 
-_ROWS_OF_PART = 5000  # which bounds the memory of rows that are not written yet
+_ROWS_OF_PART = 20_000  # which bounds the memory of rows that are not written yet
+_LOCK_SECONDS = 10.0  # how long the look of another process at a lock may take
 
 _REPEATED = pa.dictionary(pa.int32(), pa.string())
 
@@ -93,14 +97,31 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The share of one of several processes that write to one folder and never speak to each other.
+
+    A process has the samples whose position divided by `world` leaves `rank`. The share is a matter of
+    one start: the next may have another `world`, because what is done is known by the samples.
+
+    Attributes:
+        rank: Which of the processes, from 0.
+        world: How many there are.
+    """
+
+    rank: int
+    world: int
+
+
 class RunFolder:
     """A run folder. Whoever writes holds :meth:`locked`; anybody may read at any time.
 
     Attributes:
         path: The folder.
+        share: The share of this process, or None where it writes alone.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], share: Share | None = None) -> None:
         """Name a folder, which need not exist.
 
         Raises:
@@ -109,30 +130,53 @@ class RunFolder:
         if not os.fspath(path):
             raise ValueError("name the run folder, such as 'runs/a': the name is empty")
         self.path = Path(path).expanduser()
+        self.share = share
+        self._number = 0  # of the last part
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, and be the only one that writes to it.
+        """Make the folder, and be the only one that writes to it, or the only one of its rank.
 
         Raises:
             BlockingIOError: Another process is writing.
             OSError: The folder cannot be written to.
         """
-        with _explained(self.path):
-            (self.path / "parts").mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / "lock", timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise BlockingIOError(
-                    f"another process is writing to {self.path}: let it end, or choose another out="
-                ) from None
+        with ExitStack() as held:
+            with _explained(self.path):
+                (self.path / "parts").mkdir(parents=True, exist_ok=True)
+                if self.share is None:
+                    held.enter_context(self._lock("lock"))
+                    for file in self.path.glob("lock.*"):
+                        with self._lock(file.name):
+                            pass  # no process of a shared run is at work
+                else:
+                    held.enter_context(self._lock(f"lock.{self.share.rank}"))
+                    with self._lock("lock", timeout=_LOCK_SECONDS):
+                        pass  # others of the shared run look at it too
+            if self.share is None:
+                for pattern in ("*.tmp", "*/*.tmp", "*/*.tmp.npz"):
+                    for file in self.path.glob(pattern):
+                        file.unlink()  # of a process that was killed
+            yield
+
+    @contextmanager
+    def _lock(self, name: str, timeout: float = 0) -> Iterator[None]:
+        lock = FileLock(self.path / name)
         try:
-            for file in (*self.path.glob("*.tmp"), *self.path.glob("*/*.tmp")):
-                file.unlink()  # of a process that was killed
+            lock.acquire(timeout=timeout)
+        except Timeout:
+            raise BlockingIOError(
+                f"another process is writing to {self.path}: let it end, or choose another out= "
+                '(processes that torchrun or srun started share a folder with workers="ranks")'
+            ) from None
+        try:
             yield
         finally:
             lock.release()
+
+    def is_described(self) -> bool:
+        """Tell whether there is a run.json."""
+        return (self.path / "run.json").exists()
 
     def read_description(self) -> dict[str, Any]:
         """Return what run.json says: ``"metrics"`` by label and ``"sets"``.
@@ -202,9 +246,13 @@ class RunFolder:
         Raises:
             OSError: It cannot be written, such as on a full disk; the parts before it are whole.
         """
-        numbers = [int(file.name.split(".")[0]) for file in (self.path / "parts").glob("[0-9]*")]
-        part = self.path / "parts" / f"{max(numbers, default=0) + 1:06d}.parquet"
-        self._write(part, _encoded(rows))
+        if not self._number:
+            files = (self.path / "parts").glob("[0-9]*")
+            self._number = max((int(file.name.split(".")[0]) for file in files), default=0)
+        self._number += 1
+        # A random word where others write too: nobody writes to a name of another process.
+        word = f".{self.share.rank}-{secrets.token_hex(4)}" if self.share else ""
+        self._write(self.path / "parts" / f"{self._number:06d}{word}.parquet", _encoded(rows))
 
     def parts(self, *, repair: bool = False) -> Iterator[pa.Table]:
         """Yield the rows part by part, in the order of writing, without the parts that are damaged.
@@ -223,14 +271,15 @@ class RunFolder:
                     logger.warning("left out the rows of %s, which is damaged: %s", file, error)
                     continue
                 aside = file.with_name(f"{file.name}.damaged")
-                os.replace(file, aside)
+                with suppress(FileNotFoundError):  # another process of a shared run was quicker
+                    os.replace(file, aside)
                 logger.warning("%s is damaged (%s) and now called %s", file, error, aside.name)
                 continue
             yield table
 
     def _write(self, file: Path, contents: bytes | pa.Buffer) -> None:
         """Write a file so that it is there as a whole or not at all."""
-        temporary = file.with_name(f"{file.name}.tmp")
+        temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
         with _explained(self.path):
             try:
                 with temporary.open("wb") as opened:
@@ -271,22 +320,23 @@ class RowWriter:
         self._longest = longest
         self._clock = clock
         self._begun = self._closed = clock()
-        self._rows: list[dict[str, Any]] = []
+        self._tables: list[pa.Table] = []
 
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+    def add(self, rows: pa.Table) -> None:
         """Take rows that were made together, and write a part where one is due."""
-        for row in rows:  # one by one: those before an error are kept
-            self._rows.append(row)
+        if rows.num_rows:
+            self._tables.append(rows)
         now = self._clock()
         wait = max(self._shortest, min(self._longest, (now - self._begun) / 10))
-        if now - self._closed >= wait or len(self._rows) >= _ROWS_OF_PART:
+        count = sum(table.num_rows for table in self._tables)
+        if now - self._closed >= wait or count >= _ROWS_OF_PART:
             self.close()
 
     def close(self) -> None:
         """Write the rows that are not written yet."""
-        if self._rows:
-            self._folder.append(table_of(self._rows, ROWS))
-        self._rows = []
+        if self._tables:
+            self._folder.append(pa.concat_tables(self._tables).unify_dictionaries())
+        self._tables = []
         self._closed = self._clock()
 
 

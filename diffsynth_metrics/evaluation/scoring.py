@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import pickle
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -20,23 +22,40 @@ from diffsynth_metrics.base import BaseMetric, SetMetric, check_batch_size
 from diffsynth_metrics.catalog import find_class, load_metric, name_of
 from diffsynth_metrics.evaluation.reading import SampleReader
 from diffsynth_metrics.evaluation.results import Results
-from diffsynth_metrics.evaluation.run_folder import RunFolder
-from diffsynth_metrics.evaluation.sample_scoring import Run, score_samples
+from diffsynth_metrics.evaluation.run_folder import RunFolder, Share
+from diffsynth_metrics.evaluation.sample_scoring import (
+    Crew,
+    OnError,
+    RowsOfId,
+    Run,
+    score_samples,
+)
 from diffsynth_metrics.evaluation.samples import Sample
 from diffsynth_metrics.evaluation.set_scoring import Reference, check_reference, score_set
+from diffsynth_metrics.evaluation.workers import (
+    Alone,
+    Job,
+    ProcessWorker,
+    Worker,
+    Workers,
+    local_device,
+)
+
+if TYPE_CHECKING:
+    import ray
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["MetricInput", "OnError", "score"]
+__all__ = ["EngineName", "MetricInput", "OnError", "score"]
 
 MetricInput: TypeAlias = "str | type[BaseMetric] | BaseMetric"
 """A name such as ``"pickscore"`` or ``"pickscore=folder"``, a class, or a loaded metric."""
 
-OnError = Literal["record", "raise"]
+EngineName = Literal["processes", "ray"]
 
 
 def score(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | ray.data.Dataset,
     metrics: MetricInput | Sequence[MetricInput] | Mapping[str, MetricInput],
     *,
     out: str | os.PathLike[str] | None = None,
@@ -48,6 +67,10 @@ def score(
     reference: Reference | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    workers: int | Literal["ranks"] | None = None,
+    engine: EngineName = "processes",
+    gpus_per_worker: float | None = None,
+    address: str | None = None,
 ) -> Results:
     """Score samples with metrics, one metric after the other.
 
@@ -60,7 +83,8 @@ def score(
         >>> print(results.summary())
 
     Args:
-        samples: What ``read_samples`` returned, or a list of samples of different ids.
+        samples: What ``read_samples`` returned, or a list of samples of different ids; or a
+            ``ray.data.Dataset``, see docs/scale.md.
         metrics: Names, classes or loaded metrics; or label to one of these, for two of one kind. What
             is loaded here is freed before the next is loaded; a loaded metric is left as it is.
         out: The run folder; None keeps the rows in memory.
@@ -75,21 +99,32 @@ def score(
             file of statistics.
         device: For metrics that are loaded here, see ``from_pretrained``.
         dtype: For metrics that are loaded here, ``torch_dtype`` of ``from_pretrained``.
+        workers: How many workers score; each loads the metric, and this process hands out samples and
+            writes rows. None: this process scores. ``"ranks"``: this process is one of several that
+            ``torchrun`` or ``srun`` started and scores its share, see docs/scale.md.
+        engine: What workers are: ``"processes"`` of this machine, or actors of a ``"ray"`` cluster.
+        gpus_per_worker: For Ray, the GPUs that an actor reserves, such as 1 or 0.5; none by default.
+        address: For Ray, where the cluster is; by default the one that the environment names or that
+            this process has joined, else one on this machine for the time of the call.
 
     Returns:
         The rows of these samples by the metrics of the run folder, those of earlier calls included.
 
     Raises:
         ValueError: There are no samples, two have one id, a metric is not known (the message suggests
-            one) or two have one label, a metric of sets has no reference, or `out` is empty.
-        TypeError: Something is no sample or no metric, a sample's field is of the wrong type, or a
-            metric does not return one dict with a number as ``"score"`` per sample.
+            one) or two have one label, a metric of sets has no reference, `out` is empty, or an option
+            of workers goes with another engine.
+        TypeError: Something is no sample or no metric, a sample's field is of the wrong type, a metric
+            does not return one dict with a number as ``"score"`` per sample, or something cannot be
+            sent to workers.
         FileNotFoundError: The reference does not exist.
         BlockingIOError: Another process is writing to `out`.
         OSError: `out` cannot be written to, or the disk is full.
+        RuntimeError: Workers die again and again, do not see the pictures, or would give different
+            scores.
         Exception: What loading a metric raises.
     """
-    samples = _checked_samples(samples, limit)
+    samples = _checked_samples(_read_if_dataset(samples, limit), limit)
     wanted = _wanted(metrics)
     if out is not None:
         RunFolder(out)  # checks the name
@@ -98,19 +133,23 @@ def score(
     if batch_size is not None:
         check_batch_size(batch_size)
     _check_sets(reference, wanted)
+    _check_workers(workers, engine, gpus_per_worker, address, out)
+    share = _share() if workers == "ranks" else None
+    staff = _Staff(workers if isinstance(workers, int) else None, engine, gpus_per_worker)
 
     def run_in(folder: str | os.PathLike[str]) -> Results:
-        run_folder = RunFolder(folder)
-        with run_folder.locked():
+        run_folder = RunFolder(folder, share)
+        with run_folder.locked(), _joined(address) if engine == "ray" else nullcontext():
             run = _begin(
                 run_folder,
                 samples,
                 on_error=on_error,
                 resume=resume,
-                progress=progress,
+                progress=progress and (share is None or share.rank == 0),
                 keeps=out is not None,
             )
-            _score_all(run, wanted, reference, batch_size=batch_size, device=device, torch_dtype=dtype)
+            options = {"batch_size": batch_size, "device": device, "torch_dtype": dtype}
+            _score_all(run, wanted, reference, staff, options)
         return Results.open(folder)
 
     if out is not None:
@@ -123,6 +162,15 @@ def score(
     results.path = None
     results.name = Path(getattr(samples, "source", "")).stem or "run"
     return results
+
+
+def _read_if_dataset(samples: Any, limit: int | None) -> Any:
+    """Return the samples of a dataset of Ray, and others as they are."""
+    if not type(samples).__module__.startswith("ray.data."):
+        return samples
+    from diffsynth_metrics.evaluation.ray import read_dataset
+
+    return read_dataset(samples if limit is None else samples.limit(limit))
 
 
 def _checked_samples(samples: Sequence[Sample], limit: int | None) -> Sequence[Sample]:
@@ -201,6 +249,15 @@ class _Wanted:
             return "shapes" if name == "shapes" else name_of(kind)
         return name_of(kind)
 
+    def with_absolute_path(self) -> _Wanted:
+        """Return it for another process, which may be in another folder."""
+        if isinstance(self.metric, str):
+            name, _, path = self.metric.partition("=")
+            path = os.path.expanduser(path)
+            if path and os.path.exists(path):
+                return _Wanted(f"{name}={os.path.abspath(path)}")
+        return self
+
     def load(self, options: Mapping[str, Any]) -> BaseMetric:
         """Load the metric, or return the caller's."""
         if isinstance(self.metric, BaseMetric):
@@ -261,15 +318,16 @@ def _begin(folder: RunFolder, samples: Sequence[Sample], *, resume: bool, **sett
     """Find out what a folder has already; it is locked."""
     metrics: dict[str, dict[str, Any]] = {}
     sets: list[dict[str, Any]] = []
-    known: dict[str, dict[str, str | None]] = {}
-    if (folder.path / "run.json").exists():
+    known: dict[str, dict[str, RowsOfId]] = {}
+    if folder.is_described():
         description = folder.read_description()
         metrics, sets = description["metrics"], description["sets"]
     for part in folder.parts(repair=True):
-        columns = [part.column(name).to_pylist() for name in ("metric", "key", "error")]
-        for label, key, error in zip(*columns, strict=True):
+        columns = [part.column(name).to_pylist() for name in ("metric", "id", "key", "error")]
+        for label, id, key, error in zip(*columns, strict=True):
             if resume:
-                known.setdefault(label, {})[key] = error
+                of_label = known.setdefault(label, {})
+                of_label[id] = (*of_label.get(id, ()), (key, error))
     return Run(
         folder=folder,
         reader=SampleReader(samples),
@@ -282,19 +340,141 @@ def _begin(folder: RunFolder, samples: Sequence[Sample], *, resume: bool, **sett
 
 
 def _score_all(
-    run: Run, wanted: Mapping[str, _Wanted], reference: Reference | None, **options: Any
+    run: Run,
+    wanted: Mapping[str, _Wanted],
+    reference: Reference | None,
+    staff: _Staff,
+    options: Mapping[str, Any],
 ) -> None:
     """Score with one metric after the other."""
-    _tell_of_other_samples(run)
-    run.folder.write_samples(run.reader.table())
-    run.folder.write_description(run.metrics, run.sets)
+    share = run.folder.share
+    if share is None or not run.folder.is_described():
+        _tell_of_other_samples(run)
+        run.folder.write_samples(run.reader.table())
+        run.folder.write_description(run.metrics, run.sets)
     try:
         for label, one in wanted.items():
-            device = _score_one(run, label, one.load(options), reference)
+            with staff.crew(run, label, one, options) as crew:
+                if issubclass(one.kind, SetMetric):
+                    assert reference is not None
+                    score_set(run, label, crew, reference)
+                else:
+                    score_samples(run, label, crew)
+                device = crew.facts.device
+            del crew
             _collect_garbage()
-            _empty_cache(device)
+            _empty_cache(torch.device(device))
     finally:
-        run.folder.write_samples(run.reader.table())
+        if share is None:  # else this process knows the content of its share only
+            run.folder.write_samples(run.reader.table())
+
+
+@dataclass(frozen=True)
+class _Staff:
+    """Who scores.
+
+    Attributes:
+        workers: How many workers; None: this process.
+        engine: What workers are.
+        gpus: How many GPUs an actor of Ray reserves.
+    """
+
+    workers: int | None
+    engine: EngineName
+    gpus: float | None
+
+    @contextmanager
+    def crew(self, run: Run, label: str, one: _Wanted, options: Mapping[str, Any]) -> Iterator[Crew]:
+        """Load a metric where it is to score, and free it afterwards."""
+        job = Job(
+            label,
+            one if self.workers is None else one.with_absolute_path(),
+            options,
+            run_id=run.id,
+            on_error=run.on_error,
+            folder=run.folder.path.absolute() if run.keeps else None,
+            progress=run.progress and self.workers is None,
+        )
+        if self.workers is None:
+            yield Alone(job, local_device(_local_rank()) if run.folder.share else None)
+            return
+        count = self.workers
+        start: Callable[[int], Worker]
+        if self.engine == "ray":
+            from diffsynth_metrics.evaluation.ray import actor_starter, pack
+
+            contents = _packed(job, pack)
+            start = actor_starter(contents, count, self.gpus)
+        else:
+            contents = _packed(job, pickle.dumps)
+
+            def start(number: int) -> ProcessWorker:
+                return ProcessWorker(number, contents, count)
+
+        workers = Workers(start, count)
+        try:
+            yield workers
+        finally:
+            workers.close()
+
+
+def _packed(job: Job, pack: Callable[[Job], bytes]) -> bytes:
+    try:
+        return pack(job)
+    except Exception as error:
+        raise TypeError(
+            f"pass a name, or a class or metric that can be pickled: {job.label!r} cannot be sent to "
+            f"workers ({error})"
+        ) from error
+
+
+@contextmanager
+def _joined(address: str | None) -> Iterator[None]:
+    from diffsynth_metrics.evaluation.ray import joined
+
+    with joined(address):
+        yield
+
+
+def _check_workers(workers: Any, engine: str, gpus: float | None, address: str | None, out: Any) -> None:
+    if engine not in get_args(EngineName):
+        raise ValueError(f"engine must be 'processes' or 'ray', got {engine!r}")
+    is_number = isinstance(workers, int) and not isinstance(workers, bool) and workers > 0
+    if workers is not None and workers != "ranks" and not is_number:
+        raise ValueError(f"workers must be a positive int or 'ranks', got {workers!r}")
+    if engine == "ray" and not is_number:
+        raise ValueError(f"say how many actors score, such as workers=4, got workers={workers!r}")
+    if engine != "ray" and (gpus is not None or address is not None):
+        raise ValueError("gpus_per_worker and address go with engine='ray'")
+    if gpus is not None and not gpus >= 0:
+        raise ValueError(f"gpus_per_worker must be at least 0, got {gpus!r}")
+    if workers == "ranks" and out is None:
+        raise ValueError("pass out=, the folder that the processes share")
+
+
+_RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+
+
+def _share() -> Share:
+    """Return the share of this process, as torchrun or srun say it.
+
+    Raises:
+        ValueError: Neither started it.
+    """
+    for rank, world in _RANKS:
+        if rank in os.environ and world in os.environ:
+            share = Share(int(os.environ[rank]), int(os.environ[world]))
+            logger.info("process %d of %d scores its share of the samples", share.rank, share.world)
+            return share
+    raise ValueError(
+        "start the processes with torchrun or srun, or say how many workers= there are: neither RANK "
+        "and WORLD_SIZE nor SLURM_PROCID and SLURM_NTASKS are in the environment"
+    )
+
+
+def _local_rank() -> int:
+    """Return which of the processes of this machine this one is."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def _tell_of_other_samples(run: Run) -> None:
@@ -303,7 +483,7 @@ def _tell_of_other_samples(run: Run) -> None:
         before = run.folder.read_samples()
     except (OSError, ValueError):
         return  # there are none, or they are damaged and are written anew
-    new = run.reader.table()
+    new = run.reader.described
     now = set(zip(new["id"].to_pylist(), new["image"].to_pylist(), strict=True))
     others = [
         id
@@ -319,16 +499,6 @@ def _tell_of_other_samples(run: Run) -> None:
             len(before),
             others[0],
         )
-
-
-def _score_one(run: Run, label: str, metric: BaseMetric, reference: Reference | None) -> torch.device:
-    """Score all samples with a metric, and return where it ran."""
-    if isinstance(metric, SetMetric):
-        assert reference is not None
-        score_set(run, label, metric, reference)
-    else:
-        score_samples(run, label, metric)
-    return metric.device
 
 
 def _collect_garbage() -> None:

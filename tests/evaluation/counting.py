@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,26 @@ class Brightness(Counting, ImageMetric):
     def components(self, images: Any) -> dict[str, Tensor]:
         self.count(images)
         return {"score": brightness(images) * float(self.model.weight)}
+
+
+class Deadly(Brightness):
+    """Brightness, by a process that is killed once, when it has scored so many pictures.
+
+    Attributes:
+        marker: A file that says that it was.
+        after: How many pictures it scores before.
+    """
+
+    def __init__(self, marker: Path, after: int) -> None:
+        super().__init__()
+        self.marker = marker
+        self.after = after
+
+    def count(self, images: Sequence[Any]) -> None:
+        super().count(images)
+        if self.asked >= self.after and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Wordiness(Counting, PromptMetric):

@@ -15,7 +15,7 @@ from counting import Brightness, Wordiness, gray_files
 
 from diffsynth_metrics.evaluation import Results, Sample, score
 from diffsynth_metrics.evaluation.reading import SampleReader
-from diffsynth_metrics.evaluation.run_folder import RowWriter, RunFolder
+from diffsynth_metrics.evaluation.run_folder import ROWS, RowWriter, RunFolder, table_of
 
 
 def row(id: str, score: float | None, **more: Any) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class TestRowWriter:
             for second in range(1, 1000):
                 now[0] = float(second)
                 before = len(list((folder.path / "parts").iterdir()))
-                writer.add([row(str(second), 1.0)])
+                writer.add(table_of([row(str(second), 1.0)], ROWS))
                 if len(list((folder.path / "parts").iterdir())) > before:
                     sizes.append(second)
             writer.close()
