@@ -14,6 +14,7 @@ import PIL.Image
 import pyarrow as pa
 from torch import Tensor
 
+from diffsynth_metrics.each_sample import OF_SAMPLES
 from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.evaluation.fingerprint import bytes_of, readable, storable
 from diffsynth_metrics.evaluation.run_folder import SAMPLES, table_of
@@ -21,7 +22,6 @@ from diffsynth_metrics.evaluation.samples import PackedImage, Sample
 from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, open_image
 
 __all__ = [
-    "OF_SAMPLES",
     "Content",
     "Item",
     "SampleReader",
@@ -31,9 +31,6 @@ __all__ = [
     "reference_of",
     "sample_row",
 ]
-
-OF_SAMPLES = (ImageError, OSError, TypeError, ValueError)
-"""What a bad sample raises."""
 
 
 @dataclass(frozen=True)

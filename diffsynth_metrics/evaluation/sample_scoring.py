@@ -15,7 +15,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 from uuid import uuid4
@@ -29,10 +28,10 @@ from tqdm import tqdm
 
 from diffsynth_metrics import __version__
 from diffsynth_metrics.base import BaseMetric
-from diffsynth_metrics.errors import AnswerError, CheckpointError, DownloadError, ImageError
+from diffsynth_metrics.each_sample import evaluate_each
+from diffsynth_metrics.errors import AnswerError, ImageError, ServerError
 from diffsynth_metrics.evaluation.fingerprint import fingerprint_of, readable, row_key, storable
 from diffsynth_metrics.evaluation.reading import (
-    OF_SAMPLES,
     Content,
     Item,
     SampleReader,
@@ -73,6 +72,7 @@ _CHUNK_SECONDS = (1.0, 8.0)  # long enough to keep the network busy, short enoug
 _LARGEST_BATCH = 2048  # what a worker gets at once; it reads ahead within
 _BATCH_SECONDS = (4.0, 16.0)  # what the death of a worker costs
 _PART_SECONDS = 30.0
+_SILENT_CHUNKS = 3  # without any answer of a server, after which nothing more is asked
 _PART_SECONDS_OF_JUDGES = 2.0  # their rows are dear
 
 
@@ -390,6 +390,7 @@ class SampleScorer:
         self._on_error = on_error
         self._answers = answers
         self._size = self.facts.batch_size
+        self._silent_chunks = 0
         made = self.facts.made
         config = {name: made.get(name) for name in ("dtype", "preprocessing", "options")}
         self._common = {
@@ -443,6 +444,7 @@ class SampleScorer:
                 ahead = reading.submit(chunks.take, self._size)
                 begun = time.monotonic()
                 outcomes = _outcomes(self._metric, [item for item, _ in chunk.items])
+                self._check_server(outcomes)
                 seconds = time.monotonic() - begun
                 scored = self._scored(chunk, outcomes, seconds)
                 yield scored
@@ -452,6 +454,19 @@ class SampleScorer:
                     self._size = _next_size(
                         self._size, seconds / len(chunk.items), self.facts.batch_size
                     )
+
+    def _check_server(self, outcomes: Sequence[dict[str, Any] | Exception]) -> None:
+        """Stop where a server has answered nothing for several chunks.
+
+        Raises:
+            ServerError: It is so.
+        """
+        if not outcomes:
+            return
+        silent = all(isinstance(one, ServerError) for one in outcomes)
+        self._silent_chunks = self._silent_chunks + 1 if silent else 0
+        if self._silent_chunks == _SILENT_CHUNKS:
+            raise next(one for one in outcomes if isinstance(one, ServerError))
 
     def _scored(
         self, chunk: _Chunk, outcomes: Sequence[dict[str, Any] | Exception], seconds: float
@@ -595,64 +610,24 @@ class _Chunks:
 
 def _outcomes(metric: BaseMetric, items: Sequence[Item]) -> list[dict[str, Any] | Exception]:
     """Return what the metric says of each item, or why it has no score."""
-    scored = iter(_evaluated(metric, [item for item in items if item.problem is None]))
-    return [item.problem or next(scored) for item in items]
-
-
-def _evaluated(metric: BaseMetric, items: Sequence[Item]) -> list[dict[str, Any] | Exception]:
-    """Score items together, and where that fails in halves: a bad one costs its own score only."""
-    if not items:
-        return []
-    try:
-        arguments = metric.arguments(
-            [item.sample.prompt or "" for item in items],
-            [item.images[0] for item in items],
-            [item.images[1:] for item in items],
-        )
-        rows: list[dict[str, Any]] = metric.evaluate(*arguments)  # type: ignore[attr-defined]
-    except (CheckpointError, DownloadError):  # no sample's fault
-        raise
-    except OF_SAMPLES as error:
-        if len(items) == 1:
-            return [_with_file_name(error, items[0])]
-        middle = len(items) // 2
-        return _evaluated(metric, items[:middle]) + _evaluated(metric, items[middle:])
-    _check_rows(type(metric).__name__, rows, len(items))
-    return list(rows)
-
-
-def _check_rows(name: str, rows: Any, count: int) -> None:
-    """Check what a metric gave; what is wrong with it is no sample's fault.
-
-    Raises:
-        TypeError: It is no list of dicts with a number or None as ``"score"``.
-        RuntimeError: It is not one row per sample.
-    """
-    wanted = (
-        f"{name}.evaluate must return a list of dicts with a 'score', a number or None, one per sample"
+    readable_items = [item for item in items if item.problem is None]
+    rows = evaluate_each(
+        metric,
+        [item.sample.prompt or "" for item in readable_items],
+        [item.images[0] for item in readable_items],
+        [item.images[1:] for item in readable_items],
     )
-    if not isinstance(rows, (list, tuple)):
-        raise TypeError(f"{wanted}; it returned {type(rows).__name__}")
-    if len(rows) != count:
-        raise RuntimeError(f"{wanted}; it gave {len(rows)} rows to {count} samples")
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise TypeError(f"{wanted}; it returned a list of {type(row).__name__}")
-        if "score" not in row:
-            raise TypeError(
-                f"{wanted}; it returned {', '.join(map(str, row)) or 'nothing'} and no 'score'"
-            )
-        score = row["score"]
-        if score is not None and not isinstance(score, Real):
-            raise TypeError(f"{wanted}; it returned the score {score!r:.100}")
-        try:
-            float(score or 0)
-        except OverflowError:
-            raise TypeError(f"{wanted}; it returned an int that is too large for a float") from None
+    scored = iter(
+        _with_file_name(row, item) if isinstance(row, Exception) else row
+        for row, item in zip(rows, readable_items, strict=True)
+    )
+    return [item.problem or next(scored) for item in items]
 
 
 def _with_file_name(error: Exception, item: Item) -> Exception:
     """Return the error about a sample with the name of the file that is at fault."""
+    if isinstance(error, ServerError):
+        return error
     names = [image_name(item.sample), *map(reference_of, item.sample.sources)]
     if isinstance(error, AnswerError):
         return AnswerError(f"{names[0]}: {error}", error.text)

@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from diffsynth_metrics.base import SetMetric
-from diffsynth_metrics.errors import ImageError
-from diffsynth_metrics.evaluation.reading import OF_SAMPLES, Content, SampleReader
+from diffsynth_metrics.each_sample import OF_SAMPLES
+from diffsynth_metrics.evaluation.reading import Content, SampleReader
 from diffsynth_metrics.evaluation.results import digest_of_images
 from diffsynth_metrics.evaluation.sample_scoring import (
     Crew,
@@ -133,7 +133,7 @@ class SetScorer:
 def _can_be_opened(image: Any) -> bool:
     try:
         open_image(image, "image 0")
-    except (ImageError, *OF_SAMPLES):
+    except OF_SAMPLES:
         return False
     return True
 

@@ -13,6 +13,7 @@ from typing import Any
 from diffsynth_metrics import __version__
 from diffsynth_metrics.base import BaseMetric
 from diffsynth_metrics.batcher import Batcher
+from diffsynth_metrics.each_sample import evaluate_each
 from diffsynth_metrics.serving.requests import BadRequest, Limits, Sample, read_request
 
 try:
@@ -28,7 +29,6 @@ __all__ = ["create_app", "serve"]
 
 logger = logging.getLogger(__name__)
 
-_ERRORS_OF_A_SAMPLE = (OSError, TypeError, ValueError)
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -43,20 +43,14 @@ class _Served:
             self.rows, max_batch=max_batch, max_wait_ms=max_wait_ms
         )
 
-    def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any] | BaseException]:
+    def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any] | Exception]:
         """Score a batch; a sample that cannot be scored gets its error, and costs no other its score."""
-        arguments = (
+        return evaluate_each(
+            self.metric,
             [sample.prompt for sample in samples],
             [sample.image for sample in samples],
             [sample.sources for sample in samples],
         )
-        try:
-            rows = self.metric.evaluate(*self.metric.arguments(*arguments))  # type: ignore[attr-defined]
-            return list(rows)
-        except _ERRORS_OF_A_SAMPLE as error:
-            if len(samples) == 1:
-                return [error]
-        return [self.rows([sample])[0] for sample in samples]
 
     def describe(self) -> dict[str, Any]:
         """Return what a client needs to know of the metric."""

@@ -31,6 +31,7 @@ from diffsynth_metrics.inputs import (
 __all__ = ["RemoteMetric"]
 
 _AGAIN = (429, 502, 503, 504)
+_FAULTS_OF_A_REQUEST = (400, 413, 422)
 _PNG_MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")
 
 
@@ -131,8 +132,9 @@ class RemoteMetric(RowMetric):
             is none, with the reason as ``"error"``.
 
         Raises:
-            ServerError: The server is not reached, or refuses the request.
-            TypeError, ValueError, ImageError, FileNotFoundError: An argument is wrong here already.
+            ServerError: The server is not reached, or does not do what it is asked.
+            TypeError, ValueError, ImageError, FileNotFoundError: An argument is wrong, or more than the
+                server accepts.
         """
         prompts, checked, count = pair(prompt, images)
         prompts = prompts * count if len(prompts) == 1 else prompts
@@ -212,7 +214,8 @@ class RemoteMetric(RowMetric):
             ) from None
         if not answer.ok or not isinstance(content, dict):
             problem = content.get("error", content) if isinstance(content, dict) else content
-            raise ServerError(f"{self.url}{path} answers {answer.status_code}: {problem}")
+            kind = ValueError if answer.status_code in _FAULTS_OF_A_REQUEST else ServerError
+            raise kind(f"{self.url}{path} answers {answer.status_code}: {problem}")
         return content
 
 

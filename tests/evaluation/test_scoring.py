@@ -27,6 +27,7 @@ from counting import Brightness, Difference, Wordiness, gray, gray_files
 
 from diffsynth_metrics import CLIPMetric, ModelConfig, UnifiedReward2Metric, UnifiedRewardEditMetric
 from diffsynth_metrics.base import BaseMetric, ImageMetric
+from diffsynth_metrics.errors import ServerError
 from diffsynth_metrics.evaluation import (
     Results,
     Sample,
@@ -775,6 +776,17 @@ class TestJudges:
         with pytest.raises(RuntimeError, match="the server is gone"):
             score(samples, metric, out=tmp_path / "run")
         assert metric.engine is engine
+
+    def test_a_server_that_answers_nothing_ends_the_run(self, tmp_path: Path) -> None:
+        def gone(question: Any) -> str:
+            raise ServerError("check that it runs")
+
+        engine = ScriptedEngine(gone)
+        engine.batch_size = 2
+        samples = gray_files(tmp_path / "pictures", 40)
+        with pytest.raises(ServerError, match="check that it runs"):
+            score(samples, UnifiedReward2Metric(engine), out=tmp_path / "run", progress=False)
+        assert 0 < len(engine.questions) < 20  # once for a whole chunk, and not for each in turn
 
     def test_what_could_not_be_answered_is_asked_again(
         self, tmp_path: Path, samples: list[Sample]
