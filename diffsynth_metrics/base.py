@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diffsynth_metrics.drop_in import DropIn, name_arguments, take_neutral
+from diffsynth_metrics.embedded import SHAPES_CARD
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import CheckedImages, ImageInput, ImagesInput
 from diffsynth_metrics.modes import in_its_own_modes
@@ -61,6 +62,7 @@ __all__ = [
 ]
 
 _BATCH_SIZE_ON_CPU = 4
+_SHAPES = Path(__file__).parent / "embedded" / "shapes"
 
 _Inputs = ParamSpec("_Inputs")
 _Result = TypeVar("_Result")
@@ -419,7 +421,9 @@ class BaseMetric(DropIn, ABC, metaclass=_MetricType):
 
     def describe(self) -> None:
         """Say in ``self.card`` what only the loaded files tell; called once."""
-        if self.weight_files and not is_published(self.weight_files):
+        if _SHAPES in {file.parent for file in self.weight_files}:
+            self.card = replace(self.card, **SHAPES_CARD)
+        elif self.weight_files and not is_published(self.weight_files):
             self.card = replace(self.card, name=f"{self.card.name}, unpublished weights")
 
     @property
@@ -610,18 +614,18 @@ class PromptMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return _floats(self.components(prompt, images)["score"])
+            return _floats(_one_each(self.components(prompt, images), images)["score"])
 
     @_explained
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return the :meth:`components` of each pair as plain values."""
         with torch.no_grad():
-            return _rows(self.components(prompt, images))
+            return _rows(_one_each(self.components(prompt, images), images))
 
     @_explained
     def reward(self, prompt: str | Sequence[str], images: ImagesInput) -> Tensor:
         """Score like :meth:`compute`, as a tensor ``[N]`` for training, see :meth:`components`."""
-        return self.components(prompt, images)["score"]
+        return _one_each(self.components(prompt, images), images)["score"]
 
 
 class RowMetric(BaseMetric):
@@ -692,18 +696,18 @@ class ImageMetric(BaseMetric):
             FileNotFoundError: A path does not exist.
         """
         with torch.no_grad():
-            return _floats(self.components(images)["score"])
+            return _floats(_one_each(self.components(images), images)["score"])
 
     @_explained
     def evaluate(self, images: ImagesInput) -> list[dict[str, Any]]:
         """Score like :meth:`compute`, and return each image's :meth:`components` as plain values."""
         with torch.no_grad():
-            return _rows(self.components(images))
+            return _rows(_one_each(self.components(images), images))
 
     @_explained
     def reward(self, images: ImagesInput) -> Tensor:
         """Score like :meth:`compute`, as a tensor ``[N]`` for training, see :meth:`components`."""
-        return self.components(images)["score"]
+        return _one_each(self.components(images), images)["score"]
 
 
 class ReferenceMetric(BaseMetric):
@@ -878,6 +882,22 @@ def _or_nan(score: Any) -> Any:
     if isinstance(score, list):
         return [_or_nan(number) for number in score]
     return math.nan if score is None else score
+
+
+def _one_each(components: dict[str, Tensor], images: ImagesInput) -> dict[str, Tensor]:
+    """Check that a metric, which may be a user's, gave one score per image.
+
+    Raises:
+        RuntimeError: It did not.
+    """
+    several = len(images) if isinstance(images, (list, tuple)) else 1
+    score = components["score"]
+    if score.ndim != 1 or (several > 1 and len(score) != several):
+        raise RuntimeError(
+            "components must return tensors [N], one score per image, and begin with as_images or pair "
+            f"of diffsynth_metrics.inputs: got shape {list(score.shape)} for {several} images"
+        )
+    return components
 
 
 def _floats(values: Tensor) -> list[float]:

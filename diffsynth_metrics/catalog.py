@@ -7,6 +7,8 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_metrics.embedded import SHAPES_CARD
+
 if TYPE_CHECKING:
     from diffsynth_metrics.base import BaseMetric, MetricCard
 
@@ -86,16 +88,7 @@ def find_card(name: str) -> MetricCard:
     card = find_class(name).card
     if find_name(name) != "shapes":
         return card
-    return replace(
-        card,
-        name="CLIP of drawn shapes (embedded)",
-        range="about 19 where prompt and picture fit, below 15 where not",
-        weights_license="Apache-2.0",
-        notes="It knows drawn shapes, their colours, sizes and backgrounds, and nothing else.",
-        good_for="trying the package without a download; it does not judge real pictures",
-        download="none",
-        memory="2 MB",
-    )
+    return replace(card, **SHAPES_CARD)
 
 
 def load_metric(metric: str, **options: Any) -> BaseMetric:

@@ -14,7 +14,7 @@ __all__ = ["Match", "character_accuracy", "edit_distance", "flow_grpo_reward", "
 
 # An inch sign, as in 24" monitor, opens nothing.
 _DOUBLE = re.compile(
-    r'(?<!\d)["＂]([^"＂]+)["＂]|[“”„]([^“”„]+)[“”]|«([^»]+)»|「([^」]+)」|『([^』]+)』'
+    r'(?<!\d)["＂]([^"＂]*)["＂]|[“”„]([^“”„]*)[“”]|«([^»]*)»|»([^»«]*)«|「([^」]*)」|『([^』]*)』'
 )
 # Apostrophes inside a word neither open nor close.
 _LATIN = "0-9A-Za-zÀ-ɏ"

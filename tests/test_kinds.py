@@ -196,6 +196,16 @@ def test_an_image_metric_scores_images_alone() -> None:
     assert dark < 0 < bright
 
 
+def test_a_metric_that_does_not_score_each_image_is_at_fault() -> None:
+    class One(BrightnessMetric):
+        def components(self, images: Any) -> dict[str, Tensor]:
+            return {"score": torch.ones(1)}
+
+    for verb in (One().compute, One().evaluate, One().reward):
+        with pytest.raises(RuntimeError, match=r"one score per image.* got shape \[1\] for 2 images"):
+            verb([gray(0), gray(255)])
+
+
 def test_a_set_metric_gives_one_number() -> None:
     metric = BrightnessGapMetric()
     gap = metric.compute([gray(0), gray(10)], [gray(100), gray(110)])

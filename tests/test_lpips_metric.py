@@ -132,6 +132,17 @@ def test_a_picture_that_cannot_be_read_is_named(metric: LPIPSMetric, tmp_path: P
         metric.compute([good, good], [good, bad])
 
 
+def test_a_picture_that_is_too_small_for_the_network_is_named(
+    metric: LPIPSMetric, tmp_path: Path
+) -> None:
+    for side, name in ((30, "small.png"), (31, "large.png")):
+        PIL.Image.new("RGB", (side, 40)).save(tmp_path / name)
+    with pytest.raises(ImageError, match=r"small\.png.* is 30x40, and each side must have at least 31"):
+        metric.compute(tmp_path / "small.png", tmp_path / "small.png")
+    large = tmp_path / "large.png"
+    assert metric.compute(large, large) == pytest.approx([0], abs=1e-6)
+
+
 def test_the_network_is_that_of_the_file(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     write_lpips_of("squeeze", tmp_path, 0)
     config = ModelConfig(path=tmp_path)

@@ -58,6 +58,8 @@ class TestQuotedTexts:
             '写着"开业"的招牌': ["开业"],
             'a 24" monitor that shows "Hello"': ["Hello"],
             'it says "Don\'t Panic"': ["Don't Panic"],
+            'first "", then "HELLO"': ["HELLO"],
+            "»Hallo« und »Welt«": ["Hallo", "Welt"],
         }.items():
             assert quoted_texts(prompt) == texts, prompt
 

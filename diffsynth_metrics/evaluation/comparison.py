@@ -192,7 +192,8 @@ class Comparison:
         tests = sum(row.p is not None for row in rows)
         note = (
             f"change: {second} - {first}; low to high: its {_percent(self.confidence)} interval; "
-            f"p: corrected for {tests} tests;\nwins: share of prompts on which {second} is better"
+            f"p: corrected for {tests} {'test' if tests == 1 else 'tests'};\n"
+            f"wins: share of prompts on which {second} is better"
         )
         title = "By category" if by_category else f"{name} (second) against {self.names[0]} (first)"
         return Table(columns, cells, title=title, notes=(note,))

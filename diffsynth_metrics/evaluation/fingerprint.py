@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -104,11 +105,22 @@ def _definition(cls: type) -> str:
     """
     if cls.__module__.startswith("diffsynth_metrics."):
         return cls.__name__
+    module = cls.__module__.replace("__mp_main__", "__main__")  # a script is called so in its workers
     try:
         source = inspect.getsource(cls)
-    except (OSError, TypeError):  # typed at a prompt
-        source = ""
-    return f"{cls.__module__}.{cls.__qualname__}\n{source}"
+    except (OSError, TypeError):  # typed at a prompt, or sent to another machine
+        source = "\n".join(f"{name}: {_code_of(value)}" for name, value in sorted(vars(cls).items()))
+    return f"{module}.{cls.__qualname__}\n{source}"
+
+
+def _code_of(value: Any) -> str:
+    """Return what a function does, or the representation of any other value."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    code = value if isinstance(value, CodeType) else getattr(inspect.unwrap(value), "__code__", None)
+    if not isinstance(code, CodeType):
+        # Their order differs from process to process.
+        return repr(sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value)
+    return f"{code.co_code.hex()} {code.co_names} {[*map(_code_of, code.co_consts)]}"
 
 
 def _settings(metric: BaseMetric) -> dict[str, str]:

@@ -272,7 +272,7 @@ class Results:
         if not self._rows.num_rows and self._labels():
             notes.append("there are no rows: nothing was scored yet, or the parts were deleted")
         if failed:
-            notes.append(f"{failed:,} of {self._rows.num_rows:,} rows have no score; see failures()")
+            notes.append(f"{failed:,} of {self._rows.num_rows:,} rows have no score")
         return tuple(notes)
 
 

@@ -34,7 +34,7 @@ try:
 except ImportError as error:
     raise ImportError('pip install "diffsynth-metrics[eval]": pyarrow is not installed') from error
 
-__all__ = ["ROWS", "SAMPLES", "RowWriter", "RunFolder", "Share", "table_of"]
+__all__ = ["ROWS", "SAMPLES", "RowWriter", "RunFolder", "Share", "explained", "table_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class RunFolder:
             OSError: The folder cannot be written to.
         """
         with ExitStack() as held:
-            with _explained(self.path):
+            with explained(self.path):
                 (self.path / "parts").mkdir(parents=True, exist_ok=True)
                 if self.share is None:
                     held.enter_context(self._lock("lock"))
@@ -280,7 +280,7 @@ class RunFolder:
     def _write(self, file: Path, contents: bytes | pa.Buffer) -> None:
         """Write a file so that it is there as a whole or not at all."""
         temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
-        with _explained(self.path):
+        with explained(self.path):
             try:
                 with temporary.open("wb") as opened:
                     opened.write(contents)
@@ -348,7 +348,7 @@ def _encoded(table: pa.Table) -> pa.Buffer:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Say what to do about a folder that cannot be written to."""
     try:
         yield

@@ -459,11 +459,17 @@ def _share() -> Share:
     """Return the share of this process, as torchrun or srun say it.
 
     Raises:
-        ValueError: Neither started it.
+        ValueError: Neither started it, or what they say is no share.
     """
     for rank, world in _RANKS:
         if rank in os.environ and world in os.environ:
-            share = Share(int(os.environ[rank]), int(os.environ[world]))
+            numbers = os.environ[rank], os.environ[world]
+            if not all(map(str.isdecimal, numbers)) or int(numbers[0]) >= int(numbers[1]):
+                raise ValueError(
+                    f"{rank} must be a number from 0 to {world} - 1, got {rank}={numbers[0]} and "
+                    f"{world}={numbers[1]}"
+                )
+            share = Share(int(numbers[0]), int(numbers[1]))
             logger.info("process %d of %d scores its share of the samples", share.rank, share.world)
             return share
     raise ValueError(

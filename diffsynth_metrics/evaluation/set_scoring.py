@@ -21,6 +21,7 @@ from diffsynth_metrics.base import SetMetric
 from diffsynth_metrics.each_sample import OF_SAMPLES
 from diffsynth_metrics.evaluation.reading import Content, SampleReader
 from diffsynth_metrics.evaluation.results import digest_of_images
+from diffsynth_metrics.evaluation.run_folder import explained
 from diffsynth_metrics.evaluation.sample_scoring import (
     Crew,
     OnError,
@@ -337,8 +338,13 @@ class _Side:
     def _keep(self, file: Path, statistics: Statistics) -> None:
         file.parent.mkdir(exist_ok=True)
         unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp.npz")
-        statistics.save(unfinished)
-        os.replace(unfinished, file)
+        with explained(self._run.folder.path):
+            try:
+                statistics.save(unfinished)
+                os.replace(unfinished, file)
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                raise
 
 
 def _blocks(count: int) -> list[range]:

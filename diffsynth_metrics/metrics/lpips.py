@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from diffsynth_metrics.base import MetricCard, ReferenceMetric
 from diffsynth_metrics.inputs import ImagesInput, pair_references
-from diffsynth_metrics.networks.lpips import LPIPSNetwork
+from diffsynth_metrics.networks.lpips import SMALLEST_SIDES, LPIPSNetwork
 from diffsynth_metrics.pixels.pairs import pair_batches
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop, Unresized
 from diffsynth_metrics.weights.checkpoint import read_layout
@@ -144,11 +144,17 @@ class LPIPSMetric(ReferenceMetric):
             return LPIPSNetwork("alex" if config is None else config["net"])
 
     def components(self, reference: ImagesInput, images: ImagesInput) -> dict[str, Tensor]:
-        """Compute ``"score"``, the distance; gradients flow to both sides."""
+        """Compute ``"score"``, the distance; gradients flow to both sides.
+
+        Raises:
+            ImageError: A picture is smaller than the network can read: 31 pixels for ``"alex"``, 17 for
+                ``"squeeze"``, 16 for ``"vgg"``. See also :meth:`ReferenceMetric.compute`.
+        """
         pairs = pair_batches(
             *pair_references(reference, images),
             self.unresized,
             of_other_sizes=self.transform,
+            smallest_side=SMALLEST_SIDES[self.net],
             batch_size=self.batch_size,
             device=self.device,
         )

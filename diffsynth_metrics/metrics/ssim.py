@@ -25,12 +25,13 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     pixels, sigma 1.5; only windows inside the picture count, and the channels count equally.
     """
     # Variances do not change with the level, and are more exact around 0.
-    one, other = first - 0.5, second - 0.5
+    level = first.mean(dim=(2, 3), keepdim=True)
+    one, other = first - level, second - level
     mean1, mean2 = _smoothed(one), _smoothed(other)
     variance1 = _smoothed(one * one) - mean1 * mean1
     variance2 = _smoothed(other * other) - mean2 * mean2
     covariance = _smoothed(one * other) - mean1 * mean2
-    level1, level2 = mean1 + 0.5, mean2 + 0.5
+    level1, level2 = mean1 + level, mean2 + level
     luminance = (2 * level1 * level2 + _C1) / (level1 * level1 + level2 * level2 + _C1)
     contrast_and_structure = (2 * covariance + _C2) / (variance1 + variance2 + _C2)
     return (luminance * contrast_and_structure).mean(dim=(1, 2, 3))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import alexnet, squeezenet1_1, vgg16
 
-__all__ = ["NETS", "LPIPSNetwork", "unit_normalized"]
+__all__ = ["NETS", "SMALLEST_SIDES", "LPIPSNetwork", "unit_normalized"]
 
 NETS = {
     "alex": (alexnet, (0, 2, 5, 8, 10, 12), (64, 192, 384, 256, 256)),
@@ -16,6 +16,9 @@ NETS = {
     "vgg": (vgg16, (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)),
 }
 """Name to torchvision's network, where its features are cut, and the channels at each cut."""
+
+SMALLEST_SIDES = {"alex": 31, "squeeze": 17, "vgg": 16}
+"""Name to the fewest pixels of a side of which something is left behind the last layer."""
 
 _EPS = 1e-10
 

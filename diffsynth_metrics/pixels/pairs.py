@@ -48,7 +48,7 @@ def pair_batches(
         batch_size: The most pairs in a batch; pairs of different sizes are in different batches.
         device: Where the batches are wanted.
         of_other_sizes: For pairs of different sizes, which it brings to one; None: they are an error.
-        smallest_side: How many pixels each side of a picture must have at least.
+        smallest_side: How many pixels each side must have at least, where `transform` is used.
 
     Yields:
         Normalised float pixels ``[B, 3, H, W]`` of the references and of the images.
@@ -60,8 +60,8 @@ def pair_batches(
 
     def choose(sides: _Sides) -> Transform:
         first, second = (image_size(*side) for side in sides)
-        _check_smallest(sides, [first, second], smallest_side)
         if first == second:
+            _check_smallest(sides, [first, second], smallest_side)
             return transform
         if of_other_sizes is None:
             raise ImageError(_of_two_sizes(sides, first, second))

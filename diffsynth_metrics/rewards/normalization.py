@@ -109,7 +109,8 @@ class GroupRelative(Normalization):
 class Rank(Normalization):
     """The rank in the group, from 0 (worst) to 1 (best); equal scores share the mean of their ranks.
 
-    A sample that is alone in its group gets 0.5. Ranks have no gradient.
+    A sample that is alone in its group gets 0.5, and so do all of a group whose scores differ by
+    rounding only. Ranks have no gradient.
 
     Attributes:
         group_size: How many samples every group must have; a call with another number is an error.
@@ -129,6 +130,8 @@ class Rank(Normalization):
         ranks = [0.0] * len(numbers)
         for group in groups:
             known = sorted(_known(numbers, group))
+            if known and _all_equal(known):
+                known = known[:1]
             for index in group:
                 ranks[index] = _rank(numbers[index], known)
         return scored.values.new_tensor(ranks)

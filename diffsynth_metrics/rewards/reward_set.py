@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
 from diffsynth_metrics.base import BaseMetric, ImageMetric, PromptMetric, ReferenceMetric
 from diffsynth_metrics.errors import RewardError
-from diffsynth_metrics.inputs import SharedImages, as_prompts, is_one_image
+from diffsynth_metrics.inputs import SharedImages, as_prompts, as_rgb, is_one_image
 from diffsynth_metrics.modes import wants_gradients
 from diffsynth_metrics.rewards.batches import Batch, Frames, as_batch, check_frames
 from diffsynth_metrics.rewards.normalization import Normalization, collapsed, find_normalization
@@ -309,6 +310,8 @@ def _shared(batch: Batch, scorers: Sequence[MetricScorer]) -> Batch:
 def _digest(picture: Any) -> str:
     """Return a short name of the pixels of a picture, or of the object if they cannot be read."""
     try:
+        if isinstance(picture, PIL.Image.Image):
+            picture = as_rgb(picture)  # bytes of a palette say nothing of colours
         if isinstance(picture, Tensor):
             picture = picture.float().numpy(force=True)
         pixels = np.asarray(picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -94,6 +95,8 @@ def find_scale(metric: Any, scale: ScaleInput) -> Scale:
     if scale is None or isinstance(scale, Scale):
         return scale or Scale()
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale}")
         return Scale(multiply=float(scale))
     if not isinstance(scale, str):
         raise TypeError(f"scale must be a name, a number, a Scale or None, got {scale!r}")

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from traceback import format_tb
@@ -296,6 +296,8 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 def _numbers(scores: Any) -> Tensor:
     """Read what a callable returned: a tensor, an array, or numbers and None."""
+    if isinstance(scores, (str, Mapping, Set)):
+        raise RewardError(f"a reward must return a list or tensor of numbers, got {scores!r:.100}")
     if isinstance(scores, Tensor):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = [math.nan if score is None else score for score in scores]

@@ -540,6 +540,16 @@ class TestMetrics:
         frame = score([replace(samples[0], seed=np.int64(7))], Brightness).to_pandas()
         assert frame["seed"][0] == "7"
 
+    def test_a_class_without_source_is_known_by_what_it_does(self) -> None:
+        text = "class Mine(Brightness):\n    def components(self, images):\n        return {0}\n"
+        found = []
+        for factor in ("1.0", "1.0", "2.0"):
+            names: dict[str, Any] = {"Brightness": Brightness, "__name__": "__main__"}
+            exec(text.format("{'score': " + factor + "}"), names)
+            mine = names["Mine"]()
+            found.append(fingerprint_of(mine, mine.provenance))
+        assert found[0] == found[1] != found[2]
+
     def test_a_class_that_does_not_know_its_weights_is_said(self, samples: list[Sample]) -> None:
         class Bare(ImageMetric):
             def components(self, images: Any) -> Any:

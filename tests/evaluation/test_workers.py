@@ -453,6 +453,11 @@ class TestRanks:
             monkeypatch.delenv(name, raising=False)
         with pytest.raises(ValueError, match="start the processes with torchrun or srun"):
             score(samples, Brightness, out=tmp_path / "run", workers="ranks")
+        for rank, world in (("5", "2"), ("-1", "2"), ("x", "2"), ("0", "0")):
+            monkeypatch.setenv("SLURM_PROCID", rank)
+            monkeypatch.setenv("SLURM_NTASKS", world)
+            with pytest.raises(ValueError, match="SLURM_PROCID must be a number from 0 to SLURM_NTASKS"):
+                score(samples, Brightness, out=tmp_path / "run", workers="ranks")
         monkeypatch.setenv("SLURM_PROCID", "3")
         monkeypatch.setenv("SLURM_NTASKS", "4")
         assert len(score(samples, Brightness, out=tmp_path / "run", workers="ranks")) == 10

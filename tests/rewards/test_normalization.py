@@ -74,6 +74,8 @@ def test_equal_scores_of_a_group_are_zero_and_not_amplified_noise() -> None:
 def test_ranks_are_shares_and_ties_share() -> None:
     assert Rank()(scored(SCORES), GROUPS).tolist() == [0, 0.5, 1, 0, 0.75, 0.75]
     assert Rank()(scored(torch.tensor([3.0])), [[0]]).tolist() == [0.5]
+    rounded = torch.tensor([1.0, 1 + 1e-7, 1 - 1e-7, NAN])
+    assert Rank()(scored(rounded), [[0, 1, 2, 3]]).tolist()[:3] == [0.5, 0.5, 0.5]
 
 
 def test_ranks_are_not_rounded_to_the_default_dtype() -> None:

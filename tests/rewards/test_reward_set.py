@@ -532,3 +532,24 @@ def _reward(metric: Any, images: Any) -> torch.Tensor:
         metric.reward(images) if isinstance(metric, AestheticMetric) else metric.reward(PROMPTS, images)
     )
     return reward
+
+
+def test_sources_with_a_palette_are_told_apart_by_their_colours(bright: Brightness) -> None:
+    colors = ("red", "red", "blue", "blue")
+    sources = [PIL.Image.new("RGB", (8, 8), color).quantize(2) for color in colors]
+    rewards = RewardSet({"bright": Component(bright, normalize="group")})
+    pixels = torch.tensor([0.1, 0.2, 0.6, 0.9])[:, None, None, None].expand(4, 3, 8, 8)
+    result = rewards.score(["a"] * 4, pixels, sources=[[source] for source in sources])
+    assert result.reward.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-3)
+
+
+def test_what_is_in_no_order_is_no_reward() -> None:
+    for returned in ({1.0, 2.0}, {"a": 1.0, "b": 2.0}, "12"):
+        rewards = RewardSet({"own": Component(lambda prompts, images, returned=returned: returned)})
+        with pytest.raises(RewardError, match="must return a list or tensor of numbers"):
+            rewards.score(["a", "b"], torch.rand(2, 3, 8, 8))
+
+
+def test_a_scale_is_a_finite_number(bright: Brightness) -> None:
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        RewardSet({"bright": Component(bright, scale=math.nan)})
