@@ -568,7 +568,9 @@ def test_added_tokens_that_the_network_does_not_know_are_refused(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     red = {
-        **{"id": 2368, "content": "red", "special": True},
+        "id": 2368,
+        "content": "red",
+        "special": True,
         **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
     }
     without_id = {key: value for key, value in red.items() if key != "id"}
@@ -679,6 +681,54 @@ def set_at(config: Any, keys: tuple[str, ...], value: Any) -> None:
     for key in keys[:-1]:
         config = config[key]
     config[keys[-1]] = value
+
+
+def test_a_processor_that_prepares_pictures_otherwise_is_named_with_its_field(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    judge = "unified_reward_edit"
+    cases: list[tuple[str, str, Any]] = [
+        ("clip", "image_mean", [0.5] * 3),
+        ("clip", "rescale_factor", 1 / 127.5),
+        ("clip", "do_normalize", False),
+        ("image_reward", "image_std", [0.5] * 3),
+        ("hpsv3", "patch_size", 16),
+        ("hpsv3", "image_mean", [0.5] * 3),
+        (judge, "image_mean", [0.48145466, 0.4578275, 0.40821073]),
+        (judge, "do_rescale", False),
+        (judge, "rescale_factor", 1.0),
+        (judge, "patch_size", 7),
+        (judge, "temporal_patch_size", 1),
+        (judge, "merge_size", 1),
+    ]
+    for number, (name, field, value) in enumerate(cases):
+        folder = copy_of(tiny(name), tmp_path / str(number))
+        flat, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
+        settings = json.loads(flat.read_text()) if flat.is_file() else {}
+        flat.write_text(json.dumps(settings | {field: value}))
+        with pytest.raises(CheckpointError, match=f"{flat} belongs to another model: it has {field} ="):
+            load(name, folder)
+        # As transformers 5 saves it.
+        flat.unlink()
+        nested.write_text(json.dumps({"image_processor": settings | {field: value}}))
+        with pytest.raises(CheckpointError, match=f"{nested} belongs to another .* it has {field} ="):
+            load(name, folder)
+    folder = copy_of(tiny("clip"), tmp_path / "clip")
+    (folder / "processor_config.json").write_text('{"image_processor": 3}')
+    with pytest.raises(
+        CheckpointError, match=r"processor_config\.json has an image_processor that is no"
+    ):
+        load("clip", folder)
+
+
+def test_a_field_that_a_judge_s_processor_lacks_is_checked(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for number, field in enumerate(("patch_size", "image_mean")):
+        folder = copy_of(tiny("unified_reward_edit"), tmp_path / str(number))
+        edit_json(folder / "preprocessor_config.json", lambda old, field=field: old.pop(field) and None)
+        with pytest.raises(CheckpointError, match=f"preprocessor_config.json .* it has {field} ="):
+            load("unified_reward_edit", folder)
 
 
 def test_the_kernel_of_a_config_is_not_asked_for(tiny: Callable[[str], Path], tmp_path: Path) -> None:
