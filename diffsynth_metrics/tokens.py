@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,13 @@ class Canaries:
     Attributes:
         texts: Texts to their ids, with begin and end.
         vocabulary: What :func:`digest_of_vocabulary` returns; empty where nobody has derived it.
+        added: Its added tokens, which go before the vocabulary, and their ids; empty where not all of
+            them are known.
     """
 
     texts: Mapping[str, Sequence[int]]
     vocabulary: str = ""
+    added: Mapping[str, int] = field(default_factory=dict)
 
 
 # The ids of open_clip's own copy of CLIP's vocabulary, which transformers' tokenizer of OpenAI's files
@@ -61,8 +65,9 @@ _CLIP = Canaries(
         "don't stop — it's 1999": [*(49406, 847, 713, 1691, 2005, 585, 568, 272, 280, 280, 280, 49407)],
     },
     "05f6f898f4f9c824c37b7dcacccc3d2e3ebab7b5a76de05da606127062a08e0e",
+    {"<|startoftext|>": 49406, "<|endoftext|>": 49407},
 )
-# As several tests of other tokenizers have them from bert-base-uncased.
+# As several tests of other tokenizers have them from bert-base-uncased, and what ImageReward adds.
 _BERT = Canaries(
     {
         "Hello, my dog is cute": [101, 7592, 1010, 2026, 3899, 2003, 10140, 102],
@@ -71,7 +76,16 @@ _BERT = Canaries(
         ],
         "café naïve résumé": [101, 7668, 15743, 13746, 102],
         "embeddings": [101, 7861, 8270, 4667, 2015, 102],
-    }
+    },
+    added={
+        "[PAD]": 0,
+        "[UNK]": 100,
+        "[CLS]": 101,
+        "[SEP]": 102,
+        "[MASK]": 103,
+        "[DEC]": 30522,
+        "[ENC]": 30523,
+    },
 )
 # From transformers' test of the published tokenizer, which Qwen2-VL and Qwen3-VL share, and from the
 # latter's config.
@@ -84,8 +98,10 @@ _QWEN2 = Canaries(
         "<|im_end|><|vision_start|><|image_pad|><|vision_end|>": [151645, 151652, 151655, 151653],
     }
 )
-_PUBLISHED = {49408: _CLIP, 30524: _BERT, 151658: _QWEN2, 151936: _QWEN2}
-"""Tokens of a published network to what its tokenizer gives; that of Qwen3.5 is not known here."""
+# The form of Qwen's added tokens, which are not all known here; a word among them would cut texts.
+_MARKUP = re.compile(r"<.+>")
+_PUBLISHED = {49408: _CLIP, 30524: _BERT, 151658: _QWEN2, 151936: _QWEN2, 248320: Canaries({})}
+"""Tokens of a published network to what its tokenizer gives; no ids of Qwen3.5's are known here."""
 
 
 def check_canaries(tokenizer: Any, folder: Path, tokens: int) -> None:
@@ -93,29 +109,44 @@ def check_canaries(tokenizer: Any, folder: Path, tokens: int) -> None:
 
     Args:
         tokenizer: A tokenizer of transformers.
-        folder: Where it was loaded from; a :data:`CANARIES_FILE` there is checked too.
+        folder: Where it was loaded from; a :data:`CANARIES_FILE` there replaces what is known here, so
+            that a tokenizer of one's own can be used.
         tokens: How many tokens the network has, which tells which tokenizer it is.
 
     Raises:
-        CheckpointError: It gives other ids, or has another vocabulary or other merges.
+        CheckpointError: It gives other ids, or has another vocabulary, other merges or added tokens.
     """
-    known = [_PUBLISHED[tokens]] if tokens in _PUBLISHED else []
+    canaries = _PUBLISHED.get(tokens)
     if (folder / CANARIES_FILE).is_file():
-        known.append(Canaries(**json.loads((folder / CANARIES_FILE).read_text(encoding="utf-8"))))
+        canaries = Canaries(**json.loads((folder / CANARIES_FILE).read_text(encoding="utf-8")))
+    if canaries is None:
+        return
     hint = f"Download the tokenizer in {folder} again: it is not that of the weights."
-    for canaries in known:
-        for text, expected in canaries.texts.items():
-            if (found := tokenizer(text, verbose=False)["input_ids"]) != list(expected):
-                raise CheckpointError(f"{hint} It reads {text!r} as {found}, expected {expected}")
-        if canaries.vocabulary and digest_of_vocabulary(tokenizer) != canaries.vocabulary:
-            raise CheckpointError(f"{hint} Some of its tokens or merges are others")
+    for text, expected in canaries.texts.items():
+        if (found := tokenizer(text, verbose=False)["input_ids"]) != list(expected):
+            raise CheckpointError(f"{hint} It reads {text!r} as {found}, expected {expected}")
+    if canaries.vocabulary and digest_of_vocabulary(tokenizer) != canaries.vocabulary:
+        raise CheckpointError(f"{hint} Some of its tokens or merges are others")
+    added = _added_tokens(tokenizer)
+    odd = dict(added.items() ^ canaries.added.items())
+    if not canaries.added:
+        odd = {token: index for token, index in added.items() if not _MARKUP.fullmatch(token)}
+    if odd:
+        raise CheckpointError(
+            f"{hint} Some of its added tokens are others, see tokenizer.json, added_tokens.json and the "
+            f"settings of special tokens: {odd}"
+        )
+
+
+def _added_tokens(tokenizer: Any) -> dict[str, int]:
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
 
 
 def write_canaries(tokenizer: Any, folder: Path, texts: Sequence[str]) -> None:
     """Write beside a tokenizer what it gives texts and its added tokens, for :func:`check_canaries`."""
     texts = [*texts, "".join(tokenizer.get_added_vocab())]
     ids = {text: tokenizer(text, verbose=False)["input_ids"] for text in texts}
-    canaries = Canaries(ids, digest_of_vocabulary(tokenizer))
+    canaries = Canaries(ids, digest_of_vocabulary(tokenizer), _added_tokens(tokenizer))
     (folder / CANARIES_FILE).write_text(json.dumps(asdict(canaries), indent=1), encoding="utf-8")
 
 

@@ -25,6 +25,7 @@ from classes import metric_class
 from hub import LocalHub
 from modelscope_hub.config import set_default_config
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from diffsynth_metrics import tokens
 from diffsynth_metrics.embedded.drawing import draw_shape
@@ -159,6 +160,33 @@ def test_a_listing_that_says_two_things_of_a_file_is_refused(
 ) -> None:
     hub.list_also(WEIGHTS, sha256="0" * 64)
     with pytest.raises(DownloadError, match=rf"'{WEIGHTS}' is there twice"):
+        config("M/", source).resolve()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_listing_with_a_file_that_is_a_folder_is_refused(
+    source: str, hub: LocalHub, config: Callable[..., ModelConfig]
+) -> None:
+    hub.list_also(f"{WEIGHTS}/x")
+    with pytest.raises(DownloadError, match=rf"^Do not use[^@]*'{WEIGHTS}' is there as a file and as a"):
+        config("M/", source).resolve()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_stands_in_the_way_of_a_file_is_named(
+    source: str, hub: LocalHub, local: Path, config: Callable[..., ModelConfig]
+) -> None:
+    (local / WEIGHTS).mkdir(parents=True)
+    with pytest.raises(DownloadError, match=f"^Move or delete {local / WEIGHTS},"):
+        config("M/", source).resolve()
+    shutil.rmtree(local)
+    local.mkdir()
+    (local / "M").write_text("no folder")
+    with pytest.raises(DownloadError, match=f"^Move or delete {local / 'M'},"):
+        config("M/", source).resolve()
+    shutil.rmtree(local)
+    local.write_text("no folder")
+    with pytest.raises(DownloadError, match=f"^Move or delete {local}"):
         config("M/", source).resolve()
 
 
@@ -427,6 +455,8 @@ def test_a_hint_fits_its_cause(
         "Make room on the disk": OSError(errno.ENOSPC, "No space left on device"),
         "Set DIFFSYNTH_MODEL_BASE_PATH to a folder that can be written": PermissionError(13, "denied"),
         "Check the network": ConnectionError("reset"),
+        "Move or delete M/x,": FileExistsError(errno.EEXIST, "File exists", "M/x"),
+        "Set DIFFSYNTH_MODEL_BASE_PATH to a folder with a sh": OSError(errno.ENAMETOOLONG, "too long"),
     }
     for hint, cause in cases.items():
 
@@ -534,6 +564,74 @@ def test_a_tokenizer_that_means_something_else_is_refused(
         assert str(folder) in str(caught.value), change
 
 
+def test_added_tokens_that_the_network_does_not_know_are_refused(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    red = {
+        "id": 2368,
+        "content": "red",
+        "special": True,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+    }
+    without_id = {key: value for key, value in red.items() if key != "id"}
+
+    def add(tokenizer: Any) -> None:
+        tokenizer["added_tokens"].append(red)
+
+    def add_to_settings(settings: Any) -> None:
+        settings.setdefault("added_tokens_decoder", {})["2368"] = without_id
+
+    cases: list[tuple[str, str, Callable[[Any], Any]]] = [
+        ("clip", "special_tokens_map.json", lambda _: {"additional_special_tokens": ["circle"]}),
+        ("clip", "added_tokens.json", lambda _: {"red": 2368}),
+        ("clip", "tokenizer.json", add),
+        ("clip", "tokenizer_config.json", add_to_settings),
+        ("clip", "tokenizer_config.json", lambda old: old | {"unk_token": "zebra"}),
+        ("image_reward", "tokenizer_config.json", lambda old: old | {"unk_token": "red"}),
+        ("hpsv3", "tokenizer.json", lambda old: old["added_tokens"].append(red | {"id": 100})),
+        (
+            "unified_reward_edit",
+            "tokenizer.json",
+            lambda old: old["added_tokens"].append(red | {"id": 9}),
+        ),
+    ]
+    expected = scores_of("clip", tiny("clip"))
+    for number, (name, file, change) in enumerate(cases):
+        folder = copy_of(tiny(name), tmp_path / str(number))
+        if not (folder / file).is_file():
+            (folder / file).write_text("{}")
+        edit_json(folder / file, change)
+        try:
+            metric = load(name, folder)
+        except CheckpointError as error:
+            assert str(folder) in str(error), (name, file)
+        else:  # this version of transformers does not read the file
+            assert name == "clip" and scores(metric) == pytest.approx(expected), (name, file)
+
+
+def test_words_are_no_added_tokens_of_qwen(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    tokenizer = load("hpsv3", tiny("hpsv3")).tokenizer
+    tokens.check_canaries(tokenizer, tmp_path, 248320)
+    tokenizer.add_tokens(["red"])
+    with pytest.raises(CheckpointError, match=r"added tokens are others.*\{'red': \d+\}"):
+        tokens.check_canaries(tokenizer, tmp_path, 248320)
+
+
+def test_canaries_beside_a_tokenizer_of_ones_own_replace_the_published_ones(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy_of(tiny("clip"), tmp_path / "own")
+    edit_json(folder / "tokenizer.json", swap("zebra</w>", "giraffe</w>"))
+    with pytest.raises(CheckpointError, match="tokens or merges are others"):
+        load("clip", folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokens.write_canaries(tokenizer, folder, ["a zebra and a giraffe"])
+    load("clip", folder)
+    edit_json(folder / "tokenizer.json", swap("cat</w>", "dog</w>"))
+    with pytest.raises(CheckpointError, match="tokens or merges are others"):
+        load("clip", folder)
+
+
 def test_a_tokenizer_that_cannot_be_read_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     for name in ("clip", "image_reward", "hpsv3"):
         for content in (b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 10**5):
@@ -583,6 +681,68 @@ def set_at(config: Any, keys: tuple[str, ...], value: Any) -> None:
     for key in keys[:-1]:
         config = config[key]
     config[keys[-1]] = value
+
+
+def test_a_processor_that_prepares_pictures_otherwise_is_named_with_its_field(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    judge = "unified_reward_edit"
+    cases: list[tuple[str, str, Any]] = [
+        ("clip", "image_mean", [0.5] * 3),
+        ("clip", "rescale_factor", 1 / 127.5),
+        ("clip", "do_normalize", False),
+        ("image_reward", "image_std", [0.5] * 3),
+        ("hpsv3", "patch_size", 16),
+        ("hpsv3", "image_mean", [0.5] * 3),
+        (judge, "image_mean", [0.48145466, 0.4578275, 0.40821073]),
+        (judge, "do_rescale", False),
+        (judge, "rescale_factor", 1.0),
+        (judge, "patch_size", 7),
+        (judge, "temporal_patch_size", 1),
+        (judge, "merge_size", 1),
+    ]
+    for number, (name, field, value) in enumerate(cases):
+        folder = copy_of(tiny(name), tmp_path / str(number))
+        flat, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
+        settings = json.loads(flat.read_text()) if flat.is_file() else {}
+        flat.write_text(json.dumps(settings | {field: value}))
+        with pytest.raises(CheckpointError, match=f"{flat} belongs to another model: it has {field} ="):
+            load(name, folder)
+        # As transformers 5 saves it.
+        flat.unlink()
+        nested.write_text(json.dumps({"image_processor": settings | {field: value}}))
+        with pytest.raises(CheckpointError, match=f"{nested} belongs to another .* it has {field} ="):
+            load(name, folder)
+    folder = copy_of(tiny("clip"), tmp_path / "clip")
+    (folder / "processor_config.json").write_text('{"image_processor": 3}')
+    with pytest.raises(
+        CheckpointError, match=r"processor_config\.json has an image_processor that is no"
+    ):
+        load("clip", folder)
+
+
+def test_a_field_that_a_judge_s_processor_lacks_is_checked(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for number, field in enumerate(("patch_size", "image_mean")):
+        folder = copy_of(tiny("unified_reward_edit"), tmp_path / str(number))
+        edit_json(folder / "preprocessor_config.json", lambda old, field=field: old.pop(field) and None)
+        with pytest.raises(CheckpointError, match=f"preprocessor_config.json .* it has {field} ="):
+            load("unified_reward_edit", folder)
+
+
+def test_the_kernel_of_a_config_is_not_asked_for(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    kernels = {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"}
+    for name in ("clip", "aesthetic", "hpsv3", "unified_reward_edit"):
+        folder = copy_of(tiny(name), tmp_path / name)
+        edit_json(
+            folder / "config.json",
+            lambda config: {
+                key: value | kernels if key.endswith("_config") else value
+                for key, value in (config | kernels).items()
+            },
+        )
+        load(name, folder)
 
 
 def test_a_config_that_is_nested_without_end_is_named(

@@ -32,6 +32,7 @@ from diffsynth_metrics.judges.architectures import build_judge
 from diffsynth_metrics.judges.engine import Answer, Engine, Question, checked_count
 from diffsynth_metrics.judges.local import LocalEngine, check_max_new_tokens
 from diffsynth_metrics.modes import plain_modes
+from diffsynth_metrics.pixels.preprocessor_config import check_patches
 from diffsynth_metrics.tokens import check_canaries
 
 __all__ = ["JudgeMetric", "mean", "pairs"]
@@ -93,9 +94,11 @@ class JudgeMetric(RowMetric):
 
     @classmethod
     def load_processor(cls, folder: Path, model: Any, **processor_kwargs: Any) -> Any:
-        """Load the processor of images and chat template."""
+        """Load the processor of images and chat template, and refuse another model's."""
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, **processor_kwargs)
         check_canaries(processor.tokenizer, folder, model.config.text_config.vocab_size)
+        vision, half = model.config.vision_config, (0.5, 0.5, 0.5)
+        check_patches(folder, vision, half, half, processor.image_processor)
         return processor
 
     @classmethod

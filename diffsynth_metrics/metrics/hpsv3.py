@@ -23,6 +23,7 @@ from diffsynth_metrics.networks.hpsv3 import (
     set_frequencies,
 )
 from diffsynth_metrics.pixels.batches import pixel_lists
+from diffsynth_metrics.pixels.preprocessor_config import check_patches
 from diffsynth_metrics.pixels.transforms import SmartResize
 from diffsynth_metrics.tokens import check_canaries, padded
 from diffsynth_metrics.weights.checkpoint import read_layout
@@ -167,9 +168,10 @@ class HPSv3Metric(PromptMetric):
     def load_processor(
         cls, folder: Path, model: Any, **processor_kwargs: Any
     ) -> PreTrainedTokenizerFast:
-        """Load Qwen2-VL's tokenizer."""
+        """Load Qwen2-VL's tokenizer, and refuse another model's tokenizer or preprocessing."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **processor_kwargs)
         check_canaries(tokenizer, folder, model.config.text_config.vocab_size)
+        check_patches(folder, model.config.vision_config, SmartResize.mean, SmartResize.std)
         return tokenizer
 
     @property

@@ -14,6 +14,7 @@ from diffsynth_metrics.base import MetricCard, PromptMetric, rows_of_pairs
 from diffsynth_metrics.errors import CheckpointError
 from diffsynth_metrics.inputs import ImagesInput, as_prompts, pair
 from diffsynth_metrics.networks.image_reward import ImageRewardNetwork, build_image_reward
+from diffsynth_metrics.pixels.preprocessor_config import check_preprocessor
 from diffsynth_metrics.pixels.transforms import ShortestEdgeCrop
 from diffsynth_metrics.tokens import CutsPrompts, TokenizedPrompts, check_canaries, cut_prompts, padded
 from diffsynth_metrics.weights.model_config import ModelConfig
@@ -92,6 +93,7 @@ class ImageRewardMetric(CutsPrompts, PromptMetric):
                 f"and the network {vocabulary}"
             )
         check_canaries(tokenizer, folder, vocabulary)
+        check_preprocessor(folder, ShortestEdgeCrop(model.image_size))
         return tokenizer
 
     def evaluate(self, prompt: str | Sequence[str], images: ImagesInput) -> list[dict[str, Any]]:

@@ -176,6 +176,9 @@ def is_published(files: Sequence[Path]) -> bool:
 def read_config(files: Sequence[Path], name: str = "config.json") -> dict[str, Any] | None:
     """Return the JSON config next to the weights, or None where there is none.
 
+    Which kernel computes attention is left out: it is no part of the architecture, and the one that
+    somebody trained with may not be installed here.
+
     Raises:
         CheckpointError: The file is not a JSON object.
     """
@@ -183,12 +186,17 @@ def read_config(files: Sequence[Path], name: str = "config.json") -> dict[str, A
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text, parse_constant=_no_number, object_hook=_without_kernel)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
     return config
+
+
+def _without_kernel(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key.strip("_") != "attn_implementation"}
 
 
 def _no_number(text: str) -> float:

@@ -115,6 +115,9 @@ class Repository:
                     file = HubFile(**fields)
                     if found.setdefault(file.name, file) != file:
                         raise ValueError(f"{file.name!r} is there twice and not the same")
+            folders = {str(folder) for name in found for folder in PurePosixPath(name).parents}
+            if both := sorted(folders & found.keys()):
+                raise ValueError(f"{both[0]!r} is there as a file and as a folder")
         except ValueError as error:
             hint = "Do not use this repository, or choose the other hub: its listing cannot be trusted."
             raise self.error(hint, f"the listing is refused: {error}") from None
@@ -181,6 +184,8 @@ class Repository:
             for file in listed
             if not file.equals(self.folder / file.name) and not files.is_edited(file.name)
         ]
+        for file in needed:
+            _check_way(self.folder / file.name)
         before, interrupted = files.names(), files.interrupted
         files.note_begin()
         try:
@@ -415,6 +420,14 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
         waiting += filter(None, [current.__cause__ or current.__context__])
 
 
+def _check_way(file: Path) -> None:
+    """Check that nothing stands where a file is to be written; the clients would try it again."""
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if in_the_way := next((folder for folder in file.parents if folder.is_file()), None):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(in_the_way))
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
@@ -435,6 +448,12 @@ def _hint(causes: Sequence[BaseException], offline: bool) -> str:
         )
     if errno.ENOSPC in codes:
         return "Make room on the disk, or set DIFFSYNTH_MODEL_BASE_PATH to a folder on another one."
+    if errno.ENAMETOOLONG in codes:
+        return "Set DIFFSYNTH_MODEL_BASE_PATH to a folder with a shorter path."
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in {errno.EISDIR, errno.EEXIST, errno.ENOTDIR}:
+            if path := cause.filename2 or cause.filename:
+                return f"Move or delete {path}, which is where a file or folder is to be written."
     if any(type(cause).__name__ == "FileIntegrityError" for cause in causes):  # ModelScope's
         return _WRONG_BYTES
     statuses = {getattr(getattr(cause, "response", None), "status_code", 0) for cause in causes}
