@@ -84,8 +84,8 @@ _SUPPOSES = re.compile(
 )
 # Headings of numbers that are no scores of the images.
 NO_SCORES = (
-    r"\b(?:ideal|perfect|draft|rubric|rank(?:s|ing|ings)?|count|number of|(?:errors?|mistakes|flaws|issues"
-    r"|defects|art[ei]facts)(?: (?:per|in|of|for|found)\b.*)?(?=\W*$))"
+    r"\b(?:ideal|perfect|draft|rubric|rank(?:s|ing|ings)?|count|number of"
+    r"|(?:errors?|mistakes|flaws|issues|defects|art[ei]facts)(?: (?:per|in|of|for|found)\b.*)?(?=\W*$))"
 )
 _N = r"[0-9]+(?:\.[0-9]+)?"
 _SCALE = re.compile(

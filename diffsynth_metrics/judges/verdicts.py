@@ -114,7 +114,8 @@ def _turns(words: str, winner: int) -> bool:
     other = rf"\bimage ?(?!{winner})[0-9]|\b(?:other|former|latter|first|second)\b"
     # A few words and the other number, or the other image as more than what "it" is compared with.
     names = rf"[^0-9]{{0,40}}(?<!image )(?<!image)\b(?!{winner})[12]"
-    makes = rf"(?!(?:it|this)\b|.*\b(?:than|in|of|over|by|for|unlike)\b)(?:[a-z']+[ ,:]+){{0,5}}image ?(?!{winner})[12]"
+    compares = r"(?:it|this)\b|.*\b(?:than|in|of|over|by|for|unlike)\b"
+    makes = rf"(?!{compares})(?:[a-z']+[ ,:]+){{0,5}}image ?(?!{winner})[12]"
     if DOUBTS.search(words) or re.fullmatch(f"{names}|{makes}", words, re.IGNORECASE):
         return True
     if re.search(other, words, re.IGNORECASE):
