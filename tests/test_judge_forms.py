@@ -580,7 +580,7 @@ REFUSED: list[tuple[Any, list[str]]] = [
             '{"Detail":{"Noise":{"score":2,"corrected_score":0}}}',
         ]
         + [
-            '{{"Detail":{{"Noise":{{"score":1}},"{}":{{"score":2}}}}}}'.format(n)
+            f'{{"Detail":{{"Noise":{{"score":1}},"{n}":{{"score":2}}}}}}'
             for n in ("Mean", "Score", "Final", "Group Score", "Detail Score", "Detail", "Average")
         ],
     ),
