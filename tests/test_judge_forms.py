@@ -531,3 +531,173 @@ def test_a_number_inside_a_reasoning_that_was_cut_off_is_no_score() -> None:
             assert read_score_list(answer, ("x", "y"), low=0, high=25).problem, text
     cut = Answer("The edit is good.\nImage 1: 4\nImage 2: 3", "length")
     assert read_pair_scores(cut).problem
+
+
+REFUSED: list[tuple[Any, list[str]]] = [
+    (
+        read_list,
+        [
+            '{"score (0-10)": [8,9]}',
+            "score (0-10): [8, 9]",
+            "score (out of 10): [8, 9]",
+            '{"score":[20,18],"final_score":[2,1]}',
+            '{"score":[20,18],"revised_score":[2,1]}',
+            '{"score":[8,9],"scale":10}',
+            '{"score":[8,9],"scale":"0-10"}',
+            '{"score":[8,9],"max_score":10}',
+            '{"reasoning":"On a scale from 1 to 10.","score":[8,9]}',
+            '{"score":[20,18],"final_score":"[2, 1]"}',
+            '{"score":[20,18],"overall_score":2}',
+            '{"Score (0-100)":[20,18]}',
+        ],
+    ),
+    (
+        read_scores,
+        [
+            lines("4 (out of 10)", 4, 4),
+            lines("4 (max 10)", 3, 3),
+            lines("2 (on a scale of 10)", 3, 3),
+            "All scores out of 10.\n" + lines(3, 4, 5),
+            lines("4 (minus 1 for the missing hat)", 3, 3),
+            lines("2 (+0.5 for colour)", 3, 3),
+            lines("4. Strictly speaking 3.", 2, 2),
+            lines(4, 4, 4) + "\nThough really it deserves a 3.",
+            lines(4, 4, 4) + "\nFinal: Alignment 2, Coherence 3, Style 5",
+            "The ideal image:\n" + lines(5, 5, 5),
+            "Draft:\n" + lines(4, 4, 4),
+            "Rubric:\n" + lines(5, 5, 5),
+            "### Draft:\n" + lines(4, 4, 4),
+            "Scores on a 10-point scale:\n" + lines(4, 4, 4),
+            "Draft scores:\n" + lines(4, 4, 4),
+            lines(4, 3, 2) + "\n(maximum 10)",
+        ],
+    ),
+    (
+        read_quality,
+        [
+            '{"Detail":{"Noise":{"score":2,"scale":"0-10"}}}',
+            '{"Detail":{"Noise (0-10)":{"score":2}}}',
+            '{"Detail":{"Noise":{"score":2,"corrected_score":0}}}',
+        ]
+        + [
+            f'{{"Detail":{{"Noise":{{"score":1}},"{n}":{{"score":2}}}}}}'
+            for n in ("Mean", "Score", "Final", "Group Score", "Detail Score", "Detail", "Average")
+        ],
+    ),
+    (
+        read_winner,
+        [
+            "Edited image 1 is better. " + w
+            for w in (
+                "False.",
+                "Make that edited image 2.",
+                "My final answer is therefore 2.",
+                "Final: 2",
+                "I meant 2.",
+                "Going with image 2.",
+                "Wrong.",
+                "I meant image 2.",
+                "Sorry, 2.",
+                "It is wrong.",
+            )
+        ],
+    ),
+    (
+        read_pair_scores,
+        [
+            h + "Image 1: 4\nImage 2: 3"
+            for h in (
+                "Errors per image:\n",
+                "Ranking:\n",
+                "Number of artefacts:\n",
+                "**Ranking:**\n",
+                "Errors:\n",
+                "Scores (lower is better):\n",
+                "Number of mistakes: ",
+                "Artifact count:\n",
+            )
+        ]
+        + [
+            "Image 1 (lower is better): 4\nImage 2 (lower is better): 3",
+            "Image 1: 4 (lower is better)\nImage 2: 3",
+        ],
+    ),
+]
+READ: list[tuple[Any, list[str]]] = [
+    (
+        read_scores,
+        [
+            lines("4. The contrast is too high.", 3, 2),
+            lines("4. The dog's collar is wrong.", 3, 2),
+            lines("4", 3, 2) + "\nThe colours are not correct everywhere.",
+            lines("4", 3, "2. The number of dogs is not correct."),
+            lines("4", "3. 6 fingers.", 2),
+            lines(4, 3, 2) + "\nThe contrast is too high.",
+            lines(4, 3, 2) + "\nThe dog's collar is wrong.",
+            lines("4 (two out of 3 dogs)", 3, 2),
+            lines("4 (2 out of 3 dogs)", 3, 2),
+            lines(4, 3, 2) + "\nAlignment: 2 of the 3 dogs are there.",
+            "On a scale of 1 to 5:\n" + lines(4, 3, 2),
+            "On a scale from 1 (worst) to 5 (best):\n" + lines(4, 3, 2),
+            "Here are the scores:\n" + lines(4, 3, 2),
+            "Evaluation based on the criteria:\n" + lines(4, 3, 2),
+            "1. Alignment\n2. Coherence\n3. Style\n\n" + lines(4, 3, 2),
+            lines("4. Good, but only 2 dogs.", 3, 2),
+            lines(4, 3, 2).replace("(1-5):", "（1-5）："),
+            lines("4。", "3。The hat is red.", 2),
+            "Each score is out of 5.\n" + lines(4, 3, 2),
+            lines("4 (minor flaws)", 3, 2),
+        ],
+    ),
+    (
+        read_list,
+        [
+            '{"reasoning":"on a scale of 0 to 25, good","score":[20,18]}',
+            '{"score":[20,18],"max_score":"none"}',
+            '{"score":[20,18],"final_score":[20,18]}',
+            "Score (out of 25): [20, 18]",
+            '{"score (0-25)":[20,18]}',
+            '{"score (0 to 25)":[20,18], "final_remark":"3 dogs"}',
+        ],
+    ),
+    (
+        read_quality,
+        [
+            '{"Detail":{"Noise":{"score":1,"scale":"0-2"}}}',
+            '{"Detail":{"Noise":{"score":1,"reason":"3 of 4"}}}',
+            '{"Detail":{"Noise":{"score":1},"Meaningful Lines":{"score":2}}}',
+        ],
+    ),
+    (
+        read_winner,
+        [
+            "Edited image 1 is better. " + w
+            for w in (
+                "It is more faithful than edited image 2.",
+                "It beats edited image 2.",
+                "It keeps 2 of 3 dogs.",
+                "The hat is wrong in edited image 2.",
+                "The sky is unchanged in edited image 2.",
+                "The contrast is too high in image 2.",
+                "It shows both dogs, unlike image 2.",
+            )
+        ],
+    ),
+    (
+        read_pair_scores,
+        [
+            "My evaluation of the errors and strengths:\nImage 1: 4\nImage 2: 3",
+            "Image 1: 4 (few errors)\nImage 2: 3",
+        ],
+    ),
+]
+
+
+def test_other_scales_second_scores_corrections_and_headings_are_refused() -> None:
+    read = [text for read, texts in REFUSED for text in texts if not read(Answer(text)).problem]
+    assert read == []
+
+
+def test_remarks_about_the_image_do_not_refuse_its_scores() -> None:
+    refused = [text for read, texts in READ for text in texts if read(Answer(text)).problem]
+    assert refused == []

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 from diffsynth_metrics.judges.engine import Answer
 from diffsynth_metrics.judges.reading import (
+    NO_SCORES,
     NUMBER,
     NoJson,
     Reading,
     Unreadable,
     because,
+    check_scale,
     check_words,
     final_text,
     has_digit,
@@ -42,7 +44,7 @@ __all__ = [
     "read_winner",
 ]
 
-READER = 3
+READER = 4
 """Version of what is read in a text; raised whenever the same text may be read otherwise."""
 
 _EXCERPT = 40
@@ -52,7 +54,8 @@ _REMARK = r"[\"']?(?P<remark> ?(?:$|[(|}\]]|[,;.!](?=[ \"'}]|$)|- ).*)"
 _SCORE_BELOW = r"\W*(?:(?:the|my|final|overall|total) )*(?:score|rating)\b"
 _LIST = rf"\[ ?{NUMBER}(?: ?, ?{NUMBER})* ?,? ?\]|{NUMBER}(?: ?; ?|, | and ){NUMBER}(?![\w.])"
 _IMAGE = r"(?<![^\W_])(?:edited[ _])?image[ _]?(?P<key>[0-9]+)(?:'s)?(?:[ _](?:score|rating)(?!\w))?"
-_ANY_SCALE = r"\((?:[^()0-9]*|(?:out of )?[0-9]+(?: ?(?:-|to) ?[0-9]+)?)\)"
+_SUMS_UP = re.compile(r"overall|total|summ|aver|final|score|rating|\bmean\b", re.IGNORECASE)
+_ANY_SCALE = rf"\((?![^()]*{NO_SCORES})(?:[^()0-9]*|(?:out of )?[0-9]+(?: ?(?:-|to) ?[0-9]+)?)\)"
 
 
 class _Label(NamedTuple):
@@ -80,7 +83,9 @@ def read_labelled_scores(
     words = "|".join(label.replace(" ", "[ _]") for label in labels.values())
     scale, of = rf"\( ?{low:g} ?(?:-|to) ?{high:g} ?\)", rf"(?: ?(?:/|(?:out )?of) ?{high:g}(?:\.0+)?)?"
     try:
-        found = _labels(rf"(?<![\w-])(?P<key>{words})(?!\w)", _whole_lines(answer))
+        text = _whole_lines(answer)
+        check_scale(text, low, high)
+        found = _labels(rf"(?<![\w-])(?P<key>{words})(?!\w)", text)
     except Unreadable as error:
         return Reading(values, because(answer, [str(error)]))
     for name, label in labels.items():
@@ -88,7 +93,13 @@ def read_labelled_scores(
         try:
             if not (scores := _values(own, scale, NUMBER, of)):
                 raise Unreadable(f"there is no {label}")
-            values[name] = _in_range(_one(f"values of {label}", scores)[0], low, high, label)
+            score = _one(f"values of {label}", scores)[0]
+            said = (
+                rf"\b{label.split()[0]}(?: score)?[ :=]{{1,3}}({NUMBER})(?= ?(?:$|[,;|)]|\.(?![0-9])))"
+            )
+            for number in re.findall(said, text, re.IGNORECASE | re.MULTILINE):
+                _one(f"values of {label}", [score, float(number)])
+            values[name] = _in_range(score, low, high, label)
         except Unreadable as error:
             problems.append(str(error))
     return Reading(values, because(answer, problems))
@@ -108,6 +119,7 @@ def read_score_list(answer: Answer, names: Sequence[str], *, low: float, high: f
 
     def read() -> dict[str, Any]:
         text, _ = final_text(answer)
+        check_scale(plain(text), low, high)
         try:
             value, rest = json_object(text)
         except NoJson:
@@ -136,6 +148,7 @@ def read_pair_scores(answer: Answer) -> Reading:
 
     def read() -> dict[str, float]:
         text = _whole_lines(answer)
+        check_scale(text)
         labels = _labels(_IMAGE, text)
         keys = dict.fromkeys(["1", "2", *(label.key for label in labels)])
         found = {key: _values([one for one in labels if one.key == key], _ANY_SCALE) for key in keys}
@@ -197,6 +210,7 @@ def read_checklist(
         if answer.finish == "length" and not tagged and text == answer.text:
             raise Unreadable("it never came to its answer")
         value, rest = json_object(text)
+        check_scale(plain(text), min(score_map), max(score_map))
         check_words(plain(rest), [])
         if has_digit(rest) or re.search(r"\bshould\b", rest, re.IGNORECASE):
             raise Unreadable(f"{rest.strip()[:_EXCERPT]!r} follows the JSON object, and may correct it")
@@ -242,6 +256,9 @@ def _in_range(value: float, low: float, high: float, name: str) -> float:
 def _labels(label: str, text: str) -> list[_Label]:
     """Return the labels of a text with what follows each, up to the next one."""
     found = list(re.finditer(label, text, re.IGNORECASE))
+    heading = (text[: found[0].start()] if found else "").rstrip("{\"'#-\n ").rpartition("\n")[2]
+    if heading.endswith(":") and re.search(NO_SCORES, heading, re.IGNORECASE):
+        raise Unreadable(f"{heading[:_EXCERPT]!r} is no heading of scores")
     starts, ends = [match.start() for match in found], [match.end() for match in found]
     labels = []
     for match, done, until in zip(found, [0, *ends], [*starts[1:], len(text)], strict=False):
@@ -322,7 +339,8 @@ def _facets(
         for name, found in members.items():
             known = names.get(plain_name(name))
             is_scored = isinstance(found, dict) and "score" in found
-            if known or (group and is_scored and not re.search(r"(?i)overall|total|summ|aver", name)):
+            sums_up = plain_name(name) == plain_name(level2) or _SUMS_UP.search(name)
+            if known or (group and is_scored and not sums_up):
                 yield group or level2, known or name, found
             elif isinstance(found, dict) or ((group or is_flat) and not _is_note(found)):
                 raise Unreadable(f"{name!r} is no facet of the dimension")

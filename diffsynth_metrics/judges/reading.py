@@ -13,11 +13,13 @@ from diffsynth_metrics.judges.engine import Answer
 __all__ = [
     "CONDITION",
     "DOUBTS",
+    "NO_SCORES",
     "NUMBER",
     "NoJson",
     "Reading",
     "Unreadable",
     "because",
+    "check_scale",
     "check_words",
     "final_text",
     "has_digit",
@@ -36,17 +38,25 @@ CONDITION = (
     rf"\b(?:{_IF}|unless|assum(?:e|ing|ption)|suppos(?:e|ing)|imagine|maybe|perhaps|possibly"
     rf"|hypothetical(?:ly)?|template|{_FORMAT}|(?<!for )example|had (?:\w+ ){{1,4}}been)\b"
 )
+# What a judge calls its own scores, where a subject such as "the collar" is part of the image.
+_OWN = (
+    r"(?:^|\b(?:this|that|it|i|these|they|above|scores?|ratings?|number|verdict|answer|my \w+|[0-9]) )"
+)
 _TAKES_BACK = re.compile(
     # At the beginning of a sentence or a part of it.
     r"(?:^|[.!?,;:(-] ?)(?:wait|hmm+|oops|sorry|actually|correct(?:ion|ed)|scratch|never ?mind"
     r"|on (?:second thought|reflection)\b(?!:)|i (?:take|was|mis|first (?:th|s))|my mistake"
     rf"|let me (?:re|correct|change)|(?:only )?(?:{_IF}|unless|assuming)\b|rather the"
-    r"|no ?(?=[,.!;:-]|$))"
+    r"|no ?(?=[,.!;:-]|$))|(?:^|[.!?] )(?:nope|false|wrong|incorrect) ?(?=[,.!]|$)"
     # Anywhere.
-    r"|\btoo (?:high|low|generous|harsh|kind|lenient|strict|optimistic)\b|\b(?:reconsider|revis)"
+    r"|\btoo (?:generous|harsh|kind|lenient|strict|optimistic)\b|\b(?:reconsider|revis)"
+    rf"|(?:{_OWN}(?:is|are|was|seems?|looks?) |^\W*|[(,;] ?)(?:\w+ )?too (?:high|low)\b"
     r"|\b(?:disregard|ignore) (?:th|my)|\bchanged? my\b|\b(?:kidding|joking|swapped)\b"
-    r"|\b(?:is|are|was) (?:just |only )?(?:an? (?:mistake|example|draft|placeholder)|wrong|incorrect)\b"
-    r"|(?:\bnot|n't) (?:true|so|correct|right|the case|final|my|sure|certain|believe)\b|\bcannot tell\b"
+    r"|\b(?:is|are|was) (?:just |only )?(?:an? (?:mistake|example|draft|placeholder))\b"
+    rf"|{_OWN}(?:is|are|was) (?:\w+ )?(?:wrong|incorrect)\b"
+    rf"|(?:{_OWN}(?:is|are|was)(?:n't| not)|^\W*not) (?:\w+ )?(?:correct|right)\b"
+    r"|\b(?:deserves?|merits?|warrants?) (?:\w+ )?[0-9]"
+    r"|(?:\bnot|n't) (?:true|so|the case|final|my|sure|certain|believe)\b|\bcannot tell\b"
     r"|\b(?:score|rating|verdict)s? (?:sh|w|c)ould\b|\bholds? only\b|\bopposite is\b"
     r"|\b(?:w|sh)ould (?:lower|raise|reduce|correct|only)\b",
     re.IGNORECASE,
@@ -54,7 +64,10 @@ _TAKES_BACK = re.compile(
 DOUBTS = re.compile(f"{CONDITION}|{_TAKES_BACK.pattern}", re.IGNORECASE)
 # A number in a sentence that may be another score.
 _CLAIM = re.compile(
-    r"(?:^[^\w(]*(?:(?:of|at) )?|^(?=[^a-z]*$)\W*|[:=\[] ?|\bto "
+    rf"(?:^[^\w(]*(?!{NUMBER} (?!stars|points)[a-z]+s(?:\W|$))(?:(?:of|at) )?|^(?=[^a-z]*$)\W*"
+    r"|[:=\[] ?|\bto |\((?=[-+])|\b(?:minus|plus|add(?:ed|ing)?|deduct\w*|subtract\w*) "
+    # A sentence of a few words and a number.
+    rf"|[.!?;,(]\W{{0,3}}(?:[a-z]+,? ){{1,2}}(?={NUMBER} ?(?:[.!?;)](?![0-9])|$))"
     r"|\b(?:scores?|ratings?|rated?|should|would|deserves?|final|first|second|previously)\b[^.]{0,60}?)"
     rf"(?P<number>{NUMBER})|\bor (?:\w+ )?(?:[0-9]|one|two|three|four|five|half)",
     re.IGNORECASE,
@@ -69,7 +82,29 @@ _SUPPOSES = re.compile(
     r"|than|example|typical|like)\b",
     re.IGNORECASE,
 )
-_SAME = str.maketrans("：＝−“”’{", ':=-""\'\n') | {ord("–"): " - ", ord("—"): " - "}
+# Headings of numbers that are no scores of the images.
+NO_SCORES = (
+    r"\b(?:ideal|perfect|draft|rubric|rank(?:s|ing|ings)?|count|number of"
+    r"|(?:errors?|mistakes|flaws|issues|defects|art[ei]facts)(?: (?:per|in|of|for|found)\b.*)?(?=\W*$))"
+)
+_N = r"[0-9]+(?:\.[0-9]+)?"
+_SCALE = re.compile(
+    rf"\( ?(?P<low>{_N}) ?(?:-|to) ?(?P<high>{_N}) ?\)"
+    r"|(?<![0-9] )(?<![^\W_])(?:out[ _]of|max(?:imum)?(?:[ _]score)?|scale|range)[^\w\n]{1,4}"
+    rf"(?:(?:of|is|from|in)\W{{1,3}})?(?:(?P<from>{_N}) ?(?:-|to|,|and) ?)?(?P<to>{_N})"
+    rf"(?!\.?[0-9]| ?[a-z(-])|\b(?P<points>{_N})[- ]point scale",
+    re.IGNORECASE,
+)
+_LOWER_IS_BETTER = re.compile(
+    r"\b(?:lower|less|fewer|smaller) ?(?:is|are|means|=) ?(?:the )?better", re.I
+)
+_SAME = str.maketrans("：＝−“”’{", ':=-""\'\n') | {
+    ord("–"): " - ",
+    ord("—"): " - ",
+    ord("（"): "(",
+    ord("）"): ")",
+    ord("。"): ". ",
+}
 _EXCERPT = 40
 
 
@@ -170,6 +205,21 @@ def check_words(words: str, scores: Sequence[float] | None = None) -> None:
             raise Unreadable(f"{line[:_EXCERPT]!r} may change the scores")
 
 
+def check_scale(text: str, low: float | None = None, high: float | None = None) -> None:
+    """Check that a text names no other scale than from low to high, and none where less is better.
+
+    Raises:
+        Unreadable: It does.
+    """
+    if found := _LOWER_IS_BETTER.search(text):
+        raise Unreadable(f"{found.group()!r} turns the scores round")
+    for found in _SCALE.finditer(text) if high is not None else ():
+        first = found["low"] or found["from"] or low
+        last = found["high"] or found["to"] or found["points"]
+        if (first, float(last)) != (low, high) and (float(first or 0), float(last)) != (low, high):
+            raise Unreadable(f"{found.group()[:_EXCERPT]!r} is another scale than {low:g} to {high:g}")
+
+
 def json_object(text: str) -> tuple[dict[str, Any], str]:
     """Return the JSON object of a text, and what stands behind it.
 
@@ -212,4 +262,10 @@ def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if repr(result.setdefault(key, value)) != repr(value):  # true equals 1 in Python
             raise Unreadable(f"{key!r} has two values")
+    scores = [value for key, value in pairs if plain_name(key) in ("score", "scores")]
+    for key, value in pairs if scores else []:
+        is_second = re.search(r"(?i)score|final|correct|revis", key) and has_digit(str(value))
+        if is_second and not isinstance(value, dict) and repr(value) != repr(scores[0]):
+            if not isinstance(value, str) or re.fullmatch(rf"[\[ ]*{NUMBER}[^a-z]*", value):
+                raise Unreadable(f"{key!r} stands beside the score, and may be another")
     return result

@@ -112,7 +112,11 @@ def _turns(words: str, winner: int) -> bool:
     """Whether words behind a verdict could deny it or prefer another image."""
     words = words.strip(" ,")
     other = rf"\bimage ?(?!{winner})[0-9]|\b(?:other|former|latter|first|second)\b"
-    if DOUBTS.search(words):
+    # A few words and the other number, or the other image as more than what "it" is compared with.
+    names = rf"[^0-9]{{0,40}}(?<!image )(?<!image)\b(?!{winner})[12]"
+    compares = r"(?:it|this)\b|.*\b(?:than|in|of|over|by|for|unlike)\b"
+    makes = rf"(?!{compares})(?:[a-z']+[ ,:]+){{0,5}}image ?(?!{winner})[12]"
+    if DOUBTS.search(words) or re.fullmatch(f"{names}|{makes}", words, re.IGNORECASE):
         return True
     if re.search(other, words, re.IGNORECASE):
         is_about_it = re.match(rf"(?:the )?(?:edited )?(?:{other})", words, re.IGNORECASE)
