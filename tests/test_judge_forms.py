@@ -343,6 +343,7 @@ TAKEN_BACK = [
     "Actually, I would lower it.",
     "Scratch that.",
     "On second thought, that is too high.",
+    "The style is too low.",
     "I take it back.",
     "I take that back.",
     "That is too generous.",

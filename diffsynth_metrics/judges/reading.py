@@ -40,7 +40,8 @@ CONDITION = (
 )
 # What a judge calls its own scores, where a subject such as "the collar" is part of the image.
 _OWN = (
-    r"(?:^|\b(?:this|that|it|i|these|they|above|scores?|ratings?|number|verdict|answer|my \w+|[0-9]) )"
+    r"(?:^|\b(?:this|that|it|i|these|they|above|scores?|ratings?|number|verdict|answer|my \w+|[0-9]"
+    r"|alignment|coherence|style) )"
 )
 _TAKES_BACK = re.compile(
     # At the beginning of a sentence or a part of it.
