@@ -90,6 +90,7 @@ _SQUARED = re.compile("image_size|img_size|input_size|context_length")
 _NO_SIZE = re.compile("theta|pixels")
 _LARGEST_SIDE = 2**12
 _LARGEST_NUMBER = 2**20
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _COUNT = re.compile("(heads|layers|depth|width)$")
 _LIKE_A_SIZE = re.compile("size|dim|layers|heads|depth|width|length|patch|position|num_|config$|cfg$")
 
@@ -102,10 +103,11 @@ def weight_files(paths: Sequence[str]) -> list[Path]:
     """
     files = [Path(path) for path in paths if path.endswith(".safetensors")]
     if not files:
-        raise CheckpointError(
-            "Convert the weights to .safetensors, because unpickling other formats can run code: there "
-            f"is no .safetensors file among {_some([Path(path).name for path in paths])}"
-        )
+        names = [Path(path).name for path in paths]
+        hint = "Put the .safetensors file of the weights there"
+        if any(Path(name).suffix in _PICKLES for name in names):
+            hint = "Convert the weights to .safetensors, because unpickling other formats can run code"
+        raise CheckpointError(f"{hint}: there is no .safetensors file among {_some(names)}")
     return files
 
 
@@ -122,11 +124,14 @@ def read_layout(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
                 shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
         except SafetensorError as error:
             raise CheckpointError(
-                f"Delete {file} so that it is downloaded again: it ({file.stat().st_size} bytes) is "
+                f"Delete {file} and download or copy it again: it ({file.stat().st_size} bytes) is "
                 f"truncated or not a safetensors file ({error})"
             ) from None
         if twice := sorted(layout.keys() & shapes.keys()):
-            raise CheckpointError(f"{file} repeats tensors of another file: {_some(twice)}")
+            raise CheckpointError(
+                f"Pass one set of weights, such as path=FILE: {file} repeats tensors of another file: "
+                f"{_some(twice)}"
+            )
         layout |= shapes
     return layout
 
