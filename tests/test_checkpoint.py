@@ -271,7 +271,7 @@ class TestDamagedFiles:
         truncated = [whole[:bytes_left] for bytes_left in (0, 4, 8, 40, -100, -1)]
         for content in [*truncated, b"\0" * 1000, b"<html>404</html>" * 100, b"version https://"]:
             file.write_bytes(content)
-            message = rf"^Delete {file} so that .* it \({len(content)} bytes\) is truncated or not"
+            message = rf"^Delete {file} and .* it \({len(content)} bytes\) is truncated or not"
             with pytest.raises(CheckpointError, match=message):
                 load(small(), file)
 
