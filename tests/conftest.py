@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Choose the number of threads for a test and its fixtures."""
     torch.set_num_threads(1 if item.get_closest_marker("slow") is None else ALL_THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let Ctrl-C interrupt here and in subprocesses: what a shell runs in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

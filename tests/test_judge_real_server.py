@@ -30,6 +30,7 @@ from diffsynth_metrics import (
 )
 from diffsynth_metrics.judges.engine import Question
 from diffsynth_metrics.judges.server import ServerEngine
+from diffsynth_metrics.tokens import write_canaries
 
 pytestmark = pytest.mark.slow
 
@@ -174,6 +175,7 @@ def write_answering(source: Path, folder: Path, answer: str) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([AddedToken(answer, special=False, normalized=False)])
     tokenizer.save_pretrained(folder)
+    write_canaries(tokenizer, folder, ["a cat"])
     chain = [
         tokenizer("\n")["input_ids"][-1],  # the end of a prompt
         *tokenizer.convert_tokens_to_ids(["</think>", answer, "<|im_end|>"]),
