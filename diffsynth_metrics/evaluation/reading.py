@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import PIL.Image
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 
 from diffsynth_metrics.each_sample import OF_SAMPLES
@@ -30,7 +32,10 @@ __all__ = [
     "read_image",
     "reference_of",
     "sample_row",
+    "stamp_of",
 ]
+
+_COARSEST_CLOCK = 2_000_000_000  # nanoseconds between two changes that a file system surely tells apart
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,12 @@ class Content(NamedTuple):
     Attributes:
         image: sha256 of its picture; None before it is read, empty where that failed.
         sources: sha256 of each of its sources, likewise.
+        stamps: Of the picture and of each source that was read, see :func:`stamp_of`.
     """
 
     image: str | None
     sources: tuple[str, ...] | None
+    stamps: tuple[str, ...]
 
 
 class SampleReader:
@@ -77,6 +84,7 @@ class SampleReader:
         samples: The samples.
         images_sha256: Of the picture of each sample; None before it is read, empty where that failed.
         sources_sha256: Of the sources of each sample, likewise.
+        stamps: Of the files of each sample that were read, see :func:`stamp_of`.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -84,6 +92,32 @@ class SampleReader:
         self.samples = samples
         self.images_sha256: list[str | None] = [None] * len(samples)
         self.sources_sha256: list[tuple[str, ...] | None] = [None] * len(samples)
+        self.stamps: list[tuple[str, ...]] = [()] * len(samples)
+
+    def recall(self, before: pa.Table) -> None:
+        """Take over the content of files that an earlier call has read and that are as they were.
+
+        Args:
+            before: What :meth:`table` returned then.
+        """
+        places = pc.index_in(self.described.column("id"), value_set=before.column("id"))
+        names = ("image", "sources", "image_sha256", "sources_sha256", "stamps")
+        for indices in _blocks(len(self.samples)):
+            now = self.described.slice(indices.start, len(indices))
+            then = before.take(places.slice(indices.start, len(indices)))
+            files = zip(*(now.column(name).to_pylist() for name in names[:2]), strict=True)
+            known = zip(*(then.column(name).to_pylist() for name in names), strict=True)
+            for index, of_now, (*of_then, digest, digests, stamps) in zip(
+                indices, files, known, strict=True
+            ):
+                was_read = digest and all(digests or ()) and stamps and all(stamps)
+                if not was_read or list(of_now) != of_then:
+                    continue
+                sample = self.samples[index]
+                images = (sample.image, *sample.sources)[: len(stamps)]
+                if list(map(stamp_of, images)) == stamps:
+                    known_sources = None if digests is None else tuple(digests)
+                    self.learn(index, Content(digest, known_sources, tuple(stamps)))
 
     def read(self, index: int, *, sources: bool = False) -> Item:
         """Read a sample; what is wrong with its files is in the item."""
@@ -94,6 +128,8 @@ class SampleReader:
         images: list[CheckedImage] = []
         digests: list[str] = []
         problem: Exception | None = None
+        # Before they are read: a file that changes meanwhile has another stamp afterwards.
+        stamps = tuple(stamp_of(image) for _, image in wanted)
         for name, image in wanted:
             try:
                 contents, digest = read_image(image, name)
@@ -101,24 +137,27 @@ class SampleReader:
             except OF_SAMPLES as error:
                 problem, digest = problem or error, ""
             digests.append(digest)
-        self.images_sha256[index] = digests[0]
-        if sources:
-            self.sources_sha256[index] = tuple(digests[1:])
+        self.learn(index, Content(digests[0], tuple(digests[1:]) if sources else None, stamps))
         return Item(sample, () if problem else tuple(images), problem, digests[0], tuple(digests[1:]))
 
     def content(self, index: int) -> Content:
         """Return what is known of the content of a sample."""
-        return Content(self.images_sha256[index], self.sources_sha256[index])
+        return Content(self.images_sha256[index], self.sources_sha256[index], self.stamps[index])
 
     def learn(self, index: int, content: Content) -> None:
-        """Take what another process knows of the content of a sample."""
+        """Take what is known of the content of a sample."""
         self.images_sha256[index] = content.image
         if content.sources is not None:
             self.sources_sha256[index] = content.sources
+        self.stamps[index] = content.stamps + self.stamps[index][len(content.stamps) :]
 
     def table(self) -> pa.Table:
         """Return the samples, with what is known of their contents."""
-        contents = {"image_sha256": self.images_sha256, "sources_sha256": self.sources_sha256}
+        contents = {
+            "image_sha256": self.images_sha256,
+            "sources_sha256": self.sources_sha256,
+            "stamps": self.stamps,
+        }
         table = self.described
         for name, values in contents.items():
             column = table.schema.get_field_index(name)
@@ -139,6 +178,27 @@ class SampleReader:
 def _blocks(count: int) -> list[range]:
     """Divide indices into blocks: rows as dicts take much more memory than a table."""
     return [range(start, min(start + 4096, count)) for start in range(0, count, 4096)]
+
+
+def stamp_of(image: ImageInput | PackedImage) -> str:
+    """Return what the file system says of a picture's file; a file that is written to gets another one.
+
+    Returns:
+        Size, times of change and number of the file, or of the shard that it lies in. Empty where there
+        is none, and where it has changed so recently that the next change may have the same time.
+    """
+    if isinstance(image, PackedImage):
+        image = image.file
+    if not isinstance(image, (str, Path)):
+        return ""
+    try:
+        status = os.stat(os.path.expanduser(image))
+    except (OSError, ValueError):
+        return ""
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    if time.time_ns() - changed < _COARSEST_CLOCK:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
 def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage, str]:

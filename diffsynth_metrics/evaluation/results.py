@@ -88,13 +88,14 @@ class Results:
         samples, metrics = folder.read_samples(), description["metrics"]
         if not all(made.get("scores_sets") for made in metrics.values()):
             folder.check_parts()
-        images = digest_of_images(samples.column("image_sha256").to_pylist())
+        sets = description["sets"]
+        images = digest_of_images(samples.column("image_sha256").to_pylist()) if sets else None
         return cls(
             folder.path.resolve().name,
             metrics=metrics,
             sets=[
                 one
-                for one in description["sets"]
+                for one in sets
                 if one["fingerprint"] == metrics.get(one["metric"], {}).get("fingerprint")
                 and images in (None, one["images"])
             ],
@@ -314,23 +315,31 @@ def _current(
     A row is found by its key. Of a sample that the last call did not come to, because it was killed, the
     last row with the same prompt counts.
     """
-    prompts = samples.column("prompt").to_pylist()
-    index = {id: position for position, id in enumerate(samples.column("id").to_pylist())}
-    keys = {label: _keys(samples, made) for label, made in metrics.items()}
-    chosen: dict[tuple[int, str], int] = {}
-    done = 0
-    for part in parts:
-        names = ("id", "metric", "fingerprint", "key", "prompt")
-        columns = [part.column(name).to_pylist() for name in names]
-        for row, (id, label, made_by, key, prompt) in enumerate(zip(*columns, strict=True), start=done):
-            if id in index and label in metrics and made_by == metrics[label]["fingerprint"]:
-                position = index[id]
-                known = keys[label][position]
-                if key == known or (known is None and prompt == prompts[position]):
-                    chosen[position, label] = row
-        done += part.num_rows
     rows = pa.concat_tables(parts).unify_dictionaries() if parts else table_of([], ROWS)
-    return _in_order(rows.take(pa.array(chosen.values(), pa.int64())), samples, list(metrics))
+    chosen = np.full((len(metrics), samples.num_rows), -1)
+    for of_label, (label, made) in zip(chosen, metrics.items(), strict=True):
+        of_metric = pc.and_(
+            pc.equal(rows.column("metric"), label),
+            pc.equal(rows.column("fingerprint"), made["fingerprint"]),
+        )
+        found = rows.select(["id", "key", "prompt"]).filter(of_metric)
+        place = pc.index_in(found.column("id"), value_set=samples.column("id"))
+        key = pa.array(_keys(samples, made), pa.string()).take(place)
+        prompt = samples.column("prompt").take(place)
+        is_current = pc.if_else(
+            pc.is_valid(key),
+            pc.equal(found.column("key"), key),
+            pc.and_(pc.is_valid(place), _equal(found.column("prompt"), prompt)),
+        ).to_numpy()
+        # Of several rows the last: the same position is assigned to in their order.
+        of_label[place.to_numpy()[is_current].astype(int)] = np.flatnonzero(of_metric)[is_current]
+    return _in_order(rows.take(pa.array(chosen[chosen >= 0])), samples, list(metrics))
+
+
+def _equal(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Compare texts, of which None equals None."""
+    both_none = pc.and_(pc.is_null(first), pc.is_null(second))
+    return pc.or_(both_none, pc.fill_null(pc.equal(first, second), False))
 
 
 def _keys(samples: pa.Table, made: Mapping[str, Any]) -> list[str | None]:
@@ -350,17 +359,21 @@ def _keys(samples: pa.Table, made: Mapping[str, Any]) -> list[str | None]:
 
 def _in_order(rows: pa.Table, samples: pa.Table, labels: Sequence[str]) -> pa.Table:
     """Sort rows by sample and metric, and let them say of their samples what is so now."""
-    index = {id: position for position, id in enumerate(samples.column("id").to_pylist())}
-    of_label = {label: position for position, label in enumerate(labels)}
-    positions = [index.get(id, len(index)) for id in rows.column("id").to_pylist()]
-    metrics = [of_label.get(label, len(labels)) for label in rows.column("metric").to_pylist()]
-    order = sorted(range(len(positions)), key=lambda row: (positions[row], metrics[row]))
-    rows = rows.take(pa.array(order, pa.int64()))
-    of_rows = samples.take(pa.array([positions[row] for row in order], pa.int64()))
+    positions = _positions(rows.column("id"), samples.column("id"))
+    order = np.lexsort(
+        (_positions(_plain(rows.column("metric")), pa.array(labels, pa.string())), positions)
+    )
+    rows = rows.take(order)
+    of_rows = samples.take(positions[order])
     for name in _OF_SAMPLES:
         place = rows.schema.get_field_index(name)
         rows = rows.set_column(place, ROWS.field(name), of_rows.column(name).cast(ROWS.field(name).type))
     return rows
+
+
+def _positions(texts: pa.ChunkedArray, among: pa.ChunkedArray | pa.Array) -> Any:
+    """Return where each of the texts is, or the number of all where it is not."""
+    return pc.fill_null(pc.index_in(texts, value_set=among), len(among)).to_numpy()
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -85,10 +85,11 @@ SAMPLES = pa.schema(
         "sources": pa.list_(pa.string()),
         "image_sha256": pa.string(),
         "sources_sha256": pa.list_(pa.string()),
+        "stamps": pa.list_(pa.string()),
     }
 )
-"""The columns of a sample. A sha256 is null where the call has not read the file, empty where it could
-not be read."""
+"""The columns of a sample. A sha256 is null where the file was not read, empty where that failed. Stamps
+are what the file system said of the picture and of each source when they were read."""
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -16,6 +16,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+import pyarrow as pa
 import torch
 
 from diffsynth_metrics.base import BaseMetric, SetMetric, check_batch_size
@@ -150,6 +151,7 @@ def score(
             )
             options = {"batch_size": batch_size, "device": device, "torch_dtype": dtype}
             _score_all(run, wanted, reference, staff, options)
+            del run  # which has every sample and row in memory
         return Results.open(folder)
 
     if out is not None:
@@ -198,7 +200,7 @@ def _checked_samples(samples: Sequence[Sample], limit: int | None) -> Sequence[S
 
 def _check_fields(index: int, sample: Sample) -> None:
     """Check the texts of a sample, which tables of others often hold as numbers or NaN."""
-    numbers_too = (str, Integral, type(None))
+    numbers_too = (str, type(None), Integral)  # most are the first
     for name, kinds, wanted in (
         ("id", str, "a str"),
         ("prompt", (str, type(None)), "a str or None"),
@@ -348,8 +350,15 @@ def _score_all(
 ) -> None:
     """Score with one metric after the other."""
     share = run.folder.share
+    try:
+        before = run.folder.read_samples()
+    except (OSError, ValueError):
+        before = None  # there are none, or they are damaged and are written anew
+    if before is not None and run.resume:
+        run.reader.recall(before)
     if share is None or not run.folder.is_described():
-        _tell_of_other_samples(run)
+        if before is not None:
+            _tell_of_other_samples(run, before)
         run.folder.write_samples(run.reader.table())
         run.folder.write_description(run.metrics, run.sets)
     try:
@@ -483,12 +492,8 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
-def _tell_of_other_samples(run: Run) -> None:
+def _tell_of_other_samples(run: Run, before: pa.Table) -> None:
     """Warn where a folder has shown other samples: a run that is named after them would show these."""
-    try:
-        before = run.folder.read_samples()
-    except (OSError, ValueError):
-        return  # there are none, or they are damaged and are written anew
     new = run.reader.described
     now = set(zip(new["id"].to_pylist(), new["image"].to_pylist(), strict=True))
     others = [

@@ -95,7 +95,11 @@ class TestWorkers:
         assert scores(several) == scores(alone)
         assert several.failures().rows == alone.failures().rows
         assert fake.tasks > 9
-        samples_of = [RunFolder(tmp_path / name).read_samples() for name in ("alone", "several")]
+        samples_of = [
+            # Without the stamps: those of files that were only just written are empty.
+            RunFolder(tmp_path / name).read_samples().drop_columns("stamps")
+            for name in ("alone", "several")
+        ]
         assert samples_of[0].equals(samples_of[1])
         # Whoever goes on, nothing is made twice; a worker makes what has changed.
         gray(samples[3].image, 200)
