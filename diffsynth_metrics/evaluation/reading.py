@@ -101,10 +101,11 @@ class SampleReader:
             before: What :meth:`table` returned then.
         """
         places = pc.index_in(self.described.column("id"), value_set=before.column("id"))
+        before = before.take(places)
         names = ("image", "sources", "image_sha256", "sources_sha256", "stamps")
         for indices in _blocks(len(self.samples)):
             now = self.described.slice(indices.start, len(indices))
-            then = before.take(places.slice(indices.start, len(indices)))
+            then = before.slice(indices.start, len(indices))
             files = zip(*(now.column(name).to_pylist() for name in names[:2]), strict=True)
             known = zip(*(then.column(name).to_pylist() for name in names), strict=True)
             for index, of_now, (*of_then, digest, digests, stamps) in zip(
