@@ -72,6 +72,7 @@ _CHUNK_SECONDS = (1.0, 8.0)  # long enough to keep the network busy, short enoug
 _LARGEST_BATCH = 2048  # what a worker gets at once; it reads ahead within
 _BATCH_SECONDS = (4.0, 16.0)  # what the death of a worker costs
 _PART_SECONDS = 30.0
+_NAMED = 100  # a data set without prompts would fill the screen
 _SILENT_CHUNKS = 3  # without any answer of a server, after which nothing more is asked
 _PART_SECONDS_OF_JUDGES = 2.0  # their rows are dear
 
@@ -201,9 +202,13 @@ class Run:
         return described
 
     def name_once(self, message: str) -> None:
-        """Log what is wrong with a sample, once for all metrics."""
-        if message not in self._named:
-            self._named.add(message)
+        """Log what is wrong with a sample, once for all metrics, as long as there are not too many."""
+        if message in self._named or len(self._named) > _NAMED:
+            return
+        self._named.add(message)
+        if len(self._named) > _NAMED:
+            logger.warning("no score for others too; Results.failures() lists them all")
+        else:
             logger.warning("no score: %s", message)
 
 

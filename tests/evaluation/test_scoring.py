@@ -385,6 +385,17 @@ class TestBadSamples:
         assert results.to_pandas()["score"].notna().sum() == 63
         assert len(metric.chunks) < 20
 
+    def test_the_log_stays_readable_where_all_fail(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        missing = [Sample(f"s{index}", None, tmp_path / f"{index}.png") for index in range(300)]
+        with caplog.at_level(logging.WARNING):
+            results = score(missing, [Brightness, Wordiness])
+        named = [record for record in caplog.records if "no score: there is no file" in record.message]
+        assert len(named) == 100
+        assert caplog.text.count("Results.failures() lists them all") == 1
+        assert len(results.failures().rows) == 600
+
     def test_what_no_picture_has_is_said(self, samples: list[Sample]) -> None:
         bad = [
             replace(samples[0], prompt=None),
