@@ -75,9 +75,9 @@ def test_statistics_and_errors_come_back_from_actors(
 ) -> None:
     monkeypatch.setattr(set_scoring, "_BLOCK", 7)
     samples, real = gray_files(tmp_path / "pictures", 10), gray_files(tmp_path / "real", 8, start=90)
-    fid = metrics("fid")
-    (several,) = score(samples, fid, reference=real, engine="ray", workers=2).sets
-    (alone,) = score(samples, fid, reference=real).sets
+    distance = metrics("fd_dinov2")
+    (several,) = score(samples, distance, reference=real, engine="ray", workers=2).sets
+    (alone,) = score(samples, distance, reference=real).sets
     assert several["score"] == pytest.approx(alone["score"], rel=1e-6)
     metric: Any = Brightness()
     metric.stop = (0, MemoryError("no memory left"))

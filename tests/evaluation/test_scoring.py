@@ -830,6 +830,11 @@ class TestSets:
         return metrics("fid")
 
     @pytest.fixture
+    def distance(self, metrics: Any) -> Any:
+        """Return a metric with statistics as FID's, whose tiny network is much smaller."""
+        return metrics("fd_dinov2")
+
+    @pytest.fixture
     def counted(self, fid: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """How many pictures went through the network, call by call."""
         counts: list[int] = []
@@ -868,33 +873,35 @@ class TestSets:
         assert Results.open(out).sets == [changed]
 
     def test_statistics_and_samples_are_references_too(
-        self, tmp_path: Path, samples: list[Sample], fid: Any
+        self, tmp_path: Path, samples: list[Sample], distance: Any
     ) -> None:
         real = SampleSet(gray_files(tmp_path / "real", 8, start=100), source="real.csv")
-        fid.statistics([sample.image for sample in real]).save(tmp_path / "real.npz")
+        distance.statistics([sample.image for sample in real]).save(tmp_path / "real.npz")
         names = {}
         for reference in (tmp_path / "real.npz", real):
-            (result,) = score(samples, fid, reference=reference).sets
+            (result,) = score(samples, distance, reference=reference).sets
             names[result["reference"]] = result["score"]
         assert [*names] == [str(tmp_path / "real.npz"), "real.csv"]
         assert len({round(value, 4) for value in names.values()}) == 1
 
     def test_pictures_that_cannot_be_read_are_counted_or_raise(
-        self, tmp_path: Path, samples: list[Sample], fid: Any, caplog: pytest.LogCaptureFixture
+        self, tmp_path: Path, samples: list[Sample], distance: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         gray_files(tmp_path / "real", 8, start=100)
         samples[3].image.write_bytes(b"no picture")
         samples[4].image.unlink()
-        results = score(samples, fid, reference=tmp_path / "real")
+        results = score(samples, distance, reference=tmp_path / "real")
         (result,) = results.sets
         assert (result["count"], result["skipped"]) == (8, 2)
         assert str(samples[3].image) in caplog.text and str(samples[4].image) in caplog.text
         failures = results.failures()
-        assert failures.rows == (("s4", "fid", str(samples[4].image), "the file could not be read"),)
-        assert failures.notes == ("fid left out 2 pictures, which the log names",)
+        assert failures.rows == (
+            ("s4", "fd_dinov2", str(samples[4].image), "the file could not be read"),
+        )
+        assert failures.notes == ("fd_dinov2 left out 2 pictures, which the log names",)
         for index in (4, 3):
             with pytest.raises((ValueError, FileNotFoundError), match=str(samples[index].image)):
-                score(samples[3 : index + 1], fid, reference=tmp_path / "real", on_error="raise")
+                score(samples[3 : index + 1], distance, reference=tmp_path / "real", on_error="raise")
 
     def test_a_reference_is_checked_before_anything_is_loaded(
         self, tmp_path: Path, samples: list[Sample]

@@ -351,16 +351,16 @@ class TestSets:
         fake: type[FakeWorker],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        fid, samples = metrics("fid"), gray_files(tmp_path / "pictures", 16)
+        distance, samples = metrics("fd_dinov2"), gray_files(tmp_path / "pictures", 16)
         gray_files(tmp_path / "real", 9, start=100)
         samples[15].image.write_bytes(b"no picture")  # alone with s14 in its block
         samples[14].image.unlink()
         samples[3].image.unlink()
         (several,) = score(
-            samples, fid, out=tmp_path / "run", reference=tmp_path / "real", workers=2
+            samples, distance, out=tmp_path / "run", reference=tmp_path / "real", workers=2
         ).sets
         monkeypatch.setattr(set_scoring, "_BLOCK", 1000)
-        (alone,) = score(samples, fid, reference=tmp_path / "real").sets
+        (alone,) = score(samples, distance, reference=tmp_path / "real").sets
         assert several["score"] == pytest.approx(alone["score"], rel=1e-6)
         assert (several["count"], several["skipped"]) == (alone["count"], alone["skipped"]) == (13, 3)
         assert several["reference_count"] == 9
@@ -374,7 +374,7 @@ class TestSets:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         samples = gray_files(tmp_path / "pictures", 21)
-        metrics("fid").statistics([samples[0].image, samples[1].image]).save(tmp_path / "real.npz")
+        metrics("fd_dinov2").statistics([samples[0].image, samples[1].image]).save(tmp_path / "real.npz")
         asked: list[int] = []
 
         def third(task: Any) -> None:
@@ -386,8 +386,8 @@ class TestSets:
         call = {"out": tmp_path / "run", "reference": tmp_path / "real.npz", "workers": 1}
         monkeypatch.setattr(fake, "before", staticmethod(third))
         with pytest.raises(KeyboardInterrupt):
-            score(samples, metrics("fid"), **call)
-        (result,) = score(samples, metrics("fid"), **call).sets
+            score(samples, metrics("fd_dinov2"), **call)
+        (result,) = score(samples, metrics("fd_dinov2"), **call).sets
         assert asked == [7, 7, 7, 7]
         assert result["count"] == 21
 
@@ -476,18 +476,20 @@ class TestRanks:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(set_scoring, "_BLOCK", 7)
-        fid, samples = metrics("fid"), gray_files(tmp_path / "pictures", 16)
+        distance, samples = metrics("fd_dinov2"), gray_files(tmp_path / "pictures", 16)
         call = {"reference": gray_files(tmp_path / "real", 9, start=100)}
         for rank in (1, 0):
-            assert as_rank(rank, 2, samples, fid, out=tmp_path / "run", **call).sets == []
+            assert as_rank(rank, 2, samples, distance, out=tmp_path / "run", **call).sets == []
         asked: list[int] = []
-        statistics = type(fid).statistics
+        statistics = type(distance).statistics
         monkeypatch.setattr(
-            type(fid), "statistics", lambda self, *a, **o: asked.append(1) or statistics(self, *a, **o)
+            type(distance),
+            "statistics",
+            lambda self, *a, **o: asked.append(1) or statistics(self, *a, **o),
         )
-        (merged,) = score(samples, fid, out=tmp_path / "run", **call).sets
+        (merged,) = score(samples, distance, out=tmp_path / "run", **call).sets
         assert asked == []
-        (alone,) = score(samples, fid, **call).sets
+        (alone,) = score(samples, distance, **call).sets
         assert merged["score"] == pytest.approx(alone["score"], rel=1e-6)
         assert (merged["count"], merged["reference_count"]) == (16, 9)
 
