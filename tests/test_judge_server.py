@@ -418,7 +418,7 @@ def test_an_interruption_ends_at_once(fake: FakeServer) -> None:
     released = threading.Event()
 
     def reply(body: dict[str, Any], number: int) -> Reply:
-        if number == 0:
+        if number == 1:  # both threads are there
             os.kill(os.getpid(), signal.SIGINT)
         released.wait(20)
         return completion()
