@@ -21,6 +21,7 @@ from diffsynth_metrics.errors import ImageError
 from diffsynth_metrics.evaluation.fingerprint import bytes_of, readable, storable
 from diffsynth_metrics.evaluation.run_folder import SAMPLES, table_of
 from diffsynth_metrics.evaluation.samples import PackedImage, Sample
+from diffsynth_metrics.evaluation.shards import file_stamp
 from diffsynth_metrics.inputs import CheckedImage, ImageInput, as_images, open_image
 
 __all__ = [
@@ -188,18 +189,19 @@ def stamp_of(image: ImageInput | PackedImage) -> str:
         Size, times of change and number of the file, or of the shard that it lies in. Empty where there
         is none, and where it has changed so recently that the next change may have the same time.
     """
-    if isinstance(image, PackedImage):
-        image = image.file
-    if not isinstance(image, (str, Path)):
+    path = image.file if isinstance(image, PackedImage) else image
+    if not isinstance(path, (str, Path)):
         return ""
+    if not isinstance(image, PackedImage) and not os.path.exists(path):
+        path = os.path.expanduser(path)
     try:
-        status = os.stat(os.path.expanduser(image))
+        stamp = file_stamp(path)
     except (OSError, ValueError):
         return ""
-    changed = max(status.st_mtime_ns, status.st_ctime_ns)
-    if time.time_ns() - changed < _COARSEST_CLOCK:
+    _, modified, changed, _ = stamp
+    if time.time_ns() - max(modified, changed) < _COARSEST_CLOCK:
         return ""
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    return " ".join(map(str, stamp))
 
 
 def read_image(image: ImageInput | PackedImage, name: str) -> tuple[CheckedImage, str]:
@@ -272,14 +274,18 @@ def sample_row(sample: Sample) -> dict[str, str | list[str] | None]:
     }
     return {
         **{name: None if text is None else storable(str(text)) for name, text in texts.items()},
-        "image": readable(_absolute(reference_of(sample.image))),
-        "sources": [readable(_absolute(reference_of(source))) for source in sample.sources],
+        "image": _absolute(sample.image),
+        "sources": list(map(_absolute, sample.sources)),
     }
 
 
-def _absolute(reference: str) -> str:
-    """Return a reference that names the same file from every folder; one of a shard begins with it."""
-    return os.path.abspath(os.path.expanduser(reference)) if reference else ""
+def _absolute(image: ImageInput | PackedImage) -> str:
+    """Return a reference that names the same file from every folder."""
+    if isinstance(image, PackedImage):
+        image = PackedImage(image.file.absolute(), image.member)
+        return readable(str(image))
+    reference = reference_of(image)
+    return readable(os.path.abspath(os.path.expanduser(reference))) if reference else ""
 
 
 def prompt_id(prompt_id: str | None, prompt: str | None, id: str) -> str:

@@ -120,6 +120,9 @@ class Results:
             name: What tables call the run.
             metrics: Label to provenance, see the class; by default empty ones.
             samples: The samples that should have rows; by default those that have.
+
+        Raises:
+            ValueError: A row has an unknown column, or two samples have one id.
         """
         rows = [_completed(row) for row in rows]
         if metrics is None:
@@ -128,6 +131,8 @@ class Results:
             of_samples = list({row["id"]: row for row in rows}.values())
         else:
             of_samples = [sample_row(sample) for sample in samples]
+            if len({row["id"] for row in of_samples}) < len(of_samples):
+                raise ValueError("give every sample an id of its own: rows are found by the id")
         table = table_of(of_samples, SAMPLES)
         known = {row["id"] for row in of_samples}
         kept = table_of([row for row in rows if row["id"] in known], ROWS)
@@ -318,9 +323,12 @@ def _current(
     rows = pa.concat_tables(parts).unify_dictionaries() if parts else table_of([], ROWS)
     chosen = np.full((len(metrics), samples.num_rows), -1)
     for of_label, (label, made) in zip(chosen, metrics.items(), strict=True):
-        of_metric = pc.and_(
-            pc.equal(rows.column("metric"), label),
-            pc.equal(rows.column("fingerprint"), made["fingerprint"]),
+        of_metric = pc.fill_null(
+            pc.and_(
+                pc.equal(rows.column("metric"), label),
+                pc.equal(rows.column("fingerprint"), made["fingerprint"]),
+            ),
+            False,
         )
         found = rows.select(["id", "key", "prompt"]).filter(of_metric)
         place = pc.index_in(found.column("id"), value_set=samples.column("id"))
@@ -328,7 +336,7 @@ def _current(
         prompt = samples.column("prompt").take(place)
         is_current = pc.if_else(
             pc.is_valid(key),
-            pc.equal(found.column("key"), key),
+            pc.fill_null(pc.equal(found.column("key"), key), False),
             pc.and_(pc.is_valid(place), _equal(found.column("prompt"), prompt)),
         ).to_numpy()
         # Of several rows the last: the same position is assigned to in their order.

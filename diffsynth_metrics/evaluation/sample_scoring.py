@@ -72,7 +72,7 @@ _CHUNK_SECONDS = (1.0, 8.0)  # long enough to keep the network busy, short enoug
 _LARGEST_BATCH = 2048  # what a worker gets at once; it reads ahead within
 _BATCH_SECONDS = (4.0, 16.0)  # what the death of a worker costs
 _PART_SECONDS = 30.0
-_NAMED = 100  # a data set without prompts would fill the screen
+_NAMED = 20  # a data set without prompts would fill the screen
 _SILENT_CHUNKS = 3  # without any answer of a server, after which nothing more is asked
 _PART_SECONDS_OF_JUDGES = 2.0  # their rows are dear
 

@@ -296,7 +296,8 @@ def _wanted(
     if not wanted:
         raise ValueError("there are no metrics to score with")
     for label in wanted:
-        if not label or label != os.path.basename(label) or label.startswith("."):
+        named = label.isprintable() and label == os.path.basename(label)
+        if not label or not named or label.startswith("."):
             raise ValueError(f"a label names a folder, and {label!r} cannot")
     return wanted
 
@@ -376,6 +377,11 @@ def _score_all(
     finally:
         if share is None:  # else this process knows the content of its share only
             run.folder.write_samples(run.reader.table())
+    if share is not None:
+        logger.info(
+            "results are of the samples as the last call by one process has seen them: the same call "
+            "without workers='ranks' completes them"
+        )
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,10 @@ def score_set(run: Run, label: str, crew: Crew, reference: Reference) -> None:
     result, doubts = _only(crew, Task("compare", sides, f"the comparison of {label}"))
     for doubt in doubts:
         logger.warning("%s: %s", label, doubt)
-    run.sets[:] = [one for one in run.sets if one not in known]
+    # A reference of this name had another content before, which no longer counts.
+    outdated = found_by | {"reference": real.name}
+    del outdated["reference_sha256"]
+    run.sets[:] = [one for one in run.sets if one not in known and not outdated.items() <= one.items()]
     run.sets.append(
         {
             **result,

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["import_parquet", "open_parquet", "read_packed", "tar_members"]
+__all__ = ["file_stamp", "import_parquet", "open_parquet", "read_packed", "tar_members"]
 
 # Threads that decode ahead ask for neighbours in the same row group, which is then read once.
 _PARQUET_LOCK = threading.Lock()
@@ -39,7 +39,8 @@ def tar_members(file: Path) -> dict[str, tuple[int, int]]:
     Raises:
         ValueError: The shard is damaged or compressed, or two of its files have one name.
     """
-    return _tar_members(file, _stamp(file))
+    file = file.absolute()
+    return _tar_members(file, file_stamp(file))
 
 
 def read_member(file: Path, member: str) -> bytes:
@@ -79,13 +80,14 @@ def open_parquet(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read as parquet: {error}") from error
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def file_stamp(file: str | os.PathLike[str]) -> tuple[int, int, int, int]:
+    """Return size, times of change and number of a file: one that is written to gets another stamp."""
     status = os.stat(file)
-    return status.st_mtime_ns, status.st_size
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 @lru_cache(maxsize=64)
-def _tar_members(file: Path, stamp: tuple[int, int]) -> dict[str, tuple[int, int]]:
+def _tar_members(file: Path, stamp: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(file, "r:") as shard:
@@ -100,8 +102,8 @@ def _tar_members(file: Path, stamp: tuple[int, int]) -> dict[str, tuple[int, int
             f"{file} cannot be read as a tar file: {error}; shards may not be compressed, and "
             "one that was cut off while it was written or copied has to be made again"
         ) from error
-    if members and (end := max(offset + size for offset, size in members.values())) > stamp[1]:
-        raise ValueError(f"{file} is cut off: it has {stamp[1]} bytes and its files end at {end}")
+    if members and (end := max(offset + size for offset, size in members.values())) > stamp[0]:
+        raise ValueError(f"{file} is cut off: it has {stamp[0]} bytes and its files end at {end}")
     return members
 
 
@@ -111,7 +113,8 @@ def _read_cell(file: Path, member: str) -> bytes:
         raise FileNotFoundError(f"{member!r} names no cell of {file}; cells are called 'image[17]'")
     column, row = cell[1], int(cell[2])
     with _PARQUET_LOCK:
-        stamp = _stamp(file)
+        file = file.absolute()
+        stamp = file_stamp(file)
         for group, start, count in _row_groups(file, stamp):
             if start <= row < start + count:
                 value = _row_group(file, stamp, group, column)[row - start].as_py()
@@ -125,7 +128,7 @@ def _read_cell(file: Path, member: str) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _row_groups(file: Path, stamp: tuple[int, int]) -> list[tuple[int, int, int]]:
+def _row_groups(file: Path, stamp: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Return number, first row and number of rows of each row group."""
     groups, start = [], 0
     with open_parquet(file) as opened:
@@ -137,7 +140,7 @@ def _row_groups(file: Path, stamp: tuple[int, int]) -> list[tuple[int, int, int]
 
 
 @lru_cache(maxsize=2)  # the pictures of a row group, and their sources
-def _row_group(file: Path, stamp: tuple[int, int], group: int, column: str) -> Any:
+def _row_group(file: Path, stamp: tuple[int, ...], group: int, column: str) -> Any:
     with open_parquet(file) as opened:
         if column not in opened.schema_arrow.names:
             raise FileNotFoundError(f"there is no column {column!r} in {file}")

@@ -105,6 +105,10 @@ class TestForms:
         with pytest.raises(ValueError, match="no column 'scores'"):
             Results.from_rows([row("a", 1.0, scores=2)])
 
+    def test_two_samples_of_one_id_are_an_error(self) -> None:
+        with pytest.raises(ValueError, match="an id of its own"):
+            Results.from_rows([row("a", 1.0)], samples=[Sample("a", "x", "1.png")] * 2)
+
 
 class TestFolders:
     def test_what_was_scored_is_read_again(self, tmp_path: Path) -> None:

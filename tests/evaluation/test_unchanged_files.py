@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from counting import Brightness, Difference, gray, gray_files
@@ -142,6 +143,36 @@ def test_a_shard_that_was_written_anew_is_read(
     assert len(read) == 4
     write(50)
     assert brightness_of(score(packed, Brightness(), out=tmp_path / "run")) == [50, 51, 52, 53]
+
+
+def test_a_shard_that_only_looks_unchanged_is_read(
+    tmp_path: Path, samples: list[Sample], read: list[str]
+) -> None:
+    shard, out = tmp_path / "shard.parquet", tmp_path / "run"
+
+    def write(value: int) -> None:
+        file = io.BytesIO()
+        PIL.Image.new("RGB", (8, 8), (value,) * 3).save(file, format="BMP")
+        pq.write_table(pa.table({"image": [file.getvalue()]}), shard, compression="none")
+        os.utime(shard, ns=(10**18, 10**18))
+
+    packed = [replace(samples[0], image=PackedImage(shard, "image[0]"))]
+    for value in (10, 99):  # of one size and date, in one process
+        write(value)
+        assert brightness_of(score(packed, Brightness(), out=out)) == [value]
+
+
+def test_files_of_a_shard_are_told_apart_by_their_whole_name(
+    tmp_path: Path, samples: list[Sample], read: list[str]
+) -> None:
+    shard = tmp_path / "shard.tar"
+    names = ["a/b.png", "a//b.png", "a/./b.png"]
+    with tarfile.open(shard, "w") as opened:
+        for name, sample in zip(names, samples, strict=False):
+            opened.add(str(sample.image), arcname=name)
+    for value, name in enumerate(names):
+        one = replace(samples[0], image=PackedImage(shard, name))
+        assert brightness_of(score([one], Brightness(), out=tmp_path / "run")) == [value]
 
 
 def test_what_is_known_outlives_a_call_that_is_killed(
