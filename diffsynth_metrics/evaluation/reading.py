@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,24 +102,19 @@ class SampleReader:
             before: What :meth:`table` returned then.
         """
         places = pc.index_in(self.described.column("id"), value_set=before.column("id"))
-        before = before.take(places)
-        names = ("image", "sources", "image_sha256", "sources_sha256", "stamps")
-        for indices in _blocks(len(self.samples)):
-            now = self.described.slice(indices.start, len(indices))
-            then = before.slice(indices.start, len(indices))
-            files = zip(*(now.column(name).to_pylist() for name in names[:2]), strict=True)
-            known = zip(*(then.column(name).to_pylist() for name in names), strict=True)
-            for index, of_now, (*of_then, digest, digests, stamps) in zip(
-                indices, files, known, strict=True
-            ):
-                was_read = digest and all(digests or ()) and stamps and all(stamps)
-                if not was_read or list(of_now) != of_then:
-                    continue
-                sample = self.samples[index]
-                images = (sample.image, *sample.sources)[: len(stamps)]
-                if list(map(stamp_of, images)) == stamps:
-                    known_sources = None if digests is None else tuple(digests)
-                    self.learn(index, Content(digest, known_sources, tuple(stamps)))
+        known = ("image", "sources", "image_sha256", "sources_sha256", "stamps")
+        now, then = _rows(self.described, known[:2]), _rows(before.take(places), known)
+        for index, (files, (*files_then, digest, digests, stamps)) in enumerate(
+            zip(now, then, strict=True)
+        ):
+            was_read = digest and all(digests or ()) and stamps and all(stamps)
+            if not was_read or list(files) != files_then:
+                continue
+            sample = self.samples[index]
+            images = (sample.image, *sample.sources)[: len(stamps)]
+            if list(map(stamp_of, images)) == stamps:
+                sources = None if digests is None else tuple(digests)
+                self.learn(index, Content(digest, sources, tuple(stamps)))
 
     def read(self, index: int, *, sources: bool = False) -> Item:
         """Read a sample; what is wrong with its files is in the item."""
@@ -151,6 +146,7 @@ class SampleReader:
         self.images_sha256[index] = content.image
         if content.sources is not None:
             self.sources_sha256[index] = content.sources
+        # Whoever has read the picture only does not change what is known of its sources.
         self.stamps[index] = content.stamps + self.stamps[index][len(content.stamps) :]
 
     def table(self) -> pa.Table:
@@ -182,6 +178,13 @@ def _blocks(count: int) -> list[range]:
     return [range(start, min(start + 4096, count)) for start in range(0, count, 4096)]
 
 
+def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of some columns, row by row."""
+    for indices in _blocks(table.num_rows):
+        block = table.slice(indices.start, len(indices))
+        yield from zip(*(block.column(name).to_pylist() for name in names), strict=True)
+
+
 def stamp_of(image: ImageInput | PackedImage) -> str:
     """Return what the file system says of a picture's file; a file that is written to gets another one.
 
@@ -189,13 +192,14 @@ def stamp_of(image: ImageInput | PackedImage) -> str:
         Size, times of change and number of the file, or of the shard that it lies in. Empty where there
         is none, and where it has changed so recently that the next change may have the same time.
     """
-    path = image.file if isinstance(image, PackedImage) else image
-    if not isinstance(path, (str, Path)):
+    if isinstance(image, PackedImage):
+        image = image.file
+    elif not isinstance(image, (str, Path)):
         return ""
-    if not isinstance(image, PackedImage) and not os.path.exists(path):
-        path = os.path.expanduser(path)
+    elif str(image).startswith("~") and not os.path.exists(image):
+        image = os.path.expanduser(image)
     try:
-        stamp = file_stamp(path)
+        stamp = file_stamp(image)
     except (OSError, ValueError):
         return ""
     _, modified, changed, _ = stamp

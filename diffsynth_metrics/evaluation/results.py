@@ -323,12 +323,9 @@ def _current(
     rows = pa.concat_tables(parts).unify_dictionaries() if parts else table_of([], ROWS)
     chosen = np.full((len(metrics), samples.num_rows), -1)
     for of_label, (label, made) in zip(chosen, metrics.items(), strict=True):
-        of_metric = pc.fill_null(
-            pc.and_(
-                pc.equal(rows.column("metric"), label),
-                pc.equal(rows.column("fingerprint"), made["fingerprint"]),
-            ),
-            False,
+        of_metric = pc.and_(
+            pc.equal(rows.column("metric"), label),
+            pc.equal(rows.column("fingerprint"), made["fingerprint"]),
         )
         found = rows.select(["id", "key", "prompt"]).filter(of_metric)
         place = pc.index_in(found.column("id"), value_set=samples.column("id"))

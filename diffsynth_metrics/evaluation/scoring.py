@@ -351,15 +351,9 @@ def _score_all(
 ) -> None:
     """Score with one metric after the other."""
     share = run.folder.share
-    try:
-        before = run.folder.read_samples()
-    except (OSError, ValueError):
-        before = None  # there are none, or they are damaged and are written anew
-    if before is not None and run.resume:
-        run.reader.recall(before)
-    if share is None or not run.folder.is_described():
-        if before is not None:
-            _tell_of_other_samples(run, before)
+    begins = share is None or not run.folder.is_described()
+    _look_at_last_call(run, warns=begins)
+    if begins:
         run.folder.write_samples(run.reader.table())
         run.folder.write_description(run.metrics, run.sets)
     try:
@@ -496,6 +490,18 @@ def _share() -> Share:
 def _local_rank() -> int:
     """Return which of the processes of this machine this one is."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def _look_at_last_call(run: Run, *, warns: bool) -> None:
+    """Take over what the last call knew of the samples, if there was one."""
+    try:
+        before = run.folder.read_samples()
+    except (OSError, ValueError):
+        return  # there are none, or they are damaged and are written anew
+    if run.resume:
+        run.reader.recall(before)
+    if warns:
+        _tell_of_other_samples(run, before)
 
 
 def _tell_of_other_samples(run: Run, before: pa.Table) -> None:

@@ -150,12 +150,8 @@ def score_set(run: Run, label: str, crew: Crew, reference: Reference) -> None:
             side.make_own_blocks(label, fingerprint)
         logger.info("the same call by one process, without workers='ranks', merges what %s made", label)
         return
-    found_by = {
-        "metric": label,
-        "fingerprint": fingerprint,
-        "images": generated.digest(label),
-        "reference_sha256": real.digest(label),
-    }
+    of_images = {"metric": label, "fingerprint": fingerprint, "images": generated.digest(label)}
+    found_by = of_images | {"reference_sha256": real.digest(label)}
     known = [one for one in run.sets if found_by.items() <= one.items()]
     if known and run.resume:
         return
@@ -164,8 +160,7 @@ def score_set(run: Run, label: str, crew: Crew, reference: Reference) -> None:
     for doubt in doubts:
         logger.warning("%s: %s", label, doubt)
     # A reference of this name had another content before, which no longer counts.
-    outdated = found_by | {"reference": real.name}
-    del outdated["reference_sha256"]
+    outdated = of_images | {"reference": real.name}
     run.sets[:] = [one for one in run.sets if one not in known and not outdated.items() <= one.items()]
     run.sets.append(
         {

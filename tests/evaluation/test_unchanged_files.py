@@ -17,6 +17,7 @@ import pytest
 from counting import Brightness, Difference, gray, gray_files
 
 from diffsynth_metrics.evaluation import Results, Sample, reading, score
+from diffsynth_metrics.evaluation.run_folder import RunFolder
 from diffsynth_metrics.evaluation.samples import PackedImage
 
 
@@ -79,21 +80,25 @@ def test_what_was_written_a_moment_ago_is_read_again(
 
 
 def test_what_could_not_be_read_is_tried_again(
-    tmp_path: Path, samples: list[Sample], read: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, samples: list[Sample], read: list[str], metrics: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = reading.read_image
+    really, out, distance = reading.read_image, tmp_path / "run", metrics("fd_dinov2")
+    gray_files(tmp_path / "real", 4, start=90)
 
     def broken(image: Any, name: str) -> Any:
-        if "0001" in name:
+        if "pictures/0001" in name:
             raise OSError("the disk does not answer")
         return really(image, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(reading, "read_image", broken)
-        frame = score(samples, Brightness(), out=tmp_path / "run").to_pandas()
-    assert list(frame["error_type"]) == [None, "OSError", None, None]
-    assert brightness_of(score(samples, Brightness(), out=tmp_path / "run")) == [0, 1, 2, 3]
-    assert read[3:] == ["0001.png"]
+        results = score(samples, [Brightness(), distance], out=out, reference=tmp_path / "real")
+    assert list(results.to_pandas()["error_type"]) == [None, "OSError", None, None]
+    assert results.sets[0]["count"] == 3
+    for wanted in (distance, Brightness()):
+        reference = {"reference": tmp_path / "real"} if wanted is distance else {}
+        results = score(samples, wanted, out=out, **reference)
+    assert results.sets[0]["count"] == 4 and brightness_of(results) == [0, 1, 2, 3]
 
 
 def test_an_id_that_has_another_file_is_read(
@@ -118,6 +123,12 @@ def test_sources_are_looked_at_too(tmp_path: Path, samples: list[Sample], read: 
     assert list(frame["score"][frame["metric"] == "Difference"]) == [-99, -98, -97]
     score(edits, [Brightness(), Difference()], out=out)
     assert len(read) == 15
+    score(edits, Brightness(2), out=out)  # reads the pictures only, and what is known of sources stays
+    score(edits, Difference(), out=out)
+    assert len(read) == 18
+    gray(Path(str(samples[0].image)), 60)
+    frame = score(edits, Difference(), out=out).to_pandas()
+    assert list(frame["score"][frame["metric"] == "Difference"]) == [-59, -58, -57]
 
 
 def test_a_shard_that_was_written_anew_is_read(
@@ -129,10 +140,7 @@ def test_a_shard_that_was_written_anew_is_read(
         with tarfile.open(shard, "w") as opened:
             for index, sample in enumerate(samples):
                 gray(Path(str(sample.image)), index + shift)
-                contents = Path(str(sample.image)).read_bytes()
-                info = tarfile.TarInfo(f"{index}.png")
-                info.size = len(contents)
-                opened.addfile(info, io.BytesIO(contents))
+                opened.add(str(sample.image), arcname=f"{index}.png")
 
     write(0)
     packed = [
@@ -182,15 +190,24 @@ def test_what_is_known_outlives_a_call_that_is_killed(
     score(samples, Brightness(), out=out)
     metric = Brightness(2)
     metric.stop = (0, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
+    write, written = RunFolder.write_samples, []
+
+    def write_once(folder: RunFolder, table: pa.Table) -> None:
+        if not written:  # a process that is killed does not come to write at the end
+            write(folder, table)
+        written.append(table)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "write_samples", write_once)
         score(samples, metric, out=out)
+    assert len(written) == 2
     del read[:]
     score(samples, Brightness(), out=out)
     assert read == []
 
 
 def test_a_folder_of_an_earlier_version_and_no_resume_read_everything(
-    tmp_path: Path, samples: list[Sample], read: list[str]
+    tmp_path: Path, samples: list[Sample], read: list[str], metrics: Any
 ) -> None:
     out = tmp_path / "run"
     score(samples, Brightness(), out=out)
@@ -200,6 +217,11 @@ def test_a_folder_of_an_earlier_version_and_no_resume_read_everything(
     assert len(read) == 8
     score(samples, Brightness(), out=out, resume=False)
     assert len(read) == 12
+    distance = metrics("fd_dinov2")
+    distance.statistics([sample.image for sample in samples]).save(tmp_path / "real.npz")
+    for resume, count in ((True, 12), (False, 16)):
+        score(samples, distance, out=out, reference=tmp_path / "real.npz", resume=resume)
+        assert len(read) == count
 
 
 def test_pictures_in_memory_are_known_by_their_pixels_only(
